@@ -1,0 +1,67 @@
+"""What the compiled kernels must keep, so that they stay bound by memory: a regression of the code fails here."""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from .profile import Profile
+from .variants import LAYOUTS, SIZES, Variant
+
+
+class Limits(NamedTuple):
+    """At most so much a pair, in the main loop of a bfloat16 kernel on NVIDIA's GPUs."""
+
+    instructions: float
+    mufu: float
+    mufu_squared: float  # for T = 1, 2, 4, where e^z is a power of e^{z/T}
+    bytes: float
+
+
+# An H100 at 3 TB/s has room for 39 instructions and 4.9 MUFU a pair in the statistics, 59 and 7.4 in the gradient.
+LIMITS = {
+    "row_statistics": Limits(instructions=27, mufu=3.6, mufu_squared=2.5, bytes=4.05),
+    "logit_gradient": Limits(instructions=30, mufu=3.1, mufu_squared=3.1, bytes=6.05),
+}
+WIDEST_ACCESS = 16  # bytes, on all the targets
+
+
+class Violation(NamedTuple):
+    figure: str
+    value: float
+    relation: str
+    limit: float
+
+    def __str__(self) -> str:
+        return f"{self.figure} is {self.value:.4g}, must be {self.relation} {self.limit:.4g}"
+
+
+def violations(variant: Variant, profile: Profile) -> Iterator[Violation]:
+    yield from _at_most("spill", profile.spill, 0)
+    for kind in ("local", "barrier", "shuffle", "shared"):
+        yield from _at_most(f"{kind} instructions a pair in the loop", profile.kinds[kind], 0)
+    if LAYOUTS[variant.layout].wide:
+        yield from _wide_violations(variant, profile)
+
+
+def _wide_violations(variant: Variant, profile: Profile) -> Iterator[Violation]:
+    def widest(*dtypes: str) -> int:
+        return min(WIDEST_ACCESS, *(profile.columns * SIZES[dtype] for dtype in dtypes))
+
+    yield from _at_least("narrowest load, bytes", profile.load_width, widest(variant.student, variant.teacher))
+    if variant.kernel == "logit_gradient":
+        yield from _at_least("narrowest store, bytes", profile.store_width, widest(variant.student))
+    if variant.target.startswith("sm_") and variant.dtypes == "bf16/bf16":
+        limits = LIMITS[variant.kernel]
+        mufu = limits.mufu if variant.temperature_name == "other" else limits.mufu_squared
+        yield from _at_most("instructions a pair", profile.instructions, limits.instructions)
+        yield from _at_most("MUFU a pair", profile.kinds["mufu"], mufu)
+        yield from _at_most("bytes a pair", profile.bytes, limits.bytes)
+
+
+def _at_most(figure: str, value: float, limit: float) -> Iterator[Violation]:
+    if value > limit:
+        yield Violation(figure, value, "at most", limit)
+
+
+def _at_least(figure: str, value: float, limit: float) -> Iterator[Violation]:
+    if value < limit:
+        yield Violation(figure, value, "at least", limit)

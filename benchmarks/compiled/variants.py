@@ -1,0 +1,233 @@
+"""The variants that Triton compiles of the kernels, and their compilation for a GPU that need not be there.
+
+A variant is named by what changes its code: dtypes, T, the terms of the loss, and what Triton's JIT sees in a call's
+arguments, which it compiles in: an integer that is 1, and whether integers and addresses are multiples of 16.
+"""
+
+import os
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from . import amdgcn, sass
+from .profile import Profile, profile
+
+if TYPE_CHECKING:  # triton and fused_kd.kernels are imported where a worker needs them, after `prepare_worker`
+    from triton.compiler import ASTSource
+
+KERNELS = ("row_statistics", "logit_gradient")
+TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
+TERMS = {"ce+kl": (True, True), "ce": (True, False), "kl": (False, True)}
+TEMPERATURES = (1.0, 2.0, 4.0, 3.0)  # 3 stands for every T without squarings
+SIZES = {"fp32": 4, "fp16": 2, "bf16": 2}
+PROCESSORS = 132  # of the device that the launch is planned for; it decides the split of rows, which no loop sees
+
+
+class Layout(NamedTuple):
+    """How logits lie in memory."""
+
+    rows: int  # N
+    vocabulary: int  # V
+    student_stride: int  # from row to row
+    teacher_stride: int
+    column_stride: int
+    wide: bool  # whether a thread's K columns can be one access of 16 bytes
+
+
+LAYOUTS = {
+    "dense": Layout(8192, 128256, 128256, 128256, 1, True),
+    "padded": Layout(8192, 50257, 50304, 50304, 1, True),  # rows of which `vocab_size` columns are real
+    "odd": Layout(8192, 50257, 50257, 50257, 1, False),  # most rows start off a multiple of 16 bytes
+    "mixed": Layout(8192, 50257, 50304, 50257, 1, False),  # a padded student with a teacher that is not
+    "transposed": Layout(8192, 128256, 1, 1, 8192, False),
+    "small": Layout(1024, 128256, 128256, 128256, 1, True),  # under 2 GB AMD has instructions of its own
+}
+
+
+@dataclass(frozen=True)
+class Variant:
+    kernel: str
+    target: str
+    student: str
+    teacher: str
+    temperature: float
+    terms: str
+    layout: str
+
+    @property
+    def temperature_name(self) -> str:
+        return "other" if self.temperature not in (1, 2, 4) else f"{self.temperature:g}"
+
+    @property
+    def dtypes(self) -> str:
+        return f"{self.student}/{self.teacher}"
+
+    @property
+    def name(self) -> str:
+        return f"{self.kernel} {self.target} {self.dtypes} T={self.temperature_name} {self.terms} {self.layout}"
+
+
+def all_variants() -> list[Variant]:
+    """Every combination of options for bfloat16 on sm_90; elsewhere each option on its own, at T = 3."""
+    return list(dict.fromkeys(v for target in TARGETS for kernel in KERNELS for v in _variants(kernel, target)))
+
+
+def _variants(kernel: str, target: str) -> Iterator[Variant]:
+    thorough = target == "sm_90"
+    for terms in TERMS:
+        for layout in ("dense", "padded", "odd"):
+            for T in TEMPERATURES:
+                usual = [terms == "ce+kl", layout == "dense", T in TEMPERATURES[-1:]]
+                if thorough or sum(usual) >= 2:
+                    yield Variant(kernel, target, "bf16", "bf16", T, terms, layout)
+    for student, teacher in (("fp16", "fp16"), ("fp32", "fp32"), ("bf16", "fp32"), ("fp32", "bf16")):
+        for T in TEMPERATURES if thorough else TEMPERATURES[-1:]:
+            yield Variant(kernel, target, student, teacher, T, "ce+kl", "dense")
+    for layout in ("mixed", "transposed", "small"):
+        if layout != "small" or target == "gfx942":
+            yield Variant(kernel, target, "bf16", "bf16", TEMPERATURES[-1], "ce+kl", layout)
+
+
+class Pointer(NamedTuple):
+    """A tensor of a call, as far as Triton's JIT looks: allocations are aligned."""
+
+    dtype: str
+    bytes: int
+
+
+def call_arguments(variant: Variant) -> dict[str, Pointer | int | float]:
+    """The run-time arguments of the call that the functions in `fused_kd.kernels` would make, by name."""
+    from fused_kd.kernels.launch import temperature_arguments
+
+    layout = LAYOUTS[variant.layout]
+    N, V, need_ce = layout.rows, layout.vocabulary, TERMS[variant.terms][0]
+    T = temperature_arguments(variant.temperature)
+    dtypes = {"student": variant.student, "teacher": variant.teacher, "gradient": variant.student}
+    pointers = {f"{name}_ptr": Pointer(dtype, N * V * SIZES[dtype]) for name, dtype in dtypes.items()}
+    strides = {
+        "student": (layout.student_stride, layout.column_stride),
+        "teacher": (layout.teacher_stride, layout.column_stride),
+        "gradient": (layout.student_stride if layout.column_stride == 1 else V, 1),  # contiguous, like the student
+    }
+    arguments: dict[str, Pointer | int | float] = {
+        **pointers,
+        "labels_ptr": Pointer("i64", 8 * N) if need_ce else Pointer("fp32", 4 * N),
+        "statistics_ptr": Pointer("fp32", 24 * N),
+        "ce_weight_ptr": Pointer("fp32", 4 * N),
+        "kl_weight_ptr": Pointer("fp32", 4 * N),
+        "N": N,
+        "V": V,
+        "columns_per_split": launch(variant).columns_per_split,
+        "exp2_scale": T.exp2_scale,
+        "inverse_T": T.inverse,
+    }
+    for name, (row, column) in strides.items():
+        arguments |= {f"{name}_rows_inner": N, f"{name}_stride_outer": N * row}
+        arguments |= {f"{name}_stride_inner": row, f"{name}_stride_column": column}
+    return arguments
+
+
+def launch(variant: Variant) -> Any:
+    from fused_kd.kernels.launch import plan
+
+    layout = LAYOUTS[variant.layout]
+    itemsize = min(SIZES[variant.student], SIZES[variant.teacher])
+    return plan(layout.rows, layout.vocabulary, itemsize, PROCESSORS, warp_size(variant.target))
+
+
+def warp_size(target: str) -> int:
+    return 64 if target.startswith("gfx") else 32
+
+
+def source(variant: Variant) -> "ASTSource":
+    """What Triton's JIT would compile for the call."""
+    from triton.compiler import ASTSource
+
+    kernel = _kernel(variant.kernel)
+    constants = _constants(variant)
+    arguments = call_arguments(variant)
+    signature, constexprs, attributes = {}, {}, {}
+    for index, parameter in enumerate(kernel.params):
+        if parameter.name in constants:
+            signature[parameter.name], constexprs[index,] = "constexpr", constants[parameter.name]
+            continue
+        value = arguments[parameter.name]
+        signature[parameter.name], attribute = specialise(value, not parameter.do_not_specialize, variant.target)
+        if signature[parameter.name] == "constexpr":
+            constexprs[index,] = value
+        elif attribute:
+            attributes[index,] = attribute
+    return ASTSource(fn=kernel, signature=signature, constexprs=constexprs, attrs=attributes)
+
+
+def specialise(value: Pointer | int | float, wanted: bool, target: str) -> tuple[str, list[list[Any]]]:
+    """The type that Triton's JIT gives an argument, and what it lets the compiler know of the value."""
+    aligned = [["tt.divisibility", 16]]
+    if isinstance(value, Pointer):
+        buffer = [["tt.pointer_range", 32]] if target.startswith("gfx") and value.bytes < 2**31 else []
+        return f"*{value.dtype}", aligned + buffer
+    if isinstance(value, float):
+        return "fp32", []
+    if wanted and value == 1:
+        return "constexpr", []
+    return "i32" if -(2**31) <= value < 2**31 else "i64", aligned if wanted and value % 16 == 0 else []
+
+
+def _kernel(name: str) -> Any:
+    from fused_kd.kernels.logit_gradient import logit_gradient_kernel
+    from fused_kd.kernels.row_statistics import row_statistics_kernel
+
+    return {"row_statistics": row_statistics_kernel, "logit_gradient": logit_gradient_kernel}[name]
+
+
+def _constants(variant: Variant) -> dict[str, int | bool]:
+    from fused_kd.kernels.launch import temperature_arguments
+
+    need_ce, need_kl = TERMS[variant.terms]
+    plan = launch(variant)
+    return {
+        "NEED_CE": need_ce,
+        "NEED_KL": need_kl,
+        "SQUARINGS": temperature_arguments(variant.temperature).squarings,
+        "LANES": plan.lanes,
+        "K": plan.columns,
+    }
+
+
+def prepare_worker() -> None:
+    """Before Triton is imported: under its interpreter there would be nothing to compile."""
+    os.environ.pop("TRITON_INTERPRET", None)
+
+
+def measure(variant: Variant) -> Profile:
+    import triton
+    from triton.backends.compiler import GPUTarget
+
+    is_amd = variant.target.startswith("gfx")
+    arch = variant.target if is_amd else int(variant.target.removeprefix("sm_"))
+    target = GPUTarget("hip" if is_amd else "cuda", arch, warp_size(variant.target))
+    plan = launch(variant)
+    compiled = triton.compile(source(variant), target=target, options={"num_warps": plan.num_warps})
+    shared = compiled.metadata.shared
+    if is_amd:
+        code = compiled.asm["amdgcn"]
+        resources, loop = amdgcn.resources(code, shared, plan.num_warps), amdgcn.main_loop(code)
+    else:
+        code = _disassemble(compiled.asm["cubin"])
+        resources, loop = sass.resources(code, shared, arch, plan.num_warps), sass.main_loop(code)
+    return profile(resources, loop, plan.lanes, plan.columns, target.warp_size)
+
+
+def _disassemble(cubin: bytes) -> str:
+    """By the cuobjdump that ships inside the triton wheel."""
+    import triton.backends.nvidia
+
+    tool = Path(triton.backends.nvidia.__file__).parent / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [str(tool), "-sass", "-res-usage", file.name]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout

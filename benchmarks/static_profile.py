@@ -1,0 +1,151 @@
+"""Registers, spills and the instruction mix of every compiled variant of the kernels, with no GPU.
+
+Run `python benchmarks/static_profile.py --help` in an environment where fused_kd is installed with its extra `bench`.
+"""
+
+import argparse
+import json
+import multiprocessing
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from pathlib import Path
+from typing import TypeVar
+
+from compiled.bounds import Violation, violations
+from compiled.profile import Profile
+from compiled.variants import KERNELS, TARGETS, Variant, all_variants, measure, prepare_worker
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+Result = TypeVar("Result")
+
+DESCRIPTION = """\
+Compiles every variant of the Triton kernels (dtypes, temperatures, terms of the loss, memory layouts) for sm_80, sm_90,
+sm_100 and gfx942, and counts what the machine code of each main loop does for one pair, a pair being one
+(student, teacher) element.  No GPU is needed: Triton's wheel holds compilers and disassemblers.
+
+Columns of the table, counts a pair:
+  regs, spill, shared   registers a thread, bytes spilled, bytes of shared memory a program
+  warps                 resident on a multiprocessor (compute unit) at these registers
+  flight                KB of loads that these warps have outstanding at most, if all of them wait for memory
+  instr                 instructions that a warp issues; of them:
+  mufu, fma, alu, conv  special functions; float32 arithmetic; compares, selects, integers; conversions and unpacking
+  B, load, store        bytes of global memory; bytes of the narrowest access
+  sync                  barriers, shuffles, shared and local memory
+"""
+NAMES = ("kernel", "target", "dtypes", "T", "terms", "layout")
+COUNTS = ("instr", "mufu", "fma", "alu", "conv", "B", "load", "store", "sync")
+NUMBERS = ("regs", "spill", "shared", "warps", "flight", *COUNTS)
+EPILOG = "Exit code: 0; 1 if a variant does not compile or, with --check, breaks a bound; 2 for wrong arguments."
+
+
+def parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=DESCRIPTION, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--target", action="append", choices=TARGETS, help="only this target (repeatable)")
+    parser.add_argument("--kernel", action="append", choices=KERNELS, help="only this kernel (repeatable)")
+    parser.add_argument(
+        "--variant", action="append", metavar="WORDS", help='only variants with these words, as in "bf16/bf16 T=2"'
+    )
+    parser.add_argument("--list", action="store_true", help="print the names of the variants and stop")
+    parser.add_argument("--check", action="store_true", help="exit with 1 if a bound is broken, and say which")
+    parser.add_argument("--listing", action="store_true", help="print the main loops, line by line")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write every figure to FILE")
+    parser.add_argument("--workers", type=int, default=2, help="processes that compile (default: 2)")
+    return parser
+
+
+def chosen_variants(options: argparse.Namespace) -> list[Variant]:
+    def chosen(variant: Variant) -> bool:
+        words = variant.name.split()
+        return (
+            (not options.target or variant.target in options.target)
+            and (not options.kernel or variant.kernel in options.kernel)
+            and (not options.variant or any(set(wanted.split()) <= set(words) for wanted in options.variant))
+        )
+
+    return [variant for variant in all_variants() if chosen(variant)]
+
+
+def in_workers(
+    task: Callable[[Variant], Result], variants: Sequence[Variant], workers: int
+) -> dict[Variant, Result | BaseException]:
+    """Runs in fresh processes; a variant that fails does not keep the others from their figures."""
+    # Spawned, so that a worker decides by itself how Triton is imported (`prepare_worker`).
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(min(workers, len(variants)), context, initializer=prepare_worker) as pool:
+        variant_of = {pool.submit(task, variant): variant for variant in variants}
+        done = as_completed(variant_of)
+        for _ in track(done, "compiling", len(variants), console=Console(stderr=True), transient=True):
+            pass
+    return {variant: future.exception() or future.result() for future, variant in variant_of.items()}
+
+
+def table(profiles: dict[Variant, Profile]) -> Table:
+    table = Table(box=None, header_style="bold", padding=(0, 1, 0, 0))
+    for name in NAMES:
+        table.add_column(name, no_wrap=True)
+    for name in NUMBERS:
+        table.add_column(name, justify="right", no_wrap=True)
+    for variant, profile in profiles.items():
+        table.add_row(*_row(variant, profile))
+    return table
+
+
+def _row(v: Variant, p: Profile) -> Iterator[str]:
+    yield from (v.kernel, v.target, v.dtypes, v.temperature_name, v.terms, v.layout)
+    yield from map(str, (p.registers, p.spill, p.shared, p.resident_warps))
+    yield f"{p.kilobytes_in_flight:.0f}"
+    yield from (f"{value:.2f}" for value in (p.instructions, *(p.kinds[k] for k in ("mufu", "fma", "alu", "convert"))))
+    yield f"{p.bytes:.2f}"
+    yield from (str(p.load_width), str(p.store_width or "-"))
+    yield f"{sum(p.kinds[kind] for kind in ('barrier', 'shuffle', 'shared', 'local')):.2f}"
+
+
+def write_json(path: Path, profiles: dict[Variant, Profile], failures: Iterable[str]) -> None:
+    entries = [
+        {**vars(variant), **profile.as_dict(), "violations": [str(v) for v in violations(variant, profile)]}
+        for variant, profile in profiles.items()
+    ]
+    path.write_text(json.dumps({"variants": entries, "failures": list(failures)}, indent=1) + "\n")
+
+
+def broken_bounds(profiles: dict[Variant, Profile]) -> list[tuple[Variant, Violation]]:
+    return [(variant, violation) for variant, profile in profiles.items() for violation in violations(variant, profile)]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = parser().parse_args(arguments)
+    variants = chosen_variants(options)
+    if not variants:
+        parser().error("no variant has all of these; see --list")
+    if options.list:
+        print("\n".join(variant.name for variant in variants))
+        return 0
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=180)  # a log has no width to fit
+    results = in_workers(measure, variants, options.workers)
+    profiles = {variant: result for variant, result in results.items() if isinstance(result, Profile)}
+    failures = [f"{v.name}: {type(r).__name__}: {r}" for v, r in results.items() if isinstance(r, BaseException)]
+    console.print(table(profiles))
+    if options.listing:
+        for variant, profile in profiles.items():
+            print("", variant.name, *profile.listing, sep="\n")
+    if options.json:
+        write_json(options.json, profiles, failures)
+    for failure in failures:
+        print(f"FAILED {failure}")
+    broken = broken_bounds(profiles) if options.check else []
+    for variant, violation in broken:
+        print(f"BROKEN {variant.name}: {violation}")
+    if options.check and not broken and not failures:
+        print(f"{len(profiles)} variants keep their bounds")
+    return 1 if failures or broken else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

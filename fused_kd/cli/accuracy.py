@@ -1,0 +1,234 @@
+"""The configurations of `fused-kd check`, and the error of a loss against the float64 oracle on one of them."""
+
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .. import kd_loss, reference
+
+EPSILON = torch.finfo(torch.float32).eps
+RATIO_BOUND = 2.0  # the error may be twice eager's, or one float32 epsilon, which no float32 result can promise to beat
+MISROUNDED_BOUND = 0.01  # of 16-bit gradient elements, one unit in the last place off
+
+SHAPES = [(1, 1000), (1, 151_936), (2, 32_003), (2, 262_144), (3, 50_257), (7, 128_256), (33, 4_099), (129, 1_023)]
+DTYPES = [
+    (torch.float32, torch.float32),
+    (torch.bfloat16, torch.bfloat16),
+    (torch.float16, torch.float16),
+    (torch.float32, torch.bfloat16),
+    (torch.bfloat16, torch.float32),
+]
+TEMPERATURES = [0.5, 1.0, 2.0, 4.0, 10.0]
+ALPHAS = [0.0, 0.3, 1.0]
+LOGITS = ["flat", "peaked", "heavy-tailed"]
+ROWS = ["all", "ignored", "weighted"]
+# A case is repeated until it has as many rows and elements: the error of a few numbers, eager's or ours, may be small by
+# luck, and the ratio of two such errors says nothing.
+SAMPLE_ROWS = 16
+SAMPLE_ELEMENTS = 2**18
+
+
+@dataclass(frozen=True)
+class Case:
+    rows: int
+    vocabulary: int
+    student_dtype: torch.dtype
+    teacher_dtype: torch.dtype
+    temperature: float
+    alpha: float
+    logits: str  # of LOGITS
+    counted: str  # of ROWS: which rows count
+    reduction: str
+    seed: int
+
+    def __str__(self) -> str:
+        return (
+            f"[{self.rows}, {self.vocabulary}] {self.dtypes}, T={self.temperature}, alpha={self.alpha}, {self.logits} "
+            f"logits, rows {self.counted}, {self.reduction}"
+        )
+
+    @property
+    def dtypes(self) -> str:
+        return " / ".join(str(dtype).removeprefix("torch.") for dtype in (self.student_dtype, self.teacher_dtype))
+
+
+@dataclass(frozen=True)
+class Inputs:
+    student: Tensor  # [N, V]
+    teacher: Tensor  # [N, V]
+    labels: Tensor  # [N]
+    token_weights: Tensor | None  # [N]
+    upstream: Tensor  # [N]; its sum is the upstream gradient of a scalar loss
+
+
+@dataclass(frozen=True)
+class Errors:
+    """Norm-relative errors against the float64 oracle, ours and eager PyTorch's in float32 on the same inputs."""
+
+    loss: float
+    loss_eager: float
+    gradient: float
+    gradient_eager: float
+    misrounded: float  # share of 16-bit gradient elements that are not the oracle's, rounded; 0 for float32
+    nan: bool  # a NaN where the oracle has none
+    off: bool  # a 16-bit gradient element off by more than a unit in its last place and float32's own error
+
+    @property
+    def loss_ratio(self) -> float:
+        return _ratio(self.loss, self.loss_eager)
+
+    @property
+    def gradient_ratio(self) -> float:
+        return _ratio(self.gradient, self.gradient_eager)
+
+    def failures(self, half_precision: bool) -> list[str]:
+        found = []
+        if self.nan:
+            found.append("NaN where the oracle has none")
+        if not self.loss <= max(RATIO_BOUND * self.loss_eager, EPSILON):
+            found.append(f"loss error {self.loss:.1e}, eager's {self.loss_eager:.1e}")
+        if half_precision:
+            if not self.misrounded <= MISROUNDED_BOUND:
+                found.append(f"{self.misrounded:.1%} of the gradient is not the oracle's, rounded")
+            if self.off:
+                found.append("a gradient element is off by more than a unit in its last place")
+        elif not self.gradient <= max(RATIO_BOUND * self.gradient_eager, EPSILON):
+            found.append(f"gradient error {self.gradient:.1e}, eager's {self.gradient_eager:.1e}")
+        return found
+
+
+def cases(quick: bool = False) -> list[Case]:
+    """Every shape with every dtype pair; within these every temperature and kind of logits, and in turn the rest."""
+    alphas, counted = itertools.cycle(ALPHAS), itertools.cycle(ROWS)
+    reductions = itertools.cycle(["mean", "none", "sum", "mean", "none"])  # 5: out of step with the cycles of 3
+    result = []
+    for (rows, vocabulary), dtypes, logits, temperature in itertools.product(SHAPES, DTYPES, LOGITS, TEMPERATURES):
+        everything = rows * vocabulary < 200_000 and dtypes[0] == dtypes[1]
+        for _ in range(len(ALPHAS) if everything else 1):
+            next(counted) if len(result) % 9 == 0 else None  # every pair of alpha and rows comes up
+            result.append(
+                Case(
+                    rows, vocabulary, *dtypes, temperature, next(alphas), logits, next(counted), next(reductions),
+                    seed=len(result),
+                )  # fmt: skip
+            )
+    return result[::17] if quick else result
+
+
+def inputs(case: Case, device: torch.device, seed: int) -> Inputs:
+    generator = torch.Generator().manual_seed(seed)
+    N, V = case.rows, case.vocabulary
+
+    def logits() -> Tensor:
+        z = torch.randn(N, V, generator=generator)
+        if case.logits == "flat":
+            return 0.1 * z
+        if case.logits == "peaked":
+            return (2 * z).scatter_add_(1, torch.randint(V, (N, 1), generator=generator), torch.full((N, 1), 20.0))
+        return 2 * z / torch.rand(N, V, generator=generator).clamp_min(1e-3).sqrt()  # Student's t with 2 degrees, nearly
+
+    student, teacher = logits().to(case.student_dtype), logits().to(case.teacher_dtype)
+    labels = torch.randint(V, (N,), generator=generator)
+    labels[0], labels[-1] = 0, V - 1
+    token_weights = None
+    if case.counted == "ignored" and N > 1:
+        ignored = torch.arange(N) % 3 == 1
+        labels[ignored] = -100
+        student[ignored] = torch.nan
+    if case.counted == "weighted":
+        token_weights = torch.rand(N, generator=generator).to(device)
+    upstream = torch.rand(N, generator=generator) + 0.5
+    return Inputs(student.to(device), teacher.to(device), labels.to(device), token_weights, upstream.to(device))
+
+
+def loss_and_gradient(
+    function: Callable[..., Tensor], case: Case, given: Inputs, dtype: torch.dtype | None
+) -> tuple[Tensor, Tensor]:
+    """Row losses `[N]` and the gradient of the reduced loss `[N, V]`, with the inputs cast to dtype."""
+    student = (given.student if dtype is None else given.student.to(dtype)).detach().requires_grad_()
+    teacher = given.teacher if dtype is None else given.teacher.to(dtype)
+    options = {"alpha": case.alpha, "temperature": case.temperature, "token_weights": given.token_weights}
+    with torch.no_grad():
+        rows = function(student, teacher, given.labels, reduction="none", **options)
+    loss = function(student, teacher, given.labels, reduction=case.reduction, **options)
+    loss.backward((given.upstream if case.reduction == "none" else given.upstream.sum()).to(loss.dtype))
+    assert student.grad is not None
+    return rows, student.grad
+
+
+def measure(case: Case, device: torch.device) -> Errors:
+    """Runs a case, as often as it takes for a sample."""
+    found: dict[str, list[Tensor]] = {name: [] for name in ("ours", "eager", "oracle")}
+    gradients: dict[str, list[Tensor]] = {name: [] for name in found}
+    scales = []
+    for repeat in range(max(1, SAMPLE_ROWS // case.rows, SAMPLE_ELEMENTS // (case.rows * case.vocabulary))):
+        given = inputs(case, device, seed=1000 * case.seed + repeat)
+        scales.append(_term_scale(case, given))
+        for name, (function, dtype) in {
+            "ours": (kd_loss, None),
+            "eager": (reference.kd_loss, torch.float32),
+            "oracle": (reference.kd_loss, torch.float64),
+        }.items():
+            rows, gradient = loss_and_gradient(function, case, given, dtype)
+            found[name].append(rows)
+            gradients[name].append(gradient)
+    losses = {name: torch.cat(parts) for name, parts in found.items()}
+    ours, eager, oracle = (torch.cat(gradients[name]) for name in found)
+    misrounded, off = 0.0, False
+    if ours.dtype != torch.float32:
+        misrounded, off = _rounding(ours, oracle, (eager - oracle).abs(), torch.cat(scales))
+    return Errors(
+        loss=relative_error(losses["ours"], losses["oracle"]),
+        loss_eager=relative_error(losses["eager"], losses["oracle"]),
+        gradient=relative_error(ours, oracle),
+        gradient_eager=relative_error(eager, oracle),
+        misrounded=misrounded,
+        nan=any(_has_new_nan(a, b) for a, b in ((losses["ours"], losses["oracle"]), (ours, oracle))),
+        off=off,
+    )
+
+
+def relative_error(value: Tensor, oracle: Tensor) -> float:
+    """|value - oracle| / |oracle|, Euclidean norms in float64."""
+    return float((value.double() - oracle).norm() / oracle.norm())
+
+
+def _term_scale(case: Case, given: Inputs) -> Tensor:
+    """`[N]`: what multiplies the probabilities in a row's gradient, the largest size of the terms that cancel there."""
+    weight = torch.ones_like(given.upstream) if given.token_weights is None else given.token_weights
+    scale = weight * (given.upstream if case.reduction == "none" else given.upstream.sum())
+    if case.reduction == "mean":
+        scale = scale / weight.where(given.labels >= 0, 0.0).sum()
+    return scale * max(1 - case.alpha, case.alpha * case.temperature)
+
+
+def _rounding(ours: Tensor, oracle: Tensor, eager_error: Tensor, term_scale: Tensor) -> tuple[float, bool]:
+    """The share of misrounded elements, and whether one is further off than rounding explains.
+
+    An element may be one unit in its last place off, and beyond that as far as float32 is before it is rounded: by twice
+    eager's largest error in the row, or twice one float32 epsilon of the terms that cancel.
+    """
+    rounded = oracle.float().to(ours.dtype)
+    info = torch.finfo(ours.dtype)
+    unit = torch.exp2(oracle.abs().clamp_min(info.tiny).log2().floor()) * info.eps
+    allowed = unit + RATIO_BOUND * torch.maximum(eager_error.amax(1), EPSILON * term_scale)[:, None]
+    return float((ours != rounded).double().mean()), bool(((ours.double() - oracle).abs() > allowed).any())
+
+
+def _has_new_nan(value: Tensor, oracle: Tensor) -> bool:
+    return bool((value.isnan() & ~oracle.isnan()).any())
+
+
+def _ratio(error: float, eager: float) -> float:
+    return error / max(eager, EPSILON / 16)
+
+
+def by_group(measured: list[tuple[Case, Errors]]) -> Iterator[tuple[tuple[int, int, str], list[tuple[Case, Errors]]]]:
+    """The cases of each shape and dtype pair."""
+    yield from (
+        (key, list(group))
+        for key, group in itertools.groupby(measured, key=lambda pair: (pair[0].rows, pair[0].vocabulary, pair[0].dtypes))
+    )

@@ -1,0 +1,137 @@
+"""`fused-kd check`: the loss on the machine at hand, beside eager PyTorch, both against a float64 oracle."""
+
+import argparse
+import json
+import os
+import sys
+import warnings
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+DESCRIPTION = """\
+Runs the fused loss and eager PyTorch (float32) over a table of configurations, on the same inputs, and compares loss and
+gradient of both with a float64 oracle.  Shapes up to V = 262 144, dtypes, temperatures 0.5 to 10, alpha 0 to 1, flat,
+peaked and heavy-tailed logits, ignored rows, weights.  A configuration passes if neither error is above twice eager's
+(or one float32 epsilon, 1.2e-7), if 16-bit gradients are the oracle's, correctly rounded, but for a unit in the last
+place on at most 1% of elements, and if there is no NaN where the oracle has none.
+
+Exit code: 0 if every configuration passes, 1 if one fails, 2 if the backend cannot run here.
+"""
+
+BACKENDS = ("auto", "cuda", "cpu", "interpreter")
+
+
+def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    parser = commands.add_parser(
+        "check",
+        help="compare loss and gradient with eager PyTorch and a float64 oracle on this machine",
+        description=DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--backend",
+        choices=BACKENDS,
+        default="auto",
+        help="cuda: the compiled kernels; cpu: the CPU operators; interpreter: the kernels in Python, on CPU tensors; "
+        "auto: cuda where there is a device, else cpu (default: auto)",
+    )
+    parser.add_argument("--quick", action="store_true", help="one configuration in 17")
+    parser.add_argument("--verbose", action="store_true", help="a line for every configuration, not for every group")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write every figure to FILE")
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> int:
+    import torch
+
+    try:
+        from rich.console import Console
+        from rich.progress import track
+    except ModuleNotFoundError:
+        print('fused-kd check needs the package rich: pip install "fused_kd[cli]"', file=sys.stderr)
+        return 2
+    backend = options.backend
+    if backend == "auto":
+        backend = "cuda" if torch.cuda.is_available() else "cpu"
+    if backend == "cuda" and not torch.cuda.is_available():
+        print("--backend cuda: PyTorch sees no CUDA device here; cpu and interpreter can run", file=sys.stderr)
+        return 2
+    if backend == "interpreter":
+        os.environ["TRITON_INTERPRET"] = "1"  # read when the kernels are first imported
+        warnings.filterwarnings("ignore", category=RuntimeWarning, module="triton.runtime.interpreter")
+    else:
+        os.environ.pop("TRITON_INTERPRET", None)
+
+    from . import accuracy
+
+    device = torch.device("cuda" if backend == "cuda" else "cpu")
+    cases = accuracy.cases(options.quick)
+    measured = [
+        (case, accuracy.measure(case, device))
+        for case in track(cases, f"{len(cases)} configurations on {backend}", console=Console(stderr=True))
+    ]
+    Console(width=None if sys.stdout.isatty() else 160).print(_table(measured, backend, options.verbose))
+    failed = [(case, failures) for case, errors in measured if (failures := _failures(case, errors))]
+    for case, failures in failed:
+        print(f"FAILED {case}: {'; '.join(failures)}")
+    print(f"{len(measured) - len(failed)} of {len(measured)} configurations within their bounds on {backend}")
+    if options.json:
+        options.json.write_text(json.dumps(_record(measured, backend), indent=1))
+    return 1 if failed else 0
+
+
+def _failures(case: Any, errors: Any) -> list[str]:
+    return errors.failures(half_precision=case.student_dtype.itemsize == 2)  # type: ignore[no-any-return]
+
+
+def _table(measured: list[Any], backend: str, verbose: bool) -> Any:
+    from rich.table import Table
+
+    from . import accuracy
+
+    table = Table(title=f"Errors against float64 on {backend}" + ("" if verbose else ", the worst of each group"))
+    for heading in ("N", "V", "student / teacher", "T, alpha, logits, rows" if verbose else "cases"):
+        table.add_column(heading, justify="left" if "/" in heading else "right")
+    for heading in ("loss error", "eager's", "ratio", "gradient error", "eager's", "ratio", "misrounded", ""):
+        table.add_column(heading, justify="right")
+    for (rows, vocabulary, dtypes), group in accuracy.by_group(measured):
+        for part in [[pair] for pair in group] if verbose else [group]:
+            half_precision = part[0][0].student_dtype.itemsize == 2
+            loss = max((errors for _, errors in part), key=lambda e: e.loss_ratio)
+            gradient = max((e for _, e in part), key=lambda e: e.misrounded if half_precision else e.gradient_ratio)
+            case = part[0][0]
+            table.add_row(
+                str(rows), str(vocabulary), dtypes,
+                f"{case.temperature}, {case.alpha}, {case.logits}, {case.counted}" if verbose else str(len(part)),
+                f"{loss.loss:.1e}", f"{loss.loss_eager:.1e}", f"{loss.loss_ratio:.2f}",
+                f"{gradient.gradient:.1e}", f"{gradient.gradient_eager:.1e}",
+                "" if half_precision else f"{gradient.gradient_ratio:.2f}",
+                f"{gradient.misrounded:.2%}" if half_precision else "",
+                "FAILED" if any(_failures(*pair) for pair in part) else "ok",
+            )  # fmt: skip
+    return table
+
+
+def _record(measured: list[Any], backend: str) -> dict[str, Any]:
+    import platform
+
+    import torch
+
+    from ..version import __version__
+
+    return {
+        "command": "fused-kd check",
+        "backend": backend,
+        "fused_kd": __version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "configurations": [
+            {
+                **{key: value if isinstance(value, int | float | str) else str(value) for key, value in asdict(case).items()},
+                **asdict(errors),
+                "failures": _failures(case, errors),
+            }
+            for case, errors in measured
+        ],
+    }

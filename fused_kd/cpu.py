@@ -1,0 +1,144 @@
+"""The operators of `ops.py` for CPU tensors: blocks of rows that stay in cache, no [N, V] array besides the gradient.
+
+A block of rows is taken through the whole formula before the next one is touched, so memory is read once a sweep, as in
+the kernels; what lies between two elementary operations lives in three block-sized buffers.  Exponentials are taken in
+base 2, which PyTorch vectorises best on a CPU (0.15 ns an element on two cores against 0.42 ns for exp).
+"""
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from . import statistics as stats
+
+# Elements of a block: its three buffers take 12 MB in float32, within a last-level cache, and an elementary operation on
+# it takes 50 us, far more than its overhead.  Two cores, N = 256, V = 128 256, T = 3: both sweeps take 102 ms with 2^18,
+# 83 ms with 2^19, 74 ms with 2^20.
+BLOCK_ELEMENTS = 2**20
+
+LOG2_E = math.log2(math.e)
+
+
+def row_statistics(
+    student: Tensor,  # [outer, inner, V]
+    teacher: Tensor | None,  # [outer', inner', V], as many rows
+    ce_weight: Tensor,  # [N]
+    kl_weight: Tensor,  # [N]; a row with both weights 0 is not read
+    temperature: float,
+    need_ce: bool,
+) -> Tensor:  # [1, 6, N]: every row whole
+    result = stats.identity(ce_weight.numel(), ce_weight.dtype)
+    buffers = _buffers(student, ce_weight.dtype)
+    for first, last in _blocks((ce_weight != 0) | (kl_weight != 0), buffers.shape[1], student, teacher):
+        out = result[:, first:last]
+        u, q, v = buffers[:, : last - first]
+        z = _load(student, first, last, u)
+        torch.amax(z, 1, out=out[stats.M_S])
+        torch.sub(z, out[stats.M_S, :, None], out=u)
+        if teacher is None:
+            out[stats.D_1] = _exponential(u, 1.0, out=q).sum(1)
+            continue
+        at_T = _exponential(u, temperature, out=q)
+        out[stats.D_T] = at_T.sum(1)
+        if need_ce:
+            out[stats.D_1] = _exponential_at_1(u, at_T, temperature, out=v).sum(1)
+        y = _load(teacher, first, last, v)
+        torch.amax(y, 1, out=out[stats.M_T])
+        torch.sub(y, out[stats.M_T, :, None], out=v)
+        _exponential(v, temperature, out=q)
+        out[stats.E] = q.sum(1)
+        difference = v.sub_(u)
+        c = torch.mul(q, difference, out=u).sum(1)
+        if c.isnan().any():  # masked tokens: without teacher mass an infinite difference counts for nothing
+            c = torch.mul(q, difference.masked_fill_(q == 0, 0.0), out=u).sum(1)
+        out[stats.C] = c / temperature
+    return result[None]
+
+
+def logit_gradient(
+    student: Tensor,  # [outer, inner, V]
+    teacher: Tensor | None,  # [outer', inner', V], as many rows
+    labels: Tensor | None,  # [N]; None leaves out the cross-entropy
+    statistics: Tensor,  # [6, N]
+    ce_weight: Tensor,  # [N]
+    kl_weight: Tensor,  # [N]; a row with both weights 0 is not read
+    temperature: float,
+    gradient: Tensor,  # [outer, inner, V], written; may be the student
+) -> None:
+    counted = (ce_weight != 0) | (kl_weight != 0)
+    for first, last in _blocks(~counted, counted.numel(), gradient):
+        _rows(gradient, first, last).zero_()
+
+    m_s, d_1, d_T, m_t, e, _ = statistics.unsqueeze(-1)  # [N, 1] each, as what follows
+    w_ce, w_kl = ce_weight[:, None], kl_weight[:, None] / temperature
+    p_1_scale, p_T_scale, q_scale = w_ce / d_1, w_kl / d_T, w_kl / e
+    if temperature == 1:
+        p_T_scale = p_T_scale + p_1_scale if labels is not None else p_T_scale
+    buffers = _buffers(student, statistics.dtype)
+    for first, last in _blocks(counted, buffers.shape[1], student, teacher, gradient):
+        rows = slice(first, last)
+        u, result, q = buffers[:, : last - first]
+        torch.sub(_load(student, first, last, u), m_s[rows], out=u)
+        if teacher is None:
+            _exponential(u, 1.0, out=result).mul_(p_1_scale[rows])
+        else:
+            at_T = _exponential(u, temperature, out=result)
+            separate_ce = labels is not None and temperature != 1
+            at_1 = _exponential_at_1(u, at_T, temperature, out=u) if separate_ce else None
+            result.mul_(p_T_scale[rows])
+            torch.sub(_load(teacher, first, last, q), m_t[rows], out=q)
+            result.addcmul_(_exponential(q, temperature, out=q), q_scale[rows], value=-1)
+            if at_1 is not None:
+                result.addcmul_(at_1, p_1_scale[rows])
+        if labels is not None:
+            result.scatter_add_(1, labels[rows, None].long(), -w_ce[rows])
+        _rows(gradient, first, last).copy_(result)
+
+
+def _exponential(u: Tensor, temperature: float, out: Tensor) -> Tensor:
+    """e^{u / T}."""
+    return torch.mul(u, LOG2_E / temperature, out=out).exp2_()
+
+
+def _exponential_at_1(u: Tensor, at_T: Tensor, temperature: float, out: Tensor) -> Tensor:
+    """e^u, given e^{u/T}: itself for T = 1, its square for T = 2."""
+    if temperature == 1:
+        return at_T
+    if temperature == 2:
+        return torch.mul(at_T, at_T, out=out)
+    return _exponential(u, 1.0, out=out)
+
+
+def _buffers(like: Tensor, dtype: torch.dtype) -> Tensor:
+    """`[3, rows, V]`: three buffers of a block's size."""
+    outer, inner, vocabulary = like.shape
+    rows = BLOCK_ELEMENTS // vocabulary
+    return torch.empty(3, max(1, min(rows, outer * inner)), vocabulary, dtype=dtype)
+
+
+def _blocks(counted: Tensor, rows: int, *tensors: Tensor | None) -> Iterator[tuple[int, int]]:
+    """(first, last) of runs of at most `rows` counted rows, none of which crosses an outer index of a tensor."""
+    inner = [tensor.shape[1] for tensor in tensors if tensor is not None]
+    flags, lengths = torch.unique_consecutive(counted, return_counts=True)
+    first = 0
+    for flag, length in zip(flags.tolist(), lengths.tolist(), strict=True):
+        end = first + length
+        while flag and first < end:
+            last = min(first + rows, end, *(first - first % i + i for i in inner))
+            yield first, last
+            first = last
+        first = end
+
+
+def _rows(tensor: Tensor, first: int, last: int) -> Tensor:
+    """Rows first to last of an `[outer, inner, V]` tensor, as a view; they share an outer index."""
+    outer, start = divmod(first, tensor.shape[1])
+    return tensor[outer, start : start + last - first]
+
+
+def _load(tensor: Tensor, first: int, last: int, buffer: Tensor) -> Tensor:
+    """The rows in the buffer's dtype: themselves, or converted into the buffer."""
+    rows = _rows(tensor, first, last)
+    return rows if rows.dtype == buffer.dtype else buffer.copy_(rows)

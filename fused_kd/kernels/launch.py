@@ -1,0 +1,74 @@
+"""How a kernel is launched: threads and columns of a tile, and over how many programs a row is split."""
+
+import functools
+import math
+import os
+from typing import NamedTuple
+
+import torch
+
+
+class Launch(NamedTuple):
+    lanes: int  # threads of a program; each holds a tuple of statistics
+    columns: int  # K, neighbouring columns a thread: 16 bytes of the narrower input
+    num_warps: int
+    splits: int  # S, programs a row
+    columns_per_split: int  # a multiple of lanes * columns, but for what the last split lacks
+
+
+class Temperature(NamedTuple):
+    """What the kernels take in place of T."""
+
+    exp2_scale: float  # log2(e) / T
+    inverse: float  # 1 / T
+    squarings: int  # log2(T) for T = 1, 2, 4; -1 for any other
+
+
+def temperature_arguments(temperature: float) -> Temperature:
+    squarings = {1.0: 0, 2.0: 1, 4.0: 2}.get(temperature, -1)
+    return Temperature(math.log2(math.e) / temperature, 1 / temperature, squarings)
+
+
+NUM_WARPS = 4
+# 40 registers a thread leave room for 12 programs of 4 warps on a multiprocessor, 48 leave room for 10.
+RESIDENT_PROGRAMS = 10
+MIN_TILES_PER_SPLIT = 4  # below this, starting a program and merging its tuple cost as much as its sweep
+
+
+@functools.lru_cache
+def _processors_and_warp_size(device: torch.device) -> tuple[int, int]:
+    properties = torch.cuda.get_device_properties(device)
+    return properties.multi_processor_count, getattr(properties, "warp_size", 32)
+
+
+def plan(rows: int, vocabulary: int, itemsize: int, processors: int, warp_size: int = 32) -> Launch:
+    """One program a row, or several where the rows alone would not fill the chip twice.
+
+    Args:
+        rows, vocabulary: N and V.
+        itemsize: bytes of an element of the narrower input.
+        processors: multiprocessors of the device.
+        warp_size: threads of a warp (64 on AMD's CDNA).
+    """
+    lanes, columns = NUM_WARPS * warp_size, 16 // itemsize
+    tile = lanes * columns
+    tiles = -(-vocabulary // tile)
+    wanted = -(-2 * processors * RESIDENT_PROGRAMS // rows)
+    splits = max(1, min(wanted, tiles // MIN_TILES_PER_SPLIT))
+    columns_per_split = -(-tiles // splits) * tile
+    return Launch(lanes, columns, NUM_WARPS, -(-vocabulary // columns_per_split), columns_per_split)
+
+
+def interpreted() -> bool:
+    """Whether Triton runs kernels in Python, on CPU tensors (TRITON_INTERPRET=1)."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def default_launch(student: torch.Tensor, teacher: torch.Tensor | None) -> Launch:
+    """The launch for logits `[outer, inner, V]`."""
+    outer, inner, vocabulary = student.shape
+    itemsize = min(student.element_size(), teacher.element_size() if teacher is not None else 8)
+    if interpreted():  # wide tiles: an operation costs the same in Python whatever its size
+        return Launch(1024, 16 // itemsize, NUM_WARPS, 1, vocabulary)
+    processors, warp_size = _processors_and_warp_size(student.device)
+    return plan(outer * inner, vocabulary, itemsize, processors, warp_size)

@@ -1,0 +1,149 @@
+"""The gradient of the loss with respect to the student's logits, from the row statistics, in one sweep.
+
+With a row's weights w_ce and w_kl (so that its loss is w_ce CE + w_kl KL) and its statistics,
+
+    dL/dz[j] = w_ce (e^{z_j - m_s} / d_1 - [j = label])  +  w_kl / T (e^{(z_j - m_s)/T} / d_T - e^{(y_j - m_t)/T} / e)
+
+The three normalisers are folded into one factor each, so an element costs its exponentials and one multiply-add for
+each of them.  An element is read before it is written, by the same thread: the gradient may take the student's place.
+
+Traffic, bf16: 6 bytes a pair, the floor.  Special-function work: 3 exponentials a pair, 2 where T is 1, 2 or 4.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from .formulas import exponentials, load_tile, row_offset, tile_columns
+from .launch import Launch, default_launch, temperature_arguments
+
+
+@triton.jit
+def tile_gradient(
+    z, y,  # [LANES, K]
+    is_label,  # [LANES, K]
+    m_s, m_t,
+    w_ce, p_1_scale, p_T_scale, q_scale,  # w_ce; w_ce / d_1, w_kl / (T d_T), w_kl / (T e)
+    exp2_scale,
+    NEED_CE: tl.constexpr, NEED_KL: tl.constexpr, SQUARINGS: tl.constexpr,
+):  # fmt: skip
+    at_1, at_T = exponentials(z - m_s, exp2_scale, SQUARINGS)
+    gradient = tl.zeros_like(z)
+    if NEED_KL:
+        gradient = p_T_scale * at_T - q_scale * tl.exp2((y - m_t) * exp2_scale)
+    if NEED_CE:
+        gradient += p_1_scale * at_1 - tl.where(is_label, w_ce, 0.0)
+    return gradient
+
+
+@triton.jit
+def sweep_gradient(
+    student_row, teacher_row, gradient_row,  # pointers to the rows' first columns
+    student_stride_column, teacher_stride_column, gradient_stride_column,
+    low, high, label,
+    m_s, m_t, w_ce, p_1_scale, p_T_scale, q_scale, exp2_scale,
+    NEED_CE: tl.constexpr, NEED_KL: tl.constexpr, SQUARINGS: tl.constexpr, LANES: tl.constexpr, K: tl.constexpr,
+):  # fmt: skip
+    """Writes the gradient of columns low to high of one row."""
+    TILE: tl.constexpr = LANES * K
+    dtype = gradient_row.dtype.element_ty
+    column = tile_columns(LANES, K)
+    whole = low + (high - low) // TILE * TILE
+    for start in range(low, whole, TILE):
+        z = load_tile(student_row, start + column, student_stride_column, high, False)
+        y = z
+        if NEED_KL:
+            y = load_tile(teacher_row, start + column, teacher_stride_column, high, False)
+        gradient = tile_gradient(
+            z, y, column == label - start, m_s, m_t, w_ce, p_1_scale, p_T_scale, q_scale, exp2_scale,
+            NEED_CE, NEED_KL, SQUARINGS,
+        )  # fmt: skip
+        tl.store(gradient_row + (start + column).to(tl.int64) * gradient_stride_column, gradient.to(dtype))
+    if whole < high:
+        z = load_tile(student_row, whole + column, student_stride_column, high, True)
+        y = z
+        if NEED_KL:
+            y = load_tile(teacher_row, whole + column, teacher_stride_column, high, True)
+        gradient = tile_gradient(
+            z, y, column == label - whole, m_s, m_t, w_ce, p_1_scale, p_T_scale, q_scale, exp2_scale,
+            NEED_CE, NEED_KL, SQUARINGS,
+        )  # fmt: skip
+        pointers = gradient_row + (whole + column).to(tl.int64) * gradient_stride_column
+        tl.store(pointers, gradient.to(dtype), mask=whole + column < high)
+
+
+@triton.jit
+def sweep_zeros(gradient_row, gradient_stride_column, low, high, LANES: tl.constexpr, K: tl.constexpr):
+    """Writes zeros to columns low to high of one row."""
+    column = tile_columns(LANES, K)
+    zeros = tl.zeros([LANES, K], gradient_row.dtype.element_ty)
+    for start in range(low, high, LANES * K):
+        pointers = gradient_row + (start + column).to(tl.int64) * gradient_stride_column
+        tl.store(pointers, zeros, mask=start + column < high)
+
+
+@triton.jit(do_not_specialize=["student_rows_inner", "teacher_rows_inner", "gradient_rows_inner", "N"])
+def logit_gradient_kernel(
+    student_ptr, teacher_ptr,  # [outer, inner, V]
+    labels_ptr,  # [N]; read where NEED_CE
+    statistics_ptr,  # [6, N]
+    ce_weight_ptr, kl_weight_ptr,  # [N]; a row with both 0 is not read
+    gradient_ptr,  # [outer, inner, V]; may be the student
+    student_rows_inner, student_stride_outer, student_stride_inner, student_stride_column,
+    teacher_rows_inner, teacher_stride_outer, teacher_stride_inner, teacher_stride_column,
+    gradient_rows_inner, gradient_stride_outer, gradient_stride_inner, gradient_stride_column,
+    N, V, columns_per_split,
+    exp2_scale, inverse_T,
+    NEED_CE: tl.constexpr, NEED_KL: tl.constexpr, SQUARINGS: tl.constexpr, LANES: tl.constexpr, K: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0)
+    low = tl.program_id(1) * columns_per_split
+    high = tl.minimum(low + columns_per_split, V)
+    student_row = student_ptr + row_offset(row, student_rows_inner, student_stride_outer, student_stride_inner)
+    teacher_row = teacher_ptr + row_offset(row, teacher_rows_inner, teacher_stride_outer, teacher_stride_inner)
+    gradient_row = gradient_ptr + row_offset(row, gradient_rows_inner, gradient_stride_outer, gradient_stride_inner)
+    w_ce = tl.load(ce_weight_ptr + row)
+    w_kl = tl.load(kl_weight_ptr + row) * inverse_T
+    if (w_ce == 0) & (w_kl == 0):
+        sweep_zeros(gradient_row, gradient_stride_column, low, high, LANES, K)
+    else:
+        label = -1
+        if NEED_CE:
+            label = tl.load(labels_ptr + row).to(tl.int32)
+        m_s = tl.load(statistics_ptr + row)
+        d_1 = tl.load(statistics_ptr + 1 * N + row)
+        d_T = tl.load(statistics_ptr + 2 * N + row)
+        m_t = tl.load(statistics_ptr + 3 * N + row)
+        e = tl.load(statistics_ptr + 4 * N + row)
+        sweep_gradient(
+            student_row, teacher_row, gradient_row,
+            student_stride_column, teacher_stride_column, gradient_stride_column,
+            low, high, label, m_s, m_t, w_ce, w_ce / d_1, w_kl / d_T, w_kl / e, exp2_scale,
+            NEED_CE, NEED_KL, SQUARINGS, LANES, K,
+        )  # fmt: skip
+
+
+def logit_gradient(
+    student: torch.Tensor,  # [outer, inner, V]
+    teacher: torch.Tensor | None,  # [outer', inner', V], as many rows
+    labels: torch.Tensor | None,  # [N], contiguous; None leaves out the cross-entropy
+    statistics: torch.Tensor,  # [6, N], float32
+    ce_weight: torch.Tensor,  # [N], float32
+    kl_weight: torch.Tensor,  # [N], float32
+    temperature: float,
+    gradient: torch.Tensor,  # [outer, inner, V], written; may be the student
+    launch: Launch | None = None,
+) -> None:
+    """Launches the kernel."""
+    launch = launch or default_launch(student, teacher)
+    outer, inner, V = student.shape
+    N = outer * inner
+    T = temperature_arguments(temperature)
+    second = student if teacher is None else teacher
+    logit_gradient_kernel[(N, launch.splits)](
+        student, second, ce_weight if labels is None else labels, statistics, ce_weight, kl_weight, gradient,
+        inner, *student.stride(), second.shape[1], *second.stride(), gradient.shape[1], *gradient.stride(),
+        N, V, launch.columns_per_split, T.exp2_scale, T.inverse,
+        NEED_CE=labels is not None, NEED_KL=teacher is not None, SQUARINGS=T.squarings,
+        LANES=launch.lanes, K=launch.columns, num_warps=launch.num_warps,
+    )  # fmt: skip

@@ -1,0 +1,160 @@
+"""Row statistics: one sweep over the logits gives the six numbers a row that the loss and its gradient need.
+
+For a set of columns, with x = z / T and y / T the tempered logits of student and teacher (DESIGN in the README):
+
+    m_s = max z    d_1 = sum e^{z - m_s}    d_T = sum e^{(z - m_s)/T}
+    m_t = max y    e   = sum e^{(y - m_t)/T}    c = sum e^{(y - m_t)/T} ((y - m_t) - (z - m_s)) / T
+
+Every thread keeps a tuple of its own for the columns that it loads and moves it to the new maxima once a tile, so the
+loop has neither a barrier nor a shuffle; the threads' tuples merge once, after the loop.  A row may be split over
+several programs, whose tuples `statistics.merge` joins in a fixed order.
+
+Traffic, bf16: 4 bytes a (student, teacher) pair, the floor.  Special-function work a pair: 3 exponentials, 2 where T is
+1, 2 or 4, plus one K-th of that for the move to new maxima.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from .formulas import exponentials, load_tile, row_offset, tile_columns
+from .launch import Launch, default_launch, temperature_arguments
+
+LOWEST = tl.constexpr(-3.4028234663852886e38)  # the maximum of no columns; finite, so that LOWEST - LOWEST is 0
+
+
+@triton.jit
+def rescale(m_s, d_1, d_T, m_t, e, c, M_s, M_t, exp2_scale, inverse_T, SQUARINGS: tl.constexpr):
+    """The sums of a tuple against the maxima (M_s, M_t) instead of (m_s, m_t); on common maxima, tuples merge by `+`.
+
+    The guard keeps an infinite c (teacher mass where the student has none) from meeting a factor that underflowed.
+    """
+    a_1, a_T = exponentials(m_s - M_s, exp2_scale, SQUARINGS)
+    b = tl.exp2((m_t - M_t) * exp2_scale)
+    c = tl.where(b > 0, b * (c + e * (((m_t - M_t) - (m_s - M_s)) * inverse_T)), 0.0)
+    return d_1 * a_1, d_T * a_T, e * b, c
+
+
+@triton.jit
+def add_tile(
+    m_s, d_1, d_T, m_t, e, c,  # [LANES] each: a tuple a thread
+    z, y,  # [LANES, K]
+    exp2_scale, inverse_T,
+    NEED_CE: tl.constexpr, NEED_KL: tl.constexpr, SQUARINGS: tl.constexpr,
+):  # fmt: skip
+    """The tuples with the columns of one tile added."""
+    M_s = tl.maximum(m_s, tl.max(z, 1))
+    M_t = m_t
+    if NEED_KL:
+        M_t = tl.maximum(m_t, tl.max(y, 1))
+    d_1, d_T, e, c = rescale(m_s, d_1, d_T, m_t, e, c, M_s, M_t, exp2_scale, inverse_T, SQUARINGS)
+    u = z - M_s[:, None]
+    at_1, at_T = exponentials(u, exp2_scale, SQUARINGS)
+    if NEED_CE:
+        d_1 += tl.sum(at_1, 1)
+    if NEED_KL:
+        v = y - M_t[:, None]
+        q = tl.exp2(v * exp2_scale)
+        d_T += tl.sum(at_T, 1)
+        e += tl.sum(q, 1)
+        # No teacher mass adds nothing, also where v - u is infinite or inf - inf (masked tokens).
+        c += inverse_T * tl.sum(q * tl.where(q > 0, v - u, 0.0), 1)
+    return M_s, d_1, d_T, M_t, e, c
+
+
+@triton.jit
+def sweep_statistics(
+    student_row, teacher_row,  # pointers to the rows' first columns
+    student_stride_column, teacher_stride_column,
+    low, high,  # the columns to sweep
+    exp2_scale, inverse_T,
+    NEED_CE: tl.constexpr, NEED_KL: tl.constexpr, SQUARINGS: tl.constexpr, LANES: tl.constexpr, K: tl.constexpr,
+):  # fmt: skip
+    """The tuple (m_s, d_1, d_T, m_t, e, c) of columns low to high of one row; scalars."""
+    TILE: tl.constexpr = LANES * K
+    column = tile_columns(LANES, K)
+    m_s = tl.full([LANES], LOWEST, tl.float32)
+    d_1 = tl.zeros([LANES], tl.float32)
+    d_T = tl.zeros([LANES], tl.float32)
+    m_t = tl.full([LANES], LOWEST, tl.float32)
+    e = tl.zeros([LANES], tl.float32)
+    c = tl.zeros([LANES], tl.float32)
+    whole = low + (high - low) // TILE * TILE
+    for start in range(low, whole, TILE):
+        z = load_tile(student_row, start + column, student_stride_column, high, False)
+        y = z
+        if NEED_KL:
+            y = load_tile(teacher_row, start + column, teacher_stride_column, high, False)
+        m_s, d_1, d_T, m_t, e, c = add_tile(
+            m_s, d_1, d_T, m_t, e, c, z, y, exp2_scale, inverse_T, NEED_CE, NEED_KL, SQUARINGS
+        )
+    if whole < high:
+        z = load_tile(student_row, whole + column, student_stride_column, high, True)
+        y = z
+        if NEED_KL:
+            y = load_tile(teacher_row, whole + column, teacher_stride_column, high, True)
+        m_s, d_1, d_T, m_t, e, c = add_tile(
+            m_s, d_1, d_T, m_t, e, c, z, y, exp2_scale, inverse_T, NEED_CE, NEED_KL, SQUARINGS
+        )
+    M_s = tl.max(m_s, 0)
+    M_t = tl.max(m_t, 0)
+    d_1, d_T, e, c = rescale(m_s, d_1, d_T, m_t, e, c, M_s, M_t, exp2_scale, inverse_T, SQUARINGS)
+    return M_s, tl.sum(d_1, 0), tl.sum(d_T, 0), M_t, tl.sum(e, 0), tl.sum(c, 0)
+
+
+@triton.jit(do_not_specialize=["student_rows_inner", "teacher_rows_inner", "N"])
+def row_statistics_kernel(
+    student_ptr, teacher_ptr,  # [outer, inner, V]
+    ce_weight_ptr, kl_weight_ptr,  # [N]; a row with both 0 is not read
+    statistics_ptr,  # [S, 6, N]
+    student_rows_inner, student_stride_outer, student_stride_inner, student_stride_column,
+    teacher_rows_inner, teacher_stride_outer, teacher_stride_inner, teacher_stride_column,
+    N, V, columns_per_split,
+    exp2_scale, inverse_T,
+    NEED_CE: tl.constexpr, NEED_KL: tl.constexpr, SQUARINGS: tl.constexpr, LANES: tl.constexpr, K: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0)
+    split = tl.program_id(1)
+    low = split * columns_per_split
+    high = tl.minimum(low + columns_per_split, V)
+    if (tl.load(ce_weight_ptr + row) == 0) & (tl.load(kl_weight_ptr + row) == 0):
+        high = low
+    student_row = student_ptr + row_offset(row, student_rows_inner, student_stride_outer, student_stride_inner)
+    teacher_row = teacher_ptr + row_offset(row, teacher_rows_inner, teacher_stride_outer, teacher_stride_inner)
+    m_s, d_1, d_T, m_t, e, c = sweep_statistics(
+        student_row, teacher_row, student_stride_column, teacher_stride_column, low, high, exp2_scale, inverse_T,
+        NEED_CE, NEED_KL, SQUARINGS, LANES, K,
+    )  # fmt: skip
+    out = statistics_ptr + split.to(tl.int64) * 6 * N + row
+    tl.store(out, m_s)
+    tl.store(out + 1 * N, d_1)
+    tl.store(out + 2 * N, d_T)
+    tl.store(out + 3 * N, m_t)
+    tl.store(out + 4 * N, e)
+    tl.store(out + 5 * N, c)
+
+
+def row_statistics(
+    student: torch.Tensor,  # [outer, inner, V]
+    teacher: torch.Tensor | None,  # [outer', inner', V], as many rows
+    ce_weight: torch.Tensor,  # [N], float32
+    kl_weight: torch.Tensor,  # [N], float32
+    temperature: float,
+    need_ce: bool,
+    launch: Launch | None = None,
+) -> torch.Tensor:  # [S, 6, N], float32
+    """Launches the kernel; the tuples of a row's S splits are left for `statistics.merge`."""
+    launch = launch or default_launch(student, teacher)
+    outer, inner, V = student.shape
+    N = outer * inner
+    T = temperature_arguments(temperature)
+    statistics = torch.empty(launch.splits, 6, N, dtype=torch.float32, device=student.device)
+    second = student if teacher is None else teacher
+    row_statistics_kernel[(N, launch.splits)](
+        student, second, ce_weight, kl_weight, statistics,
+        student.shape[1], *student.stride(), second.shape[1], *second.stride(),
+        N, V, launch.columns_per_split, T.exp2_scale, T.inverse,
+        NEED_CE=need_ce, NEED_KL=teacher is not None, SQUARINGS=T.squarings, LANES=launch.lanes, K=launch.columns,
+        num_warps=launch.num_warps,
+    )  # fmt: skip
+    return statistics

@@ -1,0 +1,88 @@
+"""The loss as a textbook writes it, in plain PyTorch: the oracle of the tests and of `fused-kd check`.
+
+    L = (1 - alpha) CE(y, softmax(z_s)) + alpha T^2 KL(softmax(z_t / T) || softmax(z_s / T))
+
+Hinton, Vinyals and Dean, "Distilling the Knowledge in a Neural Network", 2015 (arXiv:1503.02531).  It keeps several
+[N, V] arrays, and shares no formula with the rest of the package.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .output import KDLossOutput
+
+
+def kl_divergence(
+    student_logits: Tensor,  # [N, V]
+    teacher_logits: Tensor,  # [N, V]
+    temperature: float,
+) -> Tensor:  # [N]
+    """KL(softmax(z_t / T) || softmax(z_s / T)) of each row, in nats, with 0 log 0 = 0."""
+    log_p = F.log_softmax(student_logits / temperature, dim=-1)
+    log_q = F.log_softmax(teacher_logits / temperature, dim=-1)
+    kl = F.kl_div(log_p, log_q, reduction="none", log_target=True)
+    if bool(log_q.isneginf().any()):
+        kl = kl.masked_fill(log_q.isneginf(), 0.0)
+    return kl.sum(-1)
+
+
+def kd_loss(
+    student_logits: Tensor,  # [..., V]
+    teacher_logits: Tensor | None,  # [..., V]
+    labels: Tensor | None = None,  # [...]
+    *,
+    alpha: float | Tensor = 0.5,
+    temperature: float = 1.0,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    token_weights: Tensor | None = None,
+    num_items: int | float | Tensor | None = None,
+    vocab_size: int | None = None,
+    inplace_backward: bool = False,
+    return_parts: bool = False,
+) -> Tensor | KDLossOutput:
+    """The loss of `fused_kd.kd_loss`, by the formula; every argument means the same.
+
+    It computes in float32, or in float64 where an input is float64.  Arguments are not checked, and
+    `inplace_backward` has no effect.
+    """
+    shape, V = student_logits.shape[:-1], vocab_size or student_logits.shape[-1]
+    dtype = torch.promote_types(student_logits.dtype, torch.float32)
+    student = student_logits[..., :V].reshape(-1, V).to(dtype)
+    N = student.shape[0]
+
+    weight = torch.ones(N, dtype=dtype, device=student.device)
+    if token_weights is not None:
+        weight = token_weights.reshape(N).to(dtype)
+    if labels is not None:
+        labels = labels.reshape(N).long()
+        weight = weight.where(labels != ignore_index, 0.0)
+    counted = weight != 0
+
+    def rows(tensor: Tensor) -> Tensor:  # a row that does not count is left out, whatever it holds
+        return tensor if bool(counted.all()) else tensor[counted]
+
+    def reduce(row_values: Tensor) -> Tensor:
+        weighted = rows(weight) * row_values
+        if reduction == "none":
+            return torch.zeros(N, dtype=dtype, device=student.device).masked_scatter(counted, weighted).reshape(shape)
+        if reduction == "sum" or not bool(counted.any()):
+            return weighted.sum()
+        return weighted.sum() / (weight.sum() if num_items is None else num_items)
+
+    student = rows(student)
+    alpha = rows(alpha.reshape(N)) if isinstance(alpha, Tensor) else alpha
+    loss, kl, ce = torch.zeros_like(student[:, 0]), None, None
+    if labels is not None:
+        ce = F.cross_entropy(student, rows(labels), reduction="none")
+        loss = loss + (1 - alpha) * ce
+    if teacher_logits is not None and not (isinstance(alpha, float | int) and alpha == 0):
+        teacher = rows(teacher_logits.detach()[..., :V].reshape(-1, V)).to(dtype)
+        kl = kl_divergence(student, teacher, temperature)
+        loss = loss + alpha * temperature**2 * kl
+    if not return_parts:
+        return reduce(loss)
+    return KDLossOutput(
+        reduce(loss), None if kl is None else reduce(kl.detach()), None if ce is None else reduce(ce.detach())
+    )

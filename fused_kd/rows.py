@@ -1,0 +1,72 @@
+"""What a row counts for: labels, alpha, T^2, token weights and the divisor of the mean, in two weights a row."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class RowWeights(NamedTuple):
+    """`[N]`, float64, each: the loss of a row is ce CE + kl KL, with ce = row (1 - alpha) and kl = row alpha T^2."""
+
+    row: Tensor
+    ce: Tensor
+    kl: Tensor
+
+    def reduce(self, values: Tensor, reduction: str, shape: torch.Size) -> Tensor:
+        """For the log: the weighted values of the rows that count, as `reduction` has it; of "none", in the given shape."""
+        weighted = torch.where(self.row == 0, 0.0, self.row * values).detach()
+        return weighted.reshape(shape) if reduction == "none" else weighted.sum()
+
+
+def row_weights(
+    labels: Tensor | None,  # [N]
+    token_weights: Tensor | None,  # [N]
+    alpha: float | Tensor,  # [N]
+    *,
+    rows: int,
+    device: torch.device,
+    temperature: float,
+    vocabulary: int,
+    ignore_index: int,
+    reduction: str,
+    num_items: int | float | Tensor | None,
+) -> RowWeights:
+    """Values that could only be checked with a synchronisation make their row NaN: never a silent number."""
+    if token_weights is None:
+        row = torch.ones(rows, dtype=torch.float64, device=device)
+    else:
+        row = token_weights.double()
+    if labels is not None:
+        row = torch.where(labels == ignore_index, 0.0, row)
+    if reduction == "mean":
+        divisor = row.sum() if num_items is None else num_items
+        row = row / (torch.where(divisor == 0, 1.0, divisor) if isinstance(divisor, Tensor) else divisor)
+    if labels is not None:
+        names_a_class = (labels >= 0) & (labels < vocabulary)
+        row = torch.where(names_a_class | (labels == ignore_index), row, torch.nan)
+    if isinstance(alpha, Tensor):
+        alpha = torch.where((alpha >= 0) & (alpha <= 1), alpha.double(), torch.nan)
+    return RowWeights(row, row * (1 - alpha), row * (alpha * temperature**2))
+
+
+def as_rows(tensor: Tensor) -> Tensor:
+    """`[..., V]` as `[outer, inner, V]`: a view wherever two strides can say where a row is, as in `logits[:, :-1]`."""
+    *leading, V = tensor.shape
+    strides = tensor.stride()[:-1]
+
+    def collapses(first: int, last: int) -> bool:
+        dims = [(size, stride) for size, stride in zip(leading[first:last], strides[first:last], strict=True) if size != 1]
+        return all(outer[1] == inner[0] * inner[1] for outer, inner in zip(dims, dims[1:], strict=False))
+
+    for split in range(len(leading) + 1):
+        if collapses(0, split) and collapses(split, len(leading)):
+            return tensor.view(_product(leading[:split]), _product(leading[split:]), V)
+    return tensor.reshape(1, _product(leading), V)
+
+
+def _product(sizes: list[int]) -> int:
+    product = 1
+    for size in sizes:
+        product *= size
+    return product

@@ -1,0 +1,208 @@
+"""The static profile: its readers on listings small enough to count by hand, and its bounds on what Triton compiles."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+
+pytest.importorskip("triton")
+pytest.importorskip("rich")
+static_profile: Any = pytest.importorskip("static_profile")
+from compiled import amdgcn, bounds, sass, variants  # noqa: E402
+from compiled.profile import profile  # noqa: E402
+
+ONE = "row_statistics sm_90 bf16/bf16 T=2 ce+kl dense"
+
+
+def sass_listing(*lines: str) -> str:
+    """As cuobjdump prints it: the address, the text, and its encoding on this line and the next."""
+    return "".join(
+        f"        /*{16 * i:04x}*/    {line} ;    /* 0x0000000000007919 */\n    /* 0x000e6e0000002500 */\n"
+        for i, line in enumerate(lines)
+    )
+
+
+# A loop of zeros, then 4 pairs of bfloat16 a thread, an iteration covering 128 threads x 4 columns.
+SASS = sass_listing(
+    "MUFU.RCP R4, R4",
+    "@!P0 STG.E.128 desc[UR6][R2.64], RZ",  # 0010: the loop of zeros
+    "IADD3 R24, R24, 0x200, RZ",
+    "ISETP.GE.AND P1, PT, R24, R22, PT",
+    "@!P1 BRA 0x10",
+    "LDG.E.64 R4, desc[UR6][R2.64]",  # 0050: the main loop
+    "LDG.E.64 R8, desc[UR6][R6.64]",
+    "PRMT R26, R4, 0x7632, R26",
+    "SHF.L.U32 R25, R5, 0x10, RZ",
+    "SHF.L.U32 R27, R9, 0x10, RZ",
+    "FMNMX R5, R4, R31, !PT",
+    "FMUL R35, R6, 1.4426950216293334961",
+    "MUFU.EX2 R35, R35",
+    "MUFU.EX2 R36, R36",
+    "FFMA R19, R4, R19, R37",
+    "STG.E.64 desc[UR6][R8.64], R4",
+    "UIADD3 UR4, UR4, 0x200, URZ",
+    "UISETP.GE.AND UP0, UPT, UR4, UR6, UPT",
+    "PLOP3.LUT P0, PT, PT, PT, UP0, 0x80, 0x0",
+    "@!P0 BRA 0x50",
+    "SHFL.BFLY PT, R3, R2, 0x10, 0x1f",
+    "BAR.SYNC.DEFER_BLOCKING 0x0",
+    "BRA 0x160",
+)
+
+
+def test_sass_main_loop_is_counted_line_by_line():
+    loop = sass.main_loop(SASS)
+    assert len(loop.body) == 15
+    assert loop.counts() == {"load": 2, "store": 1, "convert": 3, "mufu": 2, "fma": 2, "alu": 4, "control": 1}
+    assert loop.columns == 512
+    assert loop.bytes_in_flight == 16  # the second load is issued before the first one's registers are used
+    assert (loop.widths("load"), loop.widths("store")) == ([8, 8], [8])
+
+
+def test_sass_figures_are_a_pair():
+    resources = sass.resources("REG:45 STACK:0 SHARED:1024 LOCAL:0", shared=16, arch=90, num_warps=4)
+    figures = profile(resources, sass.main_loop(SASS), lanes=128, columns=4, warp_size=32)
+    assert (figures.pairs, figures.instructions, figures.kinds["mufu"], figures.bytes) == (4, 15 / 4, 2 / 4, 24 / 4)
+    assert figures.resident_warps == 40  # 48 registers a thread are given out: 10 warps in each of four partitions
+    assert figures.kilobytes_in_flight == 40 * 32 * 16 / 1024
+
+
+@pytest.mark.parametrize(
+    ("text", "kind", "size"),
+    [
+        ("@!P0 LDG.E.U16 R4, desc[UR6][R2.64]", "load", 2),
+        ("LDG.E R4, [R2.64]", "load", 4),
+        ("LDG.E.EF.128.CONSTANT R4, [R2.64]", "load", 16),
+        ("STL [R1], R4", "local", 0),
+        ("@P1 SHFL.DOWN PT, R3, R2, 0x10, 0x1f", "shuffle", 0),
+        ("BAR.SYNC.DEFER_BLOCKING 0x0", "barrier", 0),
+        ("STS.128 [R4], R8", "shared", 0),
+        ("FADD2 R8, R8.F32x2.HI_LO, R10.F32x2.HI_LO", "fma", 0),
+        ("HADD2.F32 R5, -RZ, R4.H0_H0", "convert", 0),
+        ("IMAD.U32 R5, R4, 0x10000, RZ", "convert", 0),
+        ("SHF.L.U32 R23, R23, 0x3, RZ", "alu", 0),
+    ],
+)
+def test_sass_kinds_and_widths(text: str, kind: str, size: int):
+    instruction = sass.instruction(text)
+    assert (instruction.kind, instruction.bytes) == (kind, size)
+
+
+def test_sass_loads_that_wait_for_one_another_are_not_in_flight_together():
+    serial = sass_listing(
+        "LDG.E.128 R4, [R2.64]",
+        "MUFU.EX2 R4, R4",
+        "LDG.E.128 R4, [R10.64]",
+        "MUFU.EX2 R4, R5",
+        "IADD3 R24, PT, PT, R24, 0x400, RZ",
+        "ISETP.GE.AND P1, PT, R24, R22, PT",
+        "@!P1 BRA 0x0",
+    )
+    assert sass.main_loop(serial).bytes_in_flight == 16
+
+
+AMDGCN = """\
+.LBB0_3:                                ; %.lr.ph
+	.loc	1 2 3
+	global_load_dwordx4 v[20:23], v[34:35], off
+	global_load_short_d16_hi v24, v[36:37], off
+	s_addk_i32 s37, 0x800
+	s_waitcnt vmcnt(0)
+	v_and_b32_e32 v35, 0xffff0000, v20
+	v_exp_f32_e32 v26, v26
+	v_pk_fma_f32 v[26:27], v[2:3], v[26:27], v[28:29]
+	v_add_f32_dpp v2, v3, v3 row_shr:1 row_mask:0xf bank_mask:0xf
+	ds_read_b32 v3, v4
+	s_barrier
+	s_cmp_lt_i32 s37, s33
+	s_cbranch_scc1 .LBB0_3
+; TotalNumVgprs: 52
+; ScratchSize: 0
+; Occupancy: 8
+    .sgpr_spill_count: 0
+    .vgpr_spill_count: 3
+"""
+
+
+def test_amdgcn_main_loop_and_resources():
+    loop = amdgcn.main_loop(AMDGCN)
+    assert loop.counts() == dict.fromkeys(("mufu", "fma", "convert", "shuffle", "shared", "barrier"), 1) | {
+        "load": 2,
+        "alu": 2,
+        "control": 2,
+    }
+    assert (loop.columns, loop.bytes_in_flight, loop.widths("load")) == (0x800, 18, [16, 2])
+    resources = amdgcn.resources(AMDGCN, shared=16, num_warps=4)
+    assert (resources.registers, resources.spill, resources.resident_warps) == (52, 3, 32)
+
+
+def test_a_kernel_without_a_main_loop_is_an_error():
+    with pytest.raises(ValueError, match="none of 0 innermost loops"):
+        sass.main_loop(sass_listing("EXIT"))
+
+
+def test_variants_cover_every_target_and_have_names_of_their_own():
+    names = [variant.name for variant in variants.all_variants()]
+    assert len(names) == len(set(names))
+    assert {name.split()[1] for name in names} == set(variants.TARGETS)
+
+
+def _as_tritons_jit_specialises(variant: variants.Variant) -> list[tuple[Any, Any]]:
+    """Runs in a worker, where the kernels are not under the interpreter: ours beside Triton's own, of one call."""
+    import torch
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import make_backend
+    from triton.runtime.jit import create_function_from_signature
+
+    dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "i64": torch.int64}
+    kernel = variants._kernel(variant.kernel)
+    call = variants.call_arguments(variant) | variants._constants(variant)
+    arguments = [call[parameter.name] for parameter in kernel.params]
+    values = [torch.empty(1, dtype=dtypes[a.dtype]) if isinstance(a, variants.Pointer) else a for a in arguments]
+    backend = make_backend(GPUTarget("cuda", 90, 32))
+    _, theirs, _ = create_function_from_signature(kernel.signature, kernel.params, backend)(*values)
+    source = variants.source(variant)
+    ours = list(source.signature.values())
+    return [
+        ((ours[i], source.attrs.get((i,), [])), (kind, backend.parse_attr(key) if isinstance(key, str) else []))
+        for i, (kind, key) in enumerate(theirs)
+    ]
+
+
+@pytest.mark.parametrize("layout", ["dense", "odd", "transposed"])
+def test_specialisation_is_that_of_tritons_jit(layout: str):
+    variant = variants.Variant("logit_gradient", "sm_90", "bf16", "fp32", 3.0, "ce+kl", layout)
+    (pairs,) = static_profile.in_workers(_as_tritons_jit_specialises, [variant], workers=1).values()
+    if isinstance(pairs, ImportError):
+        pytest.skip(f"another Triton: {pairs}")
+    for ours, theirs in pairs:
+        assert ours == theirs
+
+
+def test_one_variant_keeps_its_bounds(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    file = tmp_path / "profile.json"
+    assert static_profile.main(["--check", "--variant", ONE, "--workers", "1", "--json", str(file)]) == 0
+    assert "1 variants keep their bounds" in capsys.readouterr().out
+    (figures,) = json.loads(file.read_text())["variants"]
+    assert figures["violations"] == []
+    assert figures["bytes"] == 4
+    assert 10 < figures["instructions"] <= 27
+    assert 2 <= figures["kinds"]["mufu"] <= 2.5  # two exponentials a pair, and one a tile to move to new maxima
+    assert len(figures["listing"]) == figures["instructions"] * figures["pairs"]
+
+
+def test_check_fails_when_a_bound_is_lower(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    limits = bounds.LIMITS["row_statistics"]._replace(instructions=10)
+    monkeypatch.setitem(bounds.LIMITS, "row_statistics", limits)
+    assert static_profile.main(["--check", "--variant", ONE, "--workers", "1"]) == 1
+    assert f"BROKEN {ONE}: instructions a pair" in capsys.readouterr().out
+
+
+def test_wrong_arguments_exit_with_2():
+    with pytest.raises(SystemExit) as exit_:
+        static_profile.main(["--variant", "no-such-word"])
+    assert exit_.value.code == 2
