@@ -134,7 +134,8 @@ def launch(variant: Variant) -> Any:
     from fused_kd.kernels.launch import plan
 
     layout = LAYOUTS[variant.layout]
-    itemsize = min(SIZES[variant.student], SIZES[variant.teacher])
+    sizes = [SIZES[variant.student]] + [SIZES[variant.teacher]] * (variant.kernel == "row_statistics")
+    itemsize = min(sizes)
     return plan(layout.rows, layout.vocabulary, itemsize, PROCESSORS, warp_size(variant.target))
 
 
@@ -194,6 +195,7 @@ def _constants(variant: Variant) -> dict[str, int | bool]:
         "SQUARINGS": temperature_arguments(variant.temperature).squarings,
         "LANES": plan.lanes,
         "K": plan.columns,
+        "WIDE": LAYOUTS[variant.layout].wide,
     }
 
 

@@ -37,9 +37,16 @@ def row_offset(row, rows_inner, stride_outer, stride_inner):
 
 
 @triton.jit
-def tile_columns(LANES: tl.constexpr, K: tl.constexpr):
-    """[LANES, K] column numbers of a tile: K neighbours a thread, so that a thread loads 16 bytes at once."""
-    return tl.arange(0, LANES)[:, None] * K + tl.arange(0, K)[None, :]
+def tile_columns(LANES: tl.constexpr, K: tl.constexpr, WIDE: tl.constexpr):
+    """[K, LANES] column numbers of a tile, K columns a thread in either layout, so that sums over K need no shuffle.
+
+    WIDE: K neighbours a thread, loaded as 16 bytes at once.  Otherwise, where rows start anywhere, neighbouring threads
+    take neighbouring columns, so that the threads' narrow loads coalesce; the hint keeps Triton from regrouping them.
+    """
+    if WIDE:
+        return tl.arange(0, LANES)[None, :] * K + tl.arange(0, K)[:, None]
+    else:
+        return tl.max_contiguous(tl.arange(0, LANES)[None, :] + tl.arange(0, K)[:, None] * LANES, [1, 1])
 
 
 @triton.jit

@@ -2,7 +2,6 @@
 
 import functools
 import math
-import os
 from typing import NamedTuple
 
 import torch
@@ -10,7 +9,7 @@ import torch
 
 class Launch(NamedTuple):
     lanes: int  # threads of a program; each holds a tuple of statistics
-    columns: int  # K, neighbouring columns a thread: 16 bytes of the narrower input
+    columns: int  # K, columns a thread
     num_warps: int
     splits: int  # S, programs a row
     columns_per_split: int  # a multiple of lanes * columns, but for what the last split lacks
@@ -46,7 +45,7 @@ def plan(rows: int, vocabulary: int, itemsize: int, processors: int, warp_size: 
 
     Args:
         rows, vocabulary: N and V.
-        itemsize: bytes of an element of the narrower input.
+        itemsize: bytes of an element; a thread takes 16 bytes of such.
         processors: multiprocessors of the device.
         warp_size: threads of a warp (64 on AMD's CDNA).
     """
@@ -59,16 +58,18 @@ def plan(rows: int, vocabulary: int, itemsize: int, processors: int, warp_size: 
     return Launch(lanes, columns, NUM_WARPS, -(-vocabulary // columns_per_split), columns_per_split)
 
 
-def interpreted() -> bool:
-    """Whether Triton runs kernels in Python, on CPU tensors (TRITON_INTERPRET=1)."""
-    return os.environ.get("TRITON_INTERPRET") == "1"
+def is_wide(*tensors: torch.Tensor) -> bool:
+    """Whether rows start at multiples of 16 bytes, as far as Triton can know: by strides that are multiples of 16."""
+    return all(
+        tensor.stride(-1) == 1 and tensor.data_ptr() % 16 == 0 and all(stride % 16 == 0 for stride in tensor.stride()[:-1])
+        for tensor in tensors
+    )
 
 
-def default_launch(student: torch.Tensor, teacher: torch.Tensor | None) -> Launch:
+def default_launch(student: torch.Tensor, itemsize: int) -> Launch:
     """The launch for logits `[outer, inner, V]`."""
     outer, inner, vocabulary = student.shape
-    itemsize = min(student.element_size(), teacher.element_size() if teacher is not None else 8)
-    if interpreted():  # wide tiles: an operation costs the same in Python whatever its size
+    if not student.is_cuda:  # interpreted; wide tiles, since an operation costs the same in Python whatever its size
         return Launch(1024, 16 // itemsize, NUM_WARPS, 1, vocabulary)
     processors, warp_size = _processors_and_warp_size(student.device)
-    return plan(outer * inner, vocabulary, itemsize, processors, warp_size)
+    return plan(max(1, outer * inner), vocabulary, itemsize, processors, warp_size)

@@ -15,13 +15,13 @@ import triton
 import triton.language as tl
 
 from .formulas import exponentials, load_tile, row_offset, tile_columns
-from .launch import Launch, default_launch, temperature_arguments
+from .launch import Launch, default_launch, is_wide, temperature_arguments
 
 
 @triton.jit
 def tile_gradient(
-    z, y,  # [LANES, K]
-    is_label,  # [LANES, K]
+    z, y,  # [K, LANES]
+    is_label,  # [K, LANES]
     m_s, m_t,
     w_ce, p_1_scale, p_T_scale, q_scale,  # w_ce; w_ce / d_1, w_kl / (T d_T), w_kl / (T e)
     exp2_scale,
@@ -43,11 +43,12 @@ def sweep_gradient(
     low, high, label,
     m_s, m_t, w_ce, p_1_scale, p_T_scale, q_scale, exp2_scale,
     NEED_CE: tl.constexpr, NEED_KL: tl.constexpr, SQUARINGS: tl.constexpr, LANES: tl.constexpr, K: tl.constexpr,
+    WIDE: tl.constexpr,
 ):  # fmt: skip
     """Writes the gradient of columns low to high of one row."""
     TILE: tl.constexpr = LANES * K
     dtype = gradient_row.dtype.element_ty
-    column = tile_columns(LANES, K)
+    column = tile_columns(LANES, K, WIDE)
     whole = low + (high - low) // TILE * TILE
     for start in range(low, whole, TILE):
         z = load_tile(student_row, start + column, student_stride_column, high, False)
@@ -73,10 +74,10 @@ def sweep_gradient(
 
 
 @triton.jit
-def sweep_zeros(gradient_row, gradient_stride_column, low, high, LANES: tl.constexpr, K: tl.constexpr):
+def sweep_zeros(gradient_row, gradient_stride_column, low, high, LANES: tl.constexpr, K: tl.constexpr, WIDE: tl.constexpr):
     """Writes zeros to columns low to high of one row."""
-    column = tile_columns(LANES, K)
-    zeros = tl.zeros([LANES, K], gradient_row.dtype.element_ty)
+    column = tile_columns(LANES, K, WIDE)
+    zeros = tl.zeros([K, LANES], gradient_row.dtype.element_ty)
     for start in range(low, high, LANES * K):
         pointers = gradient_row + (start + column).to(tl.int64) * gradient_stride_column
         tl.store(pointers, zeros, mask=start + column < high)
@@ -95,6 +96,7 @@ def logit_gradient_kernel(
     N, V, columns_per_split,
     exp2_scale, inverse_T,
     NEED_CE: tl.constexpr, NEED_KL: tl.constexpr, SQUARINGS: tl.constexpr, LANES: tl.constexpr, K: tl.constexpr,
+    WIDE: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
     low = tl.program_id(1) * columns_per_split
@@ -105,7 +107,7 @@ def logit_gradient_kernel(
     w_ce = tl.load(ce_weight_ptr + row)
     w_kl = tl.load(kl_weight_ptr + row) * inverse_T
     if (w_ce == 0) & (w_kl == 0):
-        sweep_zeros(gradient_row, gradient_stride_column, low, high, LANES, K)
+        sweep_zeros(gradient_row, gradient_stride_column, low, high, LANES, K, WIDE)
     else:
         label = -1
         if NEED_CE:
@@ -119,7 +121,7 @@ def logit_gradient_kernel(
             student_row, teacher_row, gradient_row,
             student_stride_column, teacher_stride_column, gradient_stride_column,
             low, high, label, m_s, m_t, w_ce, w_ce / d_1, w_kl / d_T, w_kl / e, exp2_scale,
-            NEED_CE, NEED_KL, SQUARINGS, LANES, K,
+            NEED_CE, NEED_KL, SQUARINGS, LANES, K, WIDE,
         )  # fmt: skip
 
 
@@ -135,7 +137,8 @@ def logit_gradient(
     launch: Launch | None = None,
 ) -> None:
     """Launches the kernel."""
-    launch = launch or default_launch(student, teacher)
+    # K by what is written: a float32 gradient stored 8 columns a thread would be regrouped through shared memory.
+    launch = launch or default_launch(student, student.element_size())
     outer, inner, V = student.shape
     N = outer * inner
     T = temperature_arguments(temperature)
@@ -145,5 +148,5 @@ def logit_gradient(
         inner, *student.stride(), second.shape[1], *second.stride(), gradient.shape[1], *gradient.stride(),
         N, V, launch.columns_per_split, T.exp2_scale, T.inverse,
         NEED_CE=labels is not None, NEED_KL=teacher is not None, SQUARINGS=T.squarings,
-        LANES=launch.lanes, K=launch.columns, num_warps=launch.num_warps,
+        LANES=launch.lanes, K=launch.columns, WIDE=is_wide(student, second, gradient), num_warps=launch.num_warps,
     )  # fmt: skip

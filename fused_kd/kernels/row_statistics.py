@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 
 from .formulas import exponentials, load_tile, row_offset, tile_columns
-from .launch import Launch, default_launch, temperature_arguments
+from .launch import Launch, default_launch, is_wide, temperature_arguments
 
 LOWEST = tl.constexpr(-3.4028234663852886e38)  # the maximum of no columns; finite, so that LOWEST - LOWEST is 0
 
@@ -38,27 +38,27 @@ def rescale(m_s, d_1, d_T, m_t, e, c, M_s, M_t, exp2_scale, inverse_T, SQUARINGS
 @triton.jit
 def add_tile(
     m_s, d_1, d_T, m_t, e, c,  # [LANES] each: a tuple a thread
-    z, y,  # [LANES, K]
+    z, y,  # [K, LANES]
     exp2_scale, inverse_T,
     NEED_CE: tl.constexpr, NEED_KL: tl.constexpr, SQUARINGS: tl.constexpr,
 ):  # fmt: skip
     """The tuples with the columns of one tile added."""
-    M_s = tl.maximum(m_s, tl.max(z, 1))
+    M_s = tl.maximum(m_s, tl.max(z, 0))
     M_t = m_t
     if NEED_KL:
-        M_t = tl.maximum(m_t, tl.max(y, 1))
+        M_t = tl.maximum(m_t, tl.max(y, 0))
     d_1, d_T, e, c = rescale(m_s, d_1, d_T, m_t, e, c, M_s, M_t, exp2_scale, inverse_T, SQUARINGS)
-    u = z - M_s[:, None]
+    u = z - M_s[None, :]
     at_1, at_T = exponentials(u, exp2_scale, SQUARINGS)
     if NEED_CE:
-        d_1 += tl.sum(at_1, 1)
+        d_1 += tl.sum(at_1, 0)
     if NEED_KL:
-        v = y - M_t[:, None]
+        v = y - M_t[None, :]
         q = tl.exp2(v * exp2_scale)
-        d_T += tl.sum(at_T, 1)
-        e += tl.sum(q, 1)
+        d_T += tl.sum(at_T, 0)
+        e += tl.sum(q, 0)
         # No teacher mass adds nothing, also where v - u is infinite or inf - inf (masked tokens).
-        c += inverse_T * tl.sum(q * tl.where(q > 0, v - u, 0.0), 1)
+        c += inverse_T * tl.sum(q * tl.where(q > 0, v - u, 0.0), 0)
     return M_s, d_1, d_T, M_t, e, c
 
 
@@ -69,10 +69,11 @@ def sweep_statistics(
     low, high,  # the columns to sweep
     exp2_scale, inverse_T,
     NEED_CE: tl.constexpr, NEED_KL: tl.constexpr, SQUARINGS: tl.constexpr, LANES: tl.constexpr, K: tl.constexpr,
+    WIDE: tl.constexpr,
 ):  # fmt: skip
     """The tuple (m_s, d_1, d_T, m_t, e, c) of columns low to high of one row; scalars."""
     TILE: tl.constexpr = LANES * K
-    column = tile_columns(LANES, K)
+    column = tile_columns(LANES, K, WIDE)
     m_s = tl.full([LANES], LOWEST, tl.float32)
     d_1 = tl.zeros([LANES], tl.float32)
     d_T = tl.zeros([LANES], tl.float32)
@@ -112,6 +113,7 @@ def row_statistics_kernel(
     N, V, columns_per_split,
     exp2_scale, inverse_T,
     NEED_CE: tl.constexpr, NEED_KL: tl.constexpr, SQUARINGS: tl.constexpr, LANES: tl.constexpr, K: tl.constexpr,
+    WIDE: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
     split = tl.program_id(1)
@@ -123,7 +125,7 @@ def row_statistics_kernel(
     teacher_row = teacher_ptr + row_offset(row, teacher_rows_inner, teacher_stride_outer, teacher_stride_inner)
     m_s, d_1, d_T, m_t, e, c = sweep_statistics(
         student_row, teacher_row, student_stride_column, teacher_stride_column, low, high, exp2_scale, inverse_T,
-        NEED_CE, NEED_KL, SQUARINGS, LANES, K,
+        NEED_CE, NEED_KL, SQUARINGS, LANES, K, WIDE,
     )  # fmt: skip
     out = statistics_ptr + split.to(tl.int64) * 6 * N + row
     tl.store(out, m_s)
@@ -144,17 +146,17 @@ def row_statistics(
     launch: Launch | None = None,
 ) -> torch.Tensor:  # [S, 6, N], float32
     """Launches the kernel; the tuples of a row's S splits are left for `statistics.merge`."""
-    launch = launch or default_launch(student, teacher)
+    second = student if teacher is None else teacher
+    launch = launch or default_launch(student, min(student.element_size(), second.element_size()))
     outer, inner, V = student.shape
     N = outer * inner
     T = temperature_arguments(temperature)
     statistics = torch.empty(launch.splits, 6, N, dtype=torch.float32, device=student.device)
-    second = student if teacher is None else teacher
     row_statistics_kernel[(N, launch.splits)](
         student, second, ce_weight, kl_weight, statistics,
         student.shape[1], *student.stride(), second.shape[1], *second.stride(),
         N, V, launch.columns_per_split, T.exp2_scale, T.inverse,
         NEED_CE=need_ce, NEED_KL=teacher is not None, SQUARINGS=T.squarings, LANES=launch.lanes, K=launch.columns,
-        num_warps=launch.num_warps,
+        WIDE=is_wide(student, second), num_warps=launch.num_warps,
     )  # fmt: skip
     return statistics
