@@ -69,7 +69,9 @@ def check_device(name: str, tensor: Tensor, student: Tensor) -> None:
         raise ValueError(f"{name}: expected a tensor on the student's device {student.device}, got {tensor.device}")
 
 
-def check_options(temperature: float, ignore_index: int, reduction: str, num_items: int | float | Tensor | None) -> None:
+def check_options(
+    temperature: float, ignore_index: int, reduction: str, num_items: int | float | Tensor | None
+) -> None:
     if not is_number(temperature):
         raise TypeError(
             f"temperature: expected a Python number, got {_what(temperature)}; reading it from a tensor would "
@@ -84,7 +86,9 @@ def check_options(temperature: float, ignore_index: int, reduction: str, num_ite
     if num_items is None:
         return
     if reduction != "mean":
-        raise ValueError(f"num_items: expected reduction='mean', whose divisor it replaces, got reduction={reduction!r}")
+        raise ValueError(
+            f"num_items: expected reduction='mean', whose divisor it replaces, got reduction={reduction!r}"
+        )
     if isinstance(num_items, Tensor):
         if num_items.numel() != 1:
             raise ValueError(f"num_items: expected a number or a tensor of one element, got {_what(num_items)}")

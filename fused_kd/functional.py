@@ -91,21 +91,23 @@ def kd_loss(
     ce_in_loss = isinstance(alpha, Tensor) or alpha < 1
     kl_in_loss = isinstance(alpha, Tensor) or alpha > 0
     need_ce = labels is not None and (ce_in_loss or return_parts)
-    need_kl = teacher_logits is not None and (kl_in_loss or return_parts)
-    losses, ce, kl = KDLossFunction.apply(
+    teacher = None
+    if teacher_logits is not None and (kl_in_loss or return_parts):
+        teacher = as_rows(teacher_logits.detach()[..., :V])
+    losses, ce, kl = KDLossFunction.apply(  # type: ignore[no-untyped-call]
         student,
-        as_rows(teacher_logits.detach()[..., :V]) if need_kl else None,
+        teacher,
         labels if need_ce else None,
         weights.ce,
         weights.kl,
         KDOptions(float(temperature), V, ce_in_loss, kl_in_loss, inplace_backward, dtype),
     )
     shape = student_logits.shape[:-1]
-    loss = losses.reshape(shape) if reduction == "none" else losses.sum()
+    loss: Tensor = (losses.reshape(shape) if reduction == "none" else losses.sum()).to(dtype)
     if not return_parts:
-        return loss.to(dtype)
+        return loss
     return KDLossOutput(
-        loss.to(dtype),
-        weights.reduce(kl, reduction, shape).to(dtype) if need_kl else None,
+        loss,
+        weights.reduce(kl, reduction, shape).to(dtype) if teacher is not None else None,
         weights.reduce(ce, reduction, shape).to(dtype) if need_ce else None,
     )

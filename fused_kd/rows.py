@@ -1,5 +1,6 @@
 """What a row counts for: labels, alpha, T^2, token weights and the divisor of the mean, in two weights a row."""
 
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -33,10 +34,8 @@ def row_weights(
     num_items: int | float | Tensor | None,
 ) -> RowWeights:
     """Values that could only be checked with a synchronisation make their row NaN: never a silent number."""
-    if token_weights is None:
-        row = torch.ones(rows, dtype=torch.float64, device=device)
-    else:
-        row = token_weights.double()
+    ones = torch.ones(rows, dtype=torch.float64, device=device)
+    row = ones if token_weights is None else token_weights.double()
     if labels is not None:
         row = torch.where(labels == ignore_index, 0.0, row)
     if reduction == "mean":
@@ -56,8 +55,10 @@ def as_rows(tensor: Tensor) -> Tensor:
     strides = tensor.stride()[:-1]
 
     def collapses(first: int, last: int) -> bool:
-        dims = [(size, stride) for size, stride in zip(leading[first:last], strides[first:last], strict=True) if size != 1]
-        return all(outer[1] == inner[0] * inner[1] for outer, inner in zip(dims, dims[1:], strict=False))
+        dims = [
+            (size, stride) for size, stride in zip(leading[first:last], strides[first:last], strict=True) if size != 1
+        ]
+        return all(outer[1] == inner[0] * inner[1] for outer, inner in pairwise(dims))
 
     for split in range(len(leading) + 1):
         if collapses(0, split) and collapses(split, len(leading)):

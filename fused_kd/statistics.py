@@ -60,4 +60,5 @@ def kl_divergence(
     logarithms, loses nothing where teacher and student are close.
     """
     _, _, d_T, _, e, c = statistics.double()
-    return c / e + (d_T / e).log()
+    kl: Tensor = c / e + (d_T / e).log()
+    return kl

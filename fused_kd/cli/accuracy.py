@@ -3,6 +3,7 @@
 import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -104,16 +105,23 @@ def cases(quick: bool = False) -> list[Case]:
     """Every shape with every dtype pair; within these every temperature and kind of logits, and in turn the rest."""
     alphas, counted = itertools.cycle(ALPHAS), itertools.cycle(ROWS)
     reductions = itertools.cycle(["mean", "none", "sum", "mean", "none"])  # 5: out of step with the cycles of 3
-    result = []
+    result: list[Case] = []
     for (rows, vocabulary), dtypes, logits, temperature in itertools.product(SHAPES, DTYPES, LOGITS, TEMPERATURES):
         everything = rows * vocabulary < 200_000 and dtypes[0] == dtypes[1]
         for _ in range(len(ALPHAS) if everything else 1):
             next(counted) if len(result) % 9 == 0 else None  # every pair of alpha and rows comes up
             result.append(
                 Case(
-                    rows, vocabulary, *dtypes, temperature, next(alphas), logits, next(counted), next(reductions),
+                    rows,
+                    vocabulary,
+                    *dtypes,
+                    temperature,
+                    next(alphas),
+                    logits,
+                    next(counted),
+                    next(reductions),
                     seed=len(result),
-                )  # fmt: skip
+                )
             )
     return result[::17] if quick else result
 
@@ -128,7 +136,9 @@ def inputs(case: Case, device: torch.device, seed: int) -> Inputs:
             return 0.1 * z
         if case.logits == "peaked":
             return (2 * z).scatter_add_(1, torch.randint(V, (N, 1), generator=generator), torch.full((N, 1), 20.0))
-        return 2 * z / torch.rand(N, V, generator=generator).clamp_min(1e-3).sqrt()  # Student's t with 2 degrees, nearly
+        return (
+            2 * z / torch.rand(N, V, generator=generator).clamp_min(1e-3).sqrt()
+        )  # Student's t with 2 degrees, nearly
 
     student, teacher = logits().to(case.student_dtype), logits().to(case.teacher_dtype)
     labels = torch.randint(V, (N,), generator=generator)
@@ -145,7 +155,7 @@ def inputs(case: Case, device: torch.device, seed: int) -> Inputs:
 
 
 def loss_and_gradient(
-    function: Callable[..., Tensor], case: Case, given: Inputs, dtype: torch.dtype | None
+    function: Callable[..., Any], case: Case, given: Inputs, dtype: torch.dtype | None
 ) -> tuple[Tensor, Tensor]:
     """Row losses `[N]` and the gradient of the reduced loss `[N, V]`, with the inputs cast to dtype."""
     student = (given.student if dtype is None else given.student.to(dtype)).detach().requires_grad_()
@@ -154,7 +164,7 @@ def loss_and_gradient(
     with torch.no_grad():
         rows = function(student, teacher, given.labels, reduction="none", **options)
     loss = function(student, teacher, given.labels, reduction=case.reduction, **options)
-    loss.backward((given.upstream if case.reduction == "none" else given.upstream.sum()).to(loss.dtype))
+    torch.autograd.backward(loss, (given.upstream if case.reduction == "none" else given.upstream.sum()).to(loss.dtype))
     assert student.grad is not None
     return rows, student.grad
 
@@ -230,5 +240,7 @@ def by_group(measured: list[tuple[Case, Errors]]) -> Iterator[tuple[tuple[int, i
     """The cases of each shape and dtype pair."""
     yield from (
         (key, list(group))
-        for key, group in itertools.groupby(measured, key=lambda pair: (pair[0].rows, pair[0].vocabulary, pair[0].dtypes))
+        for key, group in itertools.groupby(
+            measured, key=lambda pair: (pair[0].rows, pair[0].vocabulary, pair[0].dtypes)
+        )
     )

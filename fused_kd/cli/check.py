@@ -128,7 +128,10 @@ def _record(measured: list[Any], backend: str) -> dict[str, Any]:
         "python": platform.python_version(),
         "configurations": [
             {
-                **{key: value if isinstance(value, int | float | str) else str(value) for key, value in asdict(case).items()},
+                **{
+                    key: value if isinstance(value, int | float | str) else str(value)
+                    for key, value in asdict(case).items()
+                },
                 **asdict(errors),
                 "failures": _failures(case, errors),
             }

@@ -61,7 +61,9 @@ def plan(rows: int, vocabulary: int, itemsize: int, processors: int, warp_size: 
 def is_wide(*tensors: torch.Tensor) -> bool:
     """Whether rows start at multiples of 16 bytes, as far as Triton can know: by strides that are multiples of 16."""
     return all(
-        tensor.stride(-1) == 1 and tensor.data_ptr() % 16 == 0 and all(stride % 16 == 0 for stride in tensor.stride()[:-1])
+        tensor.stride(-1) == 1
+        and tensor.data_ptr() % 16 == 0
+        and all(stride % 16 == 0 for stride in tensor.stride()[:-1])
         for tensor in tensors
     )
 

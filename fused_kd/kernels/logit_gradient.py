@@ -74,7 +74,9 @@ def sweep_gradient(
 
 
 @triton.jit
-def sweep_zeros(gradient_row, gradient_stride_column, low, high, LANES: tl.constexpr, K: tl.constexpr, WIDE: tl.constexpr):
+def sweep_zeros(
+    gradient_row, gradient_stride_column, low, high, LANES: tl.constexpr, K: tl.constexpr, WIDE: tl.constexpr
+):
     """Writes zeros to columns low to high of one row."""
     column = tile_columns(LANES, K, WIDE)
     zeros = tl.zeros([K, LANES], gradient_row.dtype.element_ty)

@@ -1,0 +1,75 @@
+"""`fused-kd check`: what it prints, its exit codes, and that it can fail."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from fused_kd import kd_loss
+from fused_kd.cli import accuracy, main
+
+
+def test_quick_check_passes_and_writes_every_figure(tmp_path, capsys):
+    file = tmp_path / "check.json"
+    assert main(["check", "--backend", "cpu", "--quick", "--json", str(file)]) == 0
+    assert "68 of 68 configurations within their bounds on cpu" in capsys.readouterr().out
+    record = json.loads(file.read_text())
+    assert len(record["configurations"]) == len(accuracy.cases(quick=True))
+    assert all(0 < c["gradient"] < 0.1 and c["failures"] == [] for c in record["configurations"])
+
+
+def test_the_table_has_what_it_promises():
+    cases = accuracy.cases()
+    for field, values in {
+        "temperature": accuracy.TEMPERATURES, "alpha": accuracy.ALPHAS, "logits": accuracy.LOGITS,
+        "counted": accuracy.ROWS, "reduction": ["mean", "sum", "none"], "vocabulary": [151_936, 262_144],
+    }.items():  # fmt: skip
+        assert set(values) <= {getattr(case, field) for case in cases}
+    assert len({(c.alpha, c.counted, c.temperature) for c in cases}) == 45
+
+
+WRONG = {
+    "no gradient": lambda z, *a, **k: kd_loss(z, *a, **k).detach() + 0 * z.sum(),
+    "T^2 in the value only": lambda z, *a, temperature, **k: (
+        kd_loss(z, *a, temperature=temperature, **k).detach()
+        + (lambda loss: (loss - loss.detach()) / temperature**2)(kd_loss(z, *a, temperature=temperature, **k))
+    ),
+    "0.1% too large": lambda *a, **k: 1.001 * kd_loss(*a, **k),
+    "NaN": lambda *a, **k: kd_loss(*a, **k) * torch.nan,
+}
+
+
+@pytest.mark.parametrize("mistake", WRONG)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_check_fails_for_a_wrong_loss(mistake, dtype, monkeypatch):
+    case = next(
+        c for c in accuracy.cases()
+        if str(c.student_dtype).endswith(dtype) and c.temperature == 4.0 and c.alpha == 0.3 and c.rows == 33
+    )  # fmt: skip
+    assert accuracy.measure(case, torch.device("cpu")).failures(dtype == "bfloat16") == []
+    monkeypatch.setattr(accuracy, "kd_loss", WRONG[mistake])
+    assert accuracy.measure(case, torch.device("cpu")).failures(dtype == "bfloat16") != []
+
+
+def test_a_failed_configuration_gives_exit_code_1(monkeypatch, capsys):
+    monkeypatch.setattr(accuracy, "cases", lambda quick: [c for c in CASES if c.rows == 129][:2])
+    monkeypatch.setattr(accuracy, "kd_loss", WRONG["0.1% too large"])
+    assert main(["check", "--backend", "cpu", "--verbose"]) == 1
+    assert "FAILED [129, 1023]" in capsys.readouterr().out
+
+
+CASES = accuracy.cases()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_a_backend_that_cannot_run_gives_exit_code_2(capsys):
+    assert main(["check", "--backend", "cuda"]) == 2
+    assert "no CUDA device" in capsys.readouterr().err
+
+
+def test_module_and_help():
+    result = subprocess.run([sys.executable, "-m", "fused_kd", "check", "--help"], capture_output=True, text=True)
+    assert result.returncode == 0
+    assert "--backend" in result.stdout

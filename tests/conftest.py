@@ -1,0 +1,40 @@
+"""Backends: the CPU operators, and the Triton kernels, interpreted here or compiled where there is a CUDA device.
+
+Triton decides at import whether its kernels are interpreted, the operators decide at each call; so the kernels are
+imported here under TRITON_INTERPRET=1, and a test asks for the backend that it wants.
+"""
+
+import os
+
+import pytest
+import torch
+
+HAS_CUDA = torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1"
+if not HAS_CUDA:
+    os.environ["TRITON_INTERPRET"] = "1"
+import fused_kd.kernels  # noqa: E402, F401
+
+os.environ.pop("TRITON_INTERPRET", None)
+
+KERNELS = "cuda" if HAS_CUDA else "interpreter"
+
+
+@pytest.fixture(params=["cpu", KERNELS])
+def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> torch.device:
+    """The device of the tensors; both the CPU operators and the kernels get every test that takes it."""
+    if request.param == "interpreter":
+        monkeypatch.setenv("TRITON_INTERPRET", "1")
+    return torch.device("cuda" if request.param == "cuda" else "cpu")
+
+
+@pytest.fixture
+def kernel_device(monkeypatch: pytest.MonkeyPatch) -> torch.device:
+    """The device of the tensors where only the kernels are meant."""
+    if KERNELS == "interpreter":
+        monkeypatch.setenv("TRITON_INTERPRET", "1")
+    return torch.device("cuda" if HAS_CUDA else "cpu")
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(0)

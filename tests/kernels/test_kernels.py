@@ -1,0 +1,113 @@
+"""Each kernel on its own, at block shapes and splits of every kind, against the CPU operators in float64."""
+
+import pytest
+import torch
+
+from fused_kd import cpu, kernels
+from fused_kd import statistics as stats
+from fused_kd.kernels.launch import Launch, plan
+
+from ..oracle import relative_error
+
+LANES, K = 32, 8
+TILE = LANES * K
+
+
+def launch(vocabulary, splits):
+    columns = -(-vocabulary // (splits * TILE)) * TILE
+    return Launch(LANES, K, 1, splits, columns)  # more splits than tiles: the last ones have no columns
+
+
+def given(device, vocabulary, rows=3, student_dtype=torch.float32, pad=0):
+    student = 3 * torch.randn(1, rows, vocabulary + pad).to(student_dtype).to(device)[..., :vocabulary]
+    teacher = 3 * torch.randn(1, rows, vocabulary).to(device)
+    weights = torch.rand(rows, device=device) + 0.5
+    return student, teacher, weights, 1 - 0.5 * weights
+
+
+SIZES = [1, 2, TILE - 1, TILE, TILE + 1, 3 * TILE, 5 * TILE + 17]  # below, at and above one tile; whole tiles only
+
+
+@pytest.mark.parametrize("vocabulary", SIZES)
+@pytest.mark.parametrize("splits", [1, 2, 5])
+@pytest.mark.parametrize("temperature", [1.0, 2.0, 3.0, 4.0])
+def test_row_statistics(kernel_device, vocabulary, splits, temperature):
+    student, teacher, ce, kl = given(kernel_device, vocabulary)
+    parts = kernels.row_statistics(student, teacher, ce, kl, temperature, True, launch(vocabulary, splits))
+    assert parts.shape == (splits, 6, 3)
+    oracle = cpu.row_statistics(
+        student.cpu().double(), teacher.cpu().double(), ce.cpu().double(), kl.cpu().double(), temperature, True
+    )[0]
+    merged = stats.merge(parts, temperature)
+    for index in range(6):
+        size = oracle[stats.C].abs() + oracle[stats.E] if index == stats.C else oracle[index].abs()  # c is a difference
+        assert ((merged[index].cpu() - oracle[index]).abs() <= 1e-6 * size).all()
+
+
+@pytest.mark.parametrize("vocabulary", SIZES)
+@pytest.mark.parametrize("splits", [1, 2, 5])
+@pytest.mark.parametrize(("need_ce", "need_kl"), [(True, True), (True, False), (False, True)])
+@pytest.mark.parametrize("temperature", [1.0, 2.0, 3.0])
+def test_logit_gradient(kernel_device, vocabulary, splits, need_ce, need_kl, temperature):
+    student, teacher, ce, kl = given(kernel_device, vocabulary)
+    teacher = teacher if need_kl else None
+    labels = torch.randint(vocabulary, (3,), device=kernel_device) if need_ce else None
+    ce, kl = ce * need_ce, kl * need_kl
+
+    def gradient(backend, *arguments, out, **options):
+        statistics = stats.merge(backend.row_statistics(*arguments[:2], ce_, kl_, temperature, need_ce), temperature)
+        backend.logit_gradient(*arguments, statistics, ce_, kl_, temperature, out, **options)
+        return out
+
+    ce_, kl_ = ce, kl
+    out = torch.full_like(student, torch.nan)
+    ours = gradient(kernels, student, teacher, labels, out=out, launch=launch(vocabulary, splits))
+    ce_, kl_ = ce.cpu().double(), kl.cpu().double()
+    oracle = gradient(
+        cpu, student.cpu().double(), None if teacher is None else teacher.cpu().double(),
+        None if labels is None else labels.cpu(), out=torch.empty_like(student, dtype=torch.float64, device="cpu"),
+    )  # fmt: skip
+    assert not ours.isnan().any()
+    if vocabulary > 1:  # with one class there is nothing to learn
+        assert relative_error(ours, oracle) < 1e-6
+    else:
+        assert ours.abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("pad", [0, 1, 16])  # rows at odd addresses, and at multiples of 16 bytes
+def test_gradient_in_the_students_place(kernel_device, pad):
+    student, teacher, ce, kl = given(kernel_device, 16 * TILE, pad=pad)
+    labels = torch.zeros(3, dtype=torch.int64, device=kernel_device)
+    statistics = stats.merge(kernels.row_statistics(student, teacher, ce, kl, 2.0, True), 2.0)
+    expected = torch.empty_like(student)
+    kernels.logit_gradient(student, teacher, labels, statistics, ce, kl, 2.0, expected)
+    kernels.logit_gradient(student, teacher, labels, statistics, ce, kl, 2.0, student)
+    assert torch.equal(student, expected)
+
+
+def test_rows_of_weight_zero_are_not_read(kernel_device):
+    student, teacher, ce, kl = given(kernel_device, 2 * TILE + 5)
+    ce[1] = kl[1] = 0
+    student[0, 1] = teacher[0, 1] = torch.nan
+    statistics = stats.merge(kernels.row_statistics(student, teacher, ce, kl, 2.0, True, launch(2 * TILE + 5, 2)), 2.0)
+    assert torch.equal(statistics[:, 1:2], stats.identity(1, device=kernel_device))
+    gradient = torch.full_like(student, torch.nan)
+    labels = torch.zeros(3, dtype=torch.int64, device=kernel_device)
+    kernels.logit_gradient(student, teacher, labels, statistics, ce, kl, 2.0, gradient, launch(2 * TILE + 5, 2))
+    assert not gradient[0, 1].any()
+    assert not gradient.isnan().any()
+
+
+@pytest.mark.parametrize("rows", [1, 7, 64, 2048, 10**6])
+@pytest.mark.parametrize("vocabulary", [1, 1000, 32_000, 128_256, 262_144])
+def test_plan_covers_every_column_once_and_fills_the_chip(rows, vocabulary):
+    launched = plan(rows, vocabulary, 2, processors=132)
+    tile = launched.lanes * launched.columns
+    assert (
+        launched.columns_per_split * (launched.splits - 1) < vocabulary <= launched.columns_per_split * launched.splits
+    )
+    assert launched.columns_per_split % tile == 0
+    if rows >= 4096:
+        assert launched.splits == 1
+    if rows == 64 and vocabulary >= 128_256:
+        assert rows * launched.splits >= 132 * 10

@@ -1,0 +1,118 @@
+"""One row an invalid call: the exception and its message, which names the argument, and nothing modified."""
+
+import pytest
+import torch
+
+from fused_kd import kd_loss
+
+S = torch.randn(2, 3, 10)
+L = torch.zeros(2, 3, dtype=torch.int64)
+
+CASES = [
+    ((S.long(), S, L), {}, TypeError, "student_logits: expected dtype float32, .* got torch.int64"),
+    (("x", S, L), {}, TypeError, r"student_logits: expected a tensor, got 'x' \(str\)"),
+    ((S, S.int(), L), {}, TypeError, "teacher_logits: expected dtype"),
+    (
+        (S, S[:1], L),
+        {},
+        ValueError,
+        r"teacher_logits: expected the student's leading dimensions \(2, 3\), got \(1, 3\)",
+    ),
+    (
+        (S, S[..., :8], L),
+        {},
+        ValueError,
+        "teacher_logits: expected the student's vocabulary of 10, got 8; .*vocab_size",
+    ),
+    ((S[..., :0], S[..., :0], L), {}, ValueError, r"student_logits: expected shape \[..., V\] with V >= 1"),
+    ((torch.tensor(1.0), S, L), {}, ValueError, r"student_logits: expected shape \[..., V\]"),
+    ((S, S.to("meta"), L), {}, ValueError, "teacher_logits: expected a tensor on"),
+    ((S.to("meta"), S.to("meta"), L), {}, ValueError, "student_logits: expected a tensor on the CPU or a CUDA device"),
+    ((S, S, L.to("meta")), {}, ValueError, "labels: expected a tensor on the student's device cpu, got meta"),
+    ((S, S, L), {"vocab_size": 11}, ValueError, "vocab_size: expected an integer from 1 to 10, got 11"),
+    ((S, S, L), {"vocab_size": 2.0}, ValueError, "vocab_size: expected an integer"),
+    ((S, S, L[:1]), {}, ValueError, r"labels: expected one value a row, shape \(2, 3\), got \(1, 3\)"),
+    ((S, S, L.float()), {}, TypeError, "labels: expected class ids of dtype int64 or int32, got torch.float32"),
+    ((S, S, L + 10), {}, IndexError, "labels: expected class ids from 0 to 9 or ignore_index=-100, got 10"),
+    ((S, S, L - 1), {}, IndexError, "labels: .* got -1"),
+    ((S, S, L + 8), {"vocab_size": 8}, IndexError, "labels: expected class ids from 0 to 7"),
+    ((S, S), {}, ValueError, "labels: expected a tensor, got None with alpha=0.5 .*pass alpha=1"),
+    ((S, None, L), {}, ValueError, "teacher_logits: expected a tensor, got None with alpha=0.5 .*pass alpha=0"),
+    ((S, S, L), {"alpha": 1.5}, ValueError, r"alpha: expected a number in \[0, 1\], got 1.5"),
+    ((S, S, L), {"alpha": float("nan")}, ValueError, r"alpha: expected a number in \[0, 1\], got nan"),
+    ((S, S, L), {"alpha": "half"}, TypeError, "alpha: expected a number or a floating-point tensor, got 'half'"),
+    ((S, S, L), {"alpha": torch.full((2, 3), 2.0)}, ValueError, r"alpha: expected values in \[0, 1\], got 2.0"),
+    ((S, S, L), {"alpha": torch.zeros(2)}, ValueError, "alpha: expected one value a row"),
+    ((S, S, L), {"alpha": L}, TypeError, "alpha: expected a number or a floating-point tensor"),
+    ((S, S, L), {"temperature": 0}, ValueError, "temperature: expected a finite number above 0, got 0"),
+    ((S, S, L), {"temperature": -1.0}, ValueError, "temperature: expected a finite number above 0, got -1.0"),
+    ((S, S, L), {"temperature": float("inf")}, ValueError, "temperature: expected a finite number above 0, got inf"),
+    ((S, S, L), {"temperature": torch.tensor(2.0)}, TypeError, "temperature: expected a Python number"),
+    ((S, S, L), {"reduction": "avg"}, ValueError, "reduction: expected 'mean', 'sum' or 'none', got 'avg'"),
+    ((S, S, L), {"ignore_index": None}, TypeError, "ignore_index: expected an integer"),
+    ((S, S, L), {"num_items": 0}, ValueError, "num_items: expected a number above 0, got 0"),
+    ((S, S, L), {"num_items": "4"}, TypeError, "num_items: expected a number or a tensor of one element"),
+    ((S, S, L), {"num_items": torch.ones(2)}, ValueError, "num_items: .* a tensor of one element"),
+    ((S, S, L), {"num_items": 4, "reduction": "sum"}, ValueError, "num_items: expected reduction='mean'"),
+    ((S, S, L), {"token_weights": torch.ones(3)}, ValueError, "token_weights: expected one value a row"),
+    ((S, S, L), {"token_weights": [1.0]}, TypeError, "token_weights: expected a tensor"),
+    ((S, S, L), {"token_weights": torch.ones(2, 3, dtype=torch.complex64)}, TypeError, "token_weights: expected real"),
+    ((S.clone().requires_grad_(), S, L), {"inplace_backward": True}, ValueError, "inplace_backward: .* got a leaf"),
+    (
+        (S[:, :1].expand(2, 3, 10), S, L),
+        {"inplace_backward": True},
+        ValueError,
+        "inplace_backward: .*memory of their own",
+    ),
+]
+
+
+@pytest.mark.parametrize(("arguments", "options", "error", "message"), CASES, ids=[case[3][:50] for case in CASES])
+def test_invalid_call(arguments, options, error, message):
+    before = S.clone()
+    with pytest.raises(error, match=message):
+        kd_loss(*arguments, **options)
+    assert torch.equal(S, before)
+
+
+def test_a_label_that_cannot_be_raised_gives_nan(monkeypatch):
+    """Where labels are not to be read (a GPU, torch.compile), the row of a wrong one is NaN, in value and gradient."""
+    from fused_kd import checks
+
+    monkeypatch.setattr(checks, "_readable", lambda tensor: False)
+    labels = L.clone()
+    labels[0, 1] = 10
+    student = S.clone().requires_grad_()
+    alpha = torch.full((2, 3), 0.5)
+    alpha[1, 2] = 2.0
+    for given, where in (({"labels": labels}, (0, 1)), ({"labels": L, "alpha": alpha}, (1, 2))):
+        loss = kd_loss(student, S, reduction="none", **given)
+        assert loss.isnan().sum() == 1
+        assert loss[where].isnan()
+
+
+def test_cuda_tensors_without_triton_name_the_package(monkeypatch):
+    import sys
+
+    from fused_kd import ops
+
+    for name in [name for name in sys.modules if name.startswith("fused_kd.kernels")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.delattr("fused_kd.kernels")
+    monkeypatch.setitem(sys.modules, "triton", None)
+    with pytest.raises(ModuleNotFoundError, match="pip install triton"):
+        ops._kernels()
+
+
+def test_importing_the_package_needs_no_triton():
+    import subprocess
+    import sys
+
+    code = (
+        "import sys; sys.modules['triton'] = None\n"
+        "import torch, fused_kd\n"
+        "z = torch.randn(2, 5); print(float(fused_kd.kd_loss(z, z, alpha=1.0)))"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert abs(float(result.stdout)) < 1e-6
