@@ -212,7 +212,9 @@ def measure(variant: Variant) -> Profile:
     arch = variant.target if is_amd else int(variant.target.removeprefix("sm_"))
     target = GPUTarget("hip" if is_amd else "cuda", arch, warp_size(variant.target))
     plan = launch(variant)
-    compiled = triton.compile(source(variant), target=target, options={"num_warps": plan.num_warps})
+    compiled = triton.compile(
+        source(variant), target=target, options={"num_warps": plan.num_warps, "enable_fp_fusion": True}
+    )
     shared = compiled.metadata.shared
     if is_amd:
         code = compiled.asm["amdgcn"]

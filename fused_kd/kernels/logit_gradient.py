@@ -151,4 +151,5 @@ def logit_gradient(
         N, V, launch.columns_per_split, T.exp2_scale, T.inverse,
         NEED_CE=labels is not None, NEED_KL=teacher is not None, SQUARINGS=T.squarings,
         LANES=launch.lanes, K=launch.columns, WIDE=is_wide(student, second, gradient), num_warps=launch.num_warps,
+        enable_fp_fusion=True,  # multiply-adds are counted on; newer versions of Triton leave them apart by default
     )  # fmt: skip

@@ -1,0 +1,1 @@
+"""The parts of `fused-kd distill`: models, text, training, report."""
