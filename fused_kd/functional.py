@@ -94,7 +94,7 @@ def kd_loss(
     teacher = None
     if teacher_logits is not None and (kl_in_loss or return_parts):
         teacher = as_rows(teacher_logits.detach()[..., :V])
-    losses, ce, kl = KDLossFunction.apply(  # type: ignore[no-untyped-call]
+    losses, ce, kl = KDLossFunction.apply(
         student,
         teacher,
         labels if need_ce else None,
