@@ -5,6 +5,7 @@ kernels too, which Triton then runs in Python.  Triton is imported when the firs
 """
 
 import os
+from contextlib import AbstractContextManager, nullcontext
 from types import ModuleType
 
 import torch
@@ -53,6 +54,11 @@ def _backend(student: Tensor, dtype: torch.dtype) -> ModuleType:
     return _kernels() if student.is_cuda or interpreted else cpu
 
 
+def _device_of(student: Tensor) -> AbstractContextManager[object]:
+    """Triton launches on the current device, which need not be the tensors'."""
+    return torch.cuda.device(student.device) if student.is_cuda else nullcontext()
+
+
 @torch.library.impl(ROW_STATISTICS, ("cpu", "cuda"))
 def _row_statistics(
     student: Tensor,  # [outer, inner, V]
@@ -62,10 +68,11 @@ def _row_statistics(
     temperature: float,
     need_ce: bool,  # False leaves out d_1
 ) -> Tensor:  # [6, N], in the dtype of the weights
-    backend = _backend(student, ce_weight.dtype)
-    return stats.merge(
-        backend.row_statistics(student, teacher, ce_weight, kl_weight, temperature, need_ce), temperature
-    )
+    with _device_of(student):
+        parts = _backend(student, ce_weight.dtype).row_statistics(
+            student, teacher, ce_weight, kl_weight, temperature, need_ce
+        )
+        return stats.merge(parts, temperature)
 
 
 @torch.library.register_fake(ROW_STATISTICS)
@@ -84,11 +91,12 @@ def _write_gradient(
     temperature: float,
     vocab_size: int,  # V; columns from V to V' have gradient 0
 ) -> None:
-    _backend(student, statistics.dtype).logit_gradient(
-        student[..., :vocab_size], teacher, labels, statistics, ce_weight, kl_weight, temperature,
-        gradient[..., :vocab_size],
-    )  # fmt: skip
-    gradient[..., vocab_size:] = 0
+    with _device_of(student):
+        _backend(student, statistics.dtype).logit_gradient(
+            student[..., :vocab_size], teacher, labels, statistics, ce_weight, kl_weight, temperature,
+            gradient[..., :vocab_size],
+        )  # fmt: skip
+        gradient[..., vocab_size:] = 0
 
 
 @torch.library.impl(LOGIT_GRADIENT, ("cpu", "cuda"))
