@@ -145,11 +145,16 @@ def logit_gradient(
     N = outer * inner
     T = temperature_arguments(temperature)
     second = student if teacher is None else teacher
+    written = gradient
+    if not isinstance(logit_gradient_kernel, triton.JITFunction) and gradient.dtype == torch.bfloat16:
+        written = torch.empty(gradient.shape)  # Triton's interpreter truncates to bfloat16 where GPUs round to nearest
     logit_gradient_kernel[(N, launch.splits)](
-        student, second, ce_weight if labels is None else labels, statistics, ce_weight, kl_weight, gradient,
-        inner, *student.stride(), second.shape[1], *second.stride(), gradient.shape[1], *gradient.stride(),
+        student, second, ce_weight if labels is None else labels, statistics, ce_weight, kl_weight, written,
+        inner, *student.stride(), second.shape[1], *second.stride(), written.shape[1], *written.stride(),
         N, V, launch.columns_per_split, T.exp2_scale, T.inverse,
         NEED_CE=labels is not None, NEED_KL=teacher is not None, SQUARINGS=T.squarings,
-        LANES=launch.lanes, K=launch.columns, WIDE=is_wide(student, second, gradient), num_warps=launch.num_warps,
+        LANES=launch.lanes, K=launch.columns, WIDE=is_wide(student, second, written), num_warps=launch.num_warps,
         enable_fp_fusion=True,  # multiply-adds are counted on; newer versions of Triton leave them apart by default
     )  # fmt: skip
+    if written is not gradient:
+        gradient.copy_(written)
