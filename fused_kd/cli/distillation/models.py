@@ -37,9 +37,14 @@ def load(source: str, dtype: torch.dtype) -> tuple[Any, Any]:
             raise UserError(f"no such GGUF file: {source}")
         place = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
     try:
-        return AutoModelForCausalLM.from_pretrained(**place, dtype=dtype), AutoTokenizer.from_pretrained(**place)
+        model = AutoModelForCausalLM.from_pretrained(**place, dtype=dtype)
+        tokenizer = AutoTokenizer.from_pretrained(**place)
     except (OSError, ValueError) as error:
         raise UserError(f"cannot load {source!r} as a causal language model: {str(error).splitlines()[0]}") from error
+    model.hf_quantizer = None  # a GGUF file's weights are loaded unquantised, and a copy of them may be saved
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    return model, tokenizer
 
 
 def student_of(teacher: Any, layers: int) -> Any:
