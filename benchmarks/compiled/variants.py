@@ -204,25 +204,34 @@ def prepare_worker() -> None:
     os.environ.pop("TRITON_INTERPRET", None)
 
 
-def measure(variant: Variant) -> Profile:
+def compile_variant(variant: Variant) -> Any:
+    """With no GPU, as a launch on the target would."""
     import triton
     from triton.backends.compiler import GPUTarget
 
-    is_amd = variant.target.startswith("gfx")
-    arch = variant.target if is_amd else int(variant.target.removeprefix("sm_"))
-    target = GPUTarget("hip" if is_amd else "cuda", arch, warp_size(variant.target))
+    target = variant.target
+    is_amd = target.startswith("gfx")
+    arch = target if is_amd else int(target.removeprefix("sm_"))
+    gpu = GPUTarget("hip" if is_amd else "cuda", arch, warp_size(target))
+    return triton.compile(source(variant), target=gpu, options=launch(variant).options)
+
+
+def ptx(variant: Variant) -> str:
+    return str(compile_variant(variant).asm["ptx"])
+
+
+def measure(variant: Variant) -> Profile:
     plan = launch(variant)
-    compiled = triton.compile(
-        source(variant), target=target, options={"num_warps": plan.num_warps, "enable_fp_fusion": True}
-    )
+    compiled = compile_variant(variant)
     shared = compiled.metadata.shared
-    if is_amd:
+    if "amdgcn" in compiled.asm:
         code = compiled.asm["amdgcn"]
         resources, loop = amdgcn.resources(code, shared, plan.num_warps), amdgcn.main_loop(code)
     else:
         code = _disassemble(compiled.asm["cubin"])
+        arch = int(variant.target.removeprefix("sm_"))
         resources, loop = sass.resources(code, shared, arch, plan.num_warps), sass.main_loop(code)
-    return profile(resources, loop, plan.lanes, plan.columns, target.warp_size)
+    return profile(resources, loop, plan.lanes, plan.columns, warp_size(variant.target))
 
 
 def _disassemble(cubin: bytes) -> str:

@@ -14,6 +14,11 @@ class Launch(NamedTuple):
     splits: int  # S, programs a row
     columns_per_split: int  # a multiple of lanes * columns, but for what the last split lacks
 
+    @property
+    def options(self) -> dict[str, int | bool]:
+        """Triton's.  Fused multiply-adds are counted on, and newer versions of Triton leave them apart by default."""
+        return {"num_warps": self.num_warps, "enable_fp_fusion": True}
+
 
 class Temperature(NamedTuple):
     """What the kernels take in place of T."""

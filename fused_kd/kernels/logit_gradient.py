@@ -153,8 +153,7 @@ def logit_gradient(
         inner, *student.stride(), second.shape[1], *second.stride(), written.shape[1], *written.stride(),
         N, V, launch.columns_per_split, T.exp2_scale, T.inverse,
         NEED_CE=labels is not None, NEED_KL=teacher is not None, SQUARINGS=T.squarings,
-        LANES=launch.lanes, K=launch.columns, WIDE=is_wide(student, second, written), num_warps=launch.num_warps,
-        enable_fp_fusion=True,  # multiply-adds are counted on; newer versions of Triton leave them apart by default
+        LANES=launch.lanes, K=launch.columns, WIDE=is_wide(student, second, written), **launch.options,
     )  # fmt: skip
     if written is not gradient:
         gradient.copy_(written)

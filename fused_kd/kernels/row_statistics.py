@@ -1,6 +1,6 @@
 """Row statistics: one sweep over the logits gives the six numbers a row that the loss and its gradient need.
 
-For a set of columns, with x = z / T and y / T the tempered logits of student and teacher (DESIGN in the README):
+For a set of columns, with x = z / T and y / T the tempered logits of student and teacher:
 
     m_s = max z    d_1 = sum e^{z - m_s}    d_T = sum e^{(z - m_s)/T}
     m_t = max y    e   = sum e^{(y - m_t)/T}    c = sum e^{(y - m_t)/T} ((y - m_t) - (z - m_s)) / T
@@ -24,15 +24,23 @@ LOWEST = tl.constexpr(-3.4028234663852886e38)  # the maximum of no columns; fini
 
 
 @triton.jit
-def rescale(m_s, d_1, d_T, m_t, e, c, M_s, M_t, exp2_scale, inverse_T, SQUARINGS: tl.constexpr):
-    """The sums of a tuple against the maxima (M_s, M_t) instead of (m_s, m_t); on common maxima, tuples merge by `+`.
+def scaled(value, factor):
+    """value * factor, and 0 where the factor has underflowed, whatever the value.
 
-    The guard keeps an infinite c (teacher mass where the student has none) from meeting a factor that underflowed.
+    An infinite c (teacher mass where the student has none) must not meet a factor of 0.  And a choice, unlike a product,
+    is not fused into the addition that follows: in the sum over threads two partners would each fuse their own product,
+    round differently, and store different bits to the same place.
     """
+    return tl.where(factor == 0, 0.0, value * factor)
+
+
+@triton.jit
+def rescale(m_s, d_1, d_T, m_t, e, c, M_s, M_t, exp2_scale, inverse_T, SQUARINGS: tl.constexpr):
+    """The sums of a tuple against the maxima (M_s, M_t) instead of (m_s, m_t); on common maxima, tuples merge by `+`."""
     a_1, a_T = exponentials(m_s - M_s, exp2_scale, SQUARINGS)
     b = tl.exp2((m_t - M_t) * exp2_scale)
-    c = tl.where(b > 0, b * (c + e * (((m_t - M_t) - (m_s - M_s)) * inverse_T)), 0.0)
-    return d_1 * a_1, d_T * a_T, e * b, c
+    c += e * (((m_t - M_t) - (m_s - M_s)) * inverse_T)
+    return scaled(d_1, a_1), scaled(d_T, a_T), scaled(e, b), scaled(c, b)
 
 
 @triton.jit
@@ -157,7 +165,6 @@ def row_statistics(
         student.shape[1], *student.stride(), second.shape[1], *second.stride(),
         N, V, launch.columns_per_split, T.exp2_scale, T.inverse,
         NEED_CE=need_ce, NEED_KL=teacher is not None, SQUARINGS=T.squarings, LANES=launch.lanes, K=launch.columns,
-        WIDE=is_wide(student, second), num_warps=launch.num_warps,
-        enable_fp_fusion=True,  # multiply-adds are counted on; newer versions of Triton leave them apart by default
+        WIDE=is_wide(student, second), **launch.options,
     )  # fmt: skip
     return statistics

@@ -1,7 +1,10 @@
 """The static profile: its readers on listings small enough to count by hand, and its bounds on what Triton compiles."""
 
 import json
+import multiprocessing
+import re
 import sys
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -200,6 +203,26 @@ def test_check_fails_when_a_bound_is_lower(monkeypatch: pytest.MonkeyPatch, caps
     monkeypatch.setitem(bounds.LIMITS, "row_statistics", limits)
     assert static_profile.main(["--check", "--variant", ONE, "--workers", "1"]) == 1
     assert f"BROKEN {ONE}: instructions a pair" in capsys.readouterr().out
+
+
+def test_a_sum_over_threads_rounds_alike_in_all_of_them():
+    """Both partners of a shuffle add the same two values: were one a product fused into the addition, its own on each
+    side, they would round differently, and what is stored would depend on which thread comes last.
+    """
+    cases = [
+        variants.Variant("row_statistics", "sm_90", "bf16", "bf16", temperature, "ce+kl", layout)
+        for temperature in (1.0, 2.0, 3.0)
+        for layout in ("dense", "padded", "odd")
+    ]
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, context, initializer=variants.prepare_worker) as pool:
+        codes = list(pool.map(variants.ptx, cases))
+    for case, code in zip(cases, codes, strict=True):
+        shuffled = set(re.findall(r"shfl\.sync\.bfly\.b32\s+(%\w+)", code))
+        addends = set(re.findall(r"fma\.rn\.f32\s+%\w+, %\w+, %\w+, (%\w+);", code))
+        assert len(shuffled) > 10
+        assert len(addends) > 10
+        assert not shuffled & addends, case.name
 
 
 def test_wrong_arguments_exit_with_2():
