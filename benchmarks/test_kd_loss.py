@@ -6,13 +6,12 @@ The eager peer is the formula as training code writes it, with `F.cross_entropy`
 to give the same loss.  `extra_info` has the peak of allocated bytes beyond inputs and gradient (CPU).
 """
 
-import itertools
-
 import pytest
 import torch
 import torch.nn.functional as F
 
 from fused_kd import kd_loss
+from fused_kd.cli.distillation.memory import peak_bytes
 
 N, V, ALPHA = 256, 128_256, 0.5
 
@@ -25,14 +24,6 @@ def eager(student, teacher, labels, *, alpha, temperature):
 
 
 PEERS = {"fused": kd_loss, "eager": eager, "compiled": torch.compile(eager)}
-
-
-def peak_bytes(step) -> int:
-    with torch.profiler.profile(profile_memory=True) as profiler:
-        step()
-    events = profiler.profiler.kineto_results.events()
-    changes = sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]")
-    return max(itertools.accumulate(size for _, size in changes))
 
 
 @pytest.mark.parametrize("peer", PEERS)
@@ -51,7 +42,7 @@ def test_forward_and_backward(benchmark, peer, temperature):
     torch.testing.assert_close(step(), eager(student, teacher, labels, alpha=ALPHA, temperature=temperature))
     student.grad = None
     benchmark.group = f"N = {N}, V = {V}, float32, T = {temperature}"
-    beyond = peak_bytes(step) - student.numel() * student.element_size()
+    beyond = peak_bytes(step, student.device) - student.numel() * student.element_size()
     benchmark.extra_info["peak MB beyond inputs and gradient"] = round(beyond / 1e6, 1)
     benchmark.pedantic(step, rounds=5, warmup_rounds=1)
     if peer == "fused":

@@ -1,5 +1,6 @@
 """What a row counts for: labels, alpha, T^2, token weights and the divisor of the mean, in two weights a row."""
 
+import math
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -34,16 +35,16 @@ def row_weights(
     num_items: int | float | Tensor | None,
 ) -> RowWeights:
     """Values that could only be checked with a synchronisation make their row NaN: never a silent number."""
-    ones = torch.ones(rows, dtype=torch.float64, device=device)
-    row = ones if token_weights is None else token_weights.double()
+    row = token_weights.double() if token_weights is not None else torch.ones(rows, dtype=torch.float64, device=device)
     if labels is not None:
-        row = torch.where(labels == ignore_index, 0.0, row)
+        ignored = labels == ignore_index
+        row = torch.where(ignored, 0.0, row)
     if reduction == "mean":
         divisor = row.sum() if num_items is None else num_items
         row = row / (torch.where(divisor == 0, 1.0, divisor) if isinstance(divisor, Tensor) else divisor)
     if labels is not None:
         names_a_class = (labels >= 0) & (labels < vocabulary)
-        row = torch.where(names_a_class | (labels == ignore_index), row, torch.nan)
+        row = torch.where(names_a_class | ignored, row, torch.nan)
     if isinstance(alpha, Tensor):
         alpha = torch.where((alpha >= 0) & (alpha <= 1), alpha.double(), torch.nan)
     return RowWeights(row, row * (1 - alpha), row * (alpha * temperature**2))
@@ -62,12 +63,5 @@ def as_rows(tensor: Tensor) -> Tensor:
 
     for split in range(len(leading) + 1):
         if collapses(0, split) and collapses(split, len(leading)):
-            return tensor.view(_product(leading[:split]), _product(leading[split:]), V)
-    return tensor.reshape(1, _product(leading), V)
-
-
-def _product(sizes: list[int]) -> int:
-    product = 1
-    for size in sizes:
-        product *= size
-    return product
+            return tensor.view(math.prod(leading[:split]), math.prod(leading[split:]), V)
+    return tensor.reshape(1, math.prod(leading), V)

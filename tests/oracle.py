@@ -6,13 +6,7 @@ import torch
 from torch import Tensor
 
 from fused_kd import reference
-
-EPSILON = torch.finfo(torch.float32).eps
-
-
-def relative_error(value: Tensor, oracle: Tensor) -> float:
-    """Norm-relative: a gradient of zeros has error 1, whatever V."""
-    return float((value.double().cpu() - oracle.cpu()).norm() / oracle.cpu().norm())
+from fused_kd.cli.accuracy import EPSILON, relative_error
 
 
 def value_and_gradient(

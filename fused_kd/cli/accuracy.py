@@ -109,7 +109,8 @@ def cases(quick: bool = False) -> list[Case]:
     for (rows, vocabulary), dtypes, logits, temperature in itertools.product(SHAPES, DTYPES, LOGITS, TEMPERATURES):
         everything = rows * vocabulary < 200_000 and dtypes[0] == dtypes[1]
         for _ in range(len(ALPHAS) if everything else 1):
-            next(counted) if len(result) % 9 == 0 else None  # every pair of alpha and rows comes up
+            if len(result) % 9 == 0:
+                next(counted)  # so that every pair of alpha and rows comes up
             result.append(
                 Case(
                     rows,
@@ -136,9 +137,7 @@ def inputs(case: Case, device: torch.device, seed: int) -> Inputs:
             return 0.1 * z
         if case.logits == "peaked":
             return (2 * z).scatter_add_(1, torch.randint(V, (N, 1), generator=generator), torch.full((N, 1), 20.0))
-        return (
-            2 * z / torch.rand(N, V, generator=generator).clamp_min(1e-3).sqrt()
-        )  # Student's t with 2 degrees, nearly
+        return 2 * z / torch.rand(N, V, generator=generator).clamp_min(1e-3).sqrt()  # nearly Student's t
 
     student, teacher = logits().to(case.student_dtype), logits().to(case.teacher_dtype)
     labels = torch.randint(V, (N,), generator=generator)

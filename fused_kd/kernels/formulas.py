@@ -1,6 +1,6 @@
 """What the kernels share: addresses of a row and of a tile, and exponentials at two temperatures.
 
-Letters: N rows, V vocabulary, S splits of a row, K neighbouring columns a thread; z, y student and teacher logits,
+Letters: N rows, V vocabulary, S splits of a row, K columns a thread; z, y student and teacher logits,
 m_s, m_t their maxima, u = z - m_s, v = y - m_t.  Arithmetic is float32.  Exponentials are taken in base 2, which is what
 the hardware computes: `exp2_scale` is log2(e) / T.
 """
