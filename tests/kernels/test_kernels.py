@@ -98,6 +98,15 @@ def test_rows_of_weight_zero_are_not_read(kernel_device):
     assert not gradient.isnan().any()
 
 
+def test_an_infinite_divergence_of_no_weight_never_becomes_nan(kernel_device):
+    """Teacher mass where the student has none, in a first tile whose own maximum the next tile dwarfs."""
+    student, teacher, ce, kl = given(kernel_device, 2 * TILE)
+    student[..., 3] = -torch.inf
+    teacher[..., :TILE] -= 1e4
+    parts = kernels.row_statistics(student, teacher, ce, kl, 1.0, True, launch(2 * TILE, 1))
+    assert stats.kl_divergence(parts[0]).isfinite().all()
+
+
 @pytest.mark.parametrize("rows", [1, 7, 64, 2048, 10**6])
 @pytest.mark.parametrize("vocabulary", [1, 1000, 32_000, 128_256, 262_144])
 def test_plan_covers_every_column_once_and_fills_the_chip(rows, vocabulary):
