@@ -22,9 +22,9 @@ from rich.table import Table
 Result = TypeVar("Result")
 
 DESCRIPTION = """\
-Compiles every variant of the Triton kernels (dtypes, temperatures, terms of the loss, memory layouts) for sm_80, sm_90,
-sm_100 and gfx942, and counts what the machine code of each main loop does for one pair, a pair being one
-(student, teacher) element.  No GPU is needed: Triton's wheel holds compilers and disassemblers.
+Compiles every variant of the Triton kernels (dtypes, temperatures, terms of the loss, memory layouts, softcap or scale)
+for sm_80, sm_90, sm_100 and gfx942, and counts what the machine code of each main loop does for one pair, a pair being
+one (student, teacher) element.  No GPU is needed: Triton's wheel holds compilers and disassemblers.
 
 Columns of the table, counts a pair:
   regs, spill, shared   registers a thread, bytes spilled, bytes of shared memory a program
@@ -35,7 +35,7 @@ Columns of the table, counts a pair:
   B, load, store        bytes of global memory; bytes of the narrowest access
   sync                  barriers, shuffles, shared and local memory
 """
-NAMES = ("kernel", "target", "dtypes", "T", "terms", "layout")
+NAMES = ("kernel", "target", "dtypes", "T", "terms", "layout", "map")
 COUNTS = ("instr", "mufu", "fma", "alu", "conv", "B", "load", "store", "sync")
 NUMBERS = ("regs", "spill", "shared", "warps", "flight", *COUNTS)
 EPILOG = "Exit code: 0; 1 if a variant does not compile or, with --check, breaks a bound; 2 for wrong arguments."
@@ -96,7 +96,7 @@ def table(profiles: dict[Variant, Profile]) -> Table:
 
 
 def _row(v: Variant, p: Profile) -> Iterator[str]:
-    yield from (v.kernel, v.target, v.dtypes, v.temperature_name, v.terms, v.layout)
+    yield from (v.kernel, v.target, v.dtypes, v.temperature_name, v.terms, v.layout, v.logit_map)
     yield from map(str, (p.registers, p.spill, p.shared, p.resident_warps))
     yield f"{p.kilobytes_in_flight:.0f}"
     yield from (f"{value:.2f}" for value in (p.instructions, *(p.kinds[k] for k in ("mufu", "fma", "alu", "convert"))))

@@ -1,8 +1,8 @@
 """Fused knowledge-distillation loss for language models with large vocabularies."""
 
-from .functional import kd_loss
-from .modules import KDLoss
+from .functional import kd_loss, linear_kd_loss
+from .modules import KDLoss, LinearKDLoss
 from .output import KDLossOutput
 from .version import __version__
 
-__all__ = ["KDLoss", "KDLossOutput", "__version__", "kd_loss"]
+__all__ = ["KDLoss", "KDLossOutput", "LinearKDLoss", "__version__", "kd_loss", "linear_kd_loss"]

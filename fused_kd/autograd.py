@@ -1,22 +1,14 @@
 """The autograd functions: what is saved, what is recomputed."""
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from . import ops
-from . import statistics as stats
-
-
-class KDOptions(NamedTuple):
-    temperature: float
-    vocab_size: int  # how many leading columns of the student are real
-    ce_in_loss: bool  # False: CE is computed for the caller's log only
-    kl_in_loss: bool
-    inplace_backward: bool
-    dtype: torch.dtype  # of the statistics: float32, or float64 for float64 logits
+from . import linear, ops
+from .linear import Gradients, Head, LinearOptions
+from .row_losses import KDOptions, gradient_arguments, row_values, weight_gradients, weighted_sum
 
 
 class KDLossFunction(torch.autograd.Function):
@@ -36,47 +28,124 @@ class KDLossFunction(torch.autograd.Function):
         ce_weight: Tensor,  # [N], float64
         kl_weight: Tensor,  # [N], float64; a row with both weights 0 counts for nothing, whatever it holds
         options: KDOptions,
+        inplace_backward: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:  # row losses, CE and KL, [N] float64 each; the last two for the log
-        real, dtype = student[..., : options.vocab_size], options.dtype
-        statistics = ops.row_statistics(
-            real, teacher, ce_weight.to(dtype), kl_weight.to(dtype), options.temperature, labels is not None
-        )
-        loss = ce = kl = torch.zeros_like(ce_weight)
-        if labels is not None:
-            index = labels.clamp(0, options.vocab_size - 1).long().view(*student.shape[:2], 1)
-            ce = stats.cross_entropy(statistics, real.gather(2, index).flatten())
-        if teacher is not None:
-            kl = stats.kl_divergence(statistics)
-        if options.ce_in_loss:
-            loss = loss + torch.where(ce_weight == 0, 0.0, ce_weight * ce)
-        if options.kl_in_loss:
-            loss = loss + torch.where(kl_weight == 0, 0.0, kl_weight * kl)
-        ctx.options = options
+        statistics, ce, kl = row_values(student, teacher, labels, ce_weight, kl_weight, options)
+        ctx.options, ctx.inplace_backward = options, inplace_backward
         ctx.save_for_backward(student, teacher, labels, statistics, ce_weight, kl_weight, ce, kl)
         ctx.mark_non_differentiable(ce, kl)
-        return loss, ce, kl
+        return weighted_sum(ce, kl, ce_weight, kl_weight, options), ce, kl
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         student, teacher, labels, statistics, ce_weight, kl_weight, ce, kl = ctx.saved_tensors
-        options: KDOptions = ctx.options
-        student_gradient = ce_weight_gradient = kl_weight_gradient = None
+        student_gradient = None
         if ctx.needs_input_grad[0]:
-            arguments = (
-                student, teacher if options.kl_in_loss else None, labels if options.ce_in_loss else None, statistics,
-                (ce_weight * upstream).to(options.dtype), (kl_weight * upstream).to(options.dtype),
-                options.temperature, options.vocab_size,
-            )  # fmt: skip
-            if options.inplace_backward:
+            arguments = gradient_arguments(
+                student, teacher, statistics, labels, ce_weight * upstream, kl_weight * upstream, ctx.options
+            )
+            if ctx.inplace_backward:
                 ops.logit_gradient_(*arguments)
                 torch.autograd.graph.increment_version(student)
                 student_gradient = student.detach()
             else:
                 student_gradient = ops.logit_gradient(*arguments)
-        counted = (ce_weight != 0) | (kl_weight != 0)
-        if ctx.needs_input_grad[3]:
-            ce_weight_gradient = torch.where(counted, upstream * ce, 0.0)
-        if ctx.needs_input_grad[4]:
-            kl_weight_gradient = torch.where(counted, upstream * kl, 0.0)
-        return student_gradient, None, None, ce_weight_gradient, kl_weight_gradient, None
+        of_weights = weight_gradients(ctx.needs_input_grad[3:5], upstream, ce_weight, kl_weight, ce, kl)
+        return student_gradient, None, None, *of_weights, None, None
+
+
+def _sweep(
+    heads: tuple[Tensor | None, ...],  # hidden, weight and bias of the student, then of the teacher
+    labels: Tensor | None,
+    ce_weight: Tensor,
+    kl_weight: Tensor,
+    options: LinearOptions,
+    gradients: Gradients | None = None,
+) -> tuple[Tensor, Tensor]:
+    student, teacher = Head(*heads[:3]), None if heads[3] is None else Head(*heads[3:])  # type: ignore[arg-type]
+    return linear.sweep(student, teacher, labels, ce_weight, kl_weight, options, gradients)
+
+
+def _sweep_with_gradients(
+    heads: tuple[Tensor | None, ...],
+    labels: Tensor | None,
+    ce_weight: Tensor,
+    kl_weight: Tensor,
+    options: LinearOptions,
+) -> tuple[Tensor, Tensor, Gradients, Tensor]:
+    """CE, KL, the gradients of sum_i w_ce CE + w_kl KL in units of a scalar, and that scalar."""
+    unit = linear.power_of_two_below(ce_weight, kl_weight)
+    gradients = Gradients.allocate(Head(*heads[:3]), options.needed, options.kd.dtype)  # type: ignore[arg-type]
+    ce, kl = _sweep(heads, labels, ce_weight / unit, kl_weight / unit, options, gradients)
+    return ce, kl, gradients, unit
+
+
+class LinearKDLossFunction(torch.autograd.Function):
+    """The sum of the row losses, from hidden states and heads.
+
+    The gradients are taken in the forward pass, chunk by chunk, while the logits are there; backward multiplies them by
+    the upstream gradient, whatever it is, and leaves what is saved as it was.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,  # [N, H_s]
+        weight: Tensor,  # [V', H_s], V' >= vocab_size
+        bias: Tensor | None,  # [V']
+        teacher_hidden: Tensor | None,  # [N, H_t]; None leaves out KL
+        teacher_weight: Tensor | None,  # [V'', H_t]
+        teacher_bias: Tensor | None,  # [V'']
+        labels: Tensor | None,  # [N]; None leaves out CE
+        ce_weight: Tensor,  # [N], float64
+        kl_weight: Tensor,  # [N], float64
+        options: LinearOptions,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # the loss, a scalar; CE and KL, [N], for the log; float64
+        heads = hidden, weight, bias, teacher_hidden, teacher_weight, teacher_bias
+        gradients, unit = Gradients(None, None, None), None
+        if any(options.needed):
+            ce, kl, gradients, unit = _sweep_with_gradients(heads, labels, ce_weight, kl_weight, options)
+        else:
+            ce, kl = _sweep(heads, labels, ce_weight, kl_weight, options)
+        ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in heads[:3]]
+        ctx.save_for_backward(*gradients, unit, ce_weight, kl_weight, ce, kl)
+        ctx.mark_non_differentiable(ce, kl)
+        return weighted_sum(ce, kl, ce_weight, kl_weight, options.kd).sum(), ce, kl
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        *saved, unit, ce_weight, kl_weight, ce, kl = ctx.saved_tensors
+        of_student = saved if unit is None else linear.scaled(saved, upstream * unit, ctx.dtypes)
+        of_weights = weight_gradients(ctx.needs_input_grad[7:9], upstream, ce_weight, kl_weight, ce, kl)
+        return *of_student, None, None, None, None, *of_weights, None
+
+
+class LinearKDRowLossesFunction(torch.autograd.Function):
+    """The row losses one by one: their upstream gradients come with backward, which projects the chunks again."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        *arguments: Any,  # as in LinearKDLossFunction
+    ) -> tuple[Tensor, Tensor, Tensor]:  # row losses, CE and KL, [N] float64 each; the last two for the log
+        *heads, labels, ce_weight, kl_weight, options = arguments
+        ce, kl = _sweep(tuple(heads), labels, ce_weight, kl_weight, options)
+        ctx.options = options
+        ctx.save_for_backward(*heads, labels, ce_weight, kl_weight, ce, kl)
+        ctx.mark_non_differentiable(ce, kl)
+        return weighted_sum(ce, kl, ce_weight, kl_weight, options.kd), ce, kl
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        *heads, labels, ce_weight, kl_weight, ce, kl = ctx.saved_tensors
+        of_student: list[Tensor | None] = [None, None, None]
+        if any(ctx.options.needed):
+            weights = ce_weight * upstream, kl_weight * upstream
+            gradients, unit = _sweep_with_gradients(tuple(heads), labels, *weights, ctx.options)[2:]
+            dtypes = [None if tensor is None else tensor.dtype for tensor in heads[:3]]
+            of_student = linear.scaled(gradients, unit, dtypes)
+        of_weights = weight_gradients(ctx.needs_input_grad[7:9], upstream, ce_weight, kl_weight, ce, kl)
+        return *of_student, None, None, None, None, *of_weights, None

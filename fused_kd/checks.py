@@ -1,9 +1,12 @@
 """Checks of a user's arguments: the argument's name, what was expected, what came, what to do."""
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from .logit_map import LogitMap
 
 LOGIT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 LABEL_DTYPES = (torch.int32, torch.int64)
@@ -20,7 +23,7 @@ def _what(value: object) -> str:
     return f"{value!r} ({type(value).__name__})"
 
 
-def _readable(tensor: Tensor) -> bool:
+def readable(tensor: Tensor) -> bool:
     """Whether values may be looked at: on the CPU, in eager mode, where that synchronises with nothing."""
     eager = not torch.compiler.is_compiling() and type(tensor) in (Tensor, torch.nn.Parameter)
     return eager and tensor.device.type == "cpu"
@@ -31,31 +34,164 @@ def check_logits(student: Tensor, teacher: Tensor | None, vocab_size: int | None
     for name, logits in (("student_logits", student), ("teacher_logits", teacher)):
         if logits is None and name == "teacher_logits":
             continue
-        if not isinstance(logits, Tensor):
-            raise TypeError(f"{name}: expected a tensor, got {_what(logits)}")
-        if logits.dtype not in LOGIT_DTYPES:
-            raise TypeError(
-                f"{name}: expected dtype float32, bfloat16, float16 or float64, got {logits.dtype}; pass logits, "
-                f"not token ids"
-            )
+        logits = _check_float_tensor(name, logits, "logits, not token ids")
         if logits.dim() == 0 or logits.shape[-1] == 0:
             raise ValueError(f"{name}: expected shape [..., V] with V >= 1, got {tuple(logits.shape)}")
-        if logits.device.type not in ("cpu", "cuda"):
-            raise ValueError(f"{name}: expected a tensor on the CPU or a CUDA device, got one on {logits.device}")
-        if logits.device.type == "cuda" and logits.dtype == torch.float64:
-            raise TypeError(f"{name}: float64 is computed on the CPU only, got a float64 tensor on {logits.device}")
-    widths = [logits.shape[-1] for logits in (student, teacher) if logits is not None]
+        _check_device_type(name, logits)
     if teacher is not None:
         check_device("teacher_logits", teacher, student)
-        if teacher.shape[:-1] != student.shape[:-1]:
+        _check_leading("teacher_logits", teacher, student)
+    widths = [logits.shape[-1] for logits in (student, teacher) if logits is not None]
+    return _vocabulary("teacher_logits", widths, vocab_size)
+
+
+def check_heads(
+    student: tuple[Tensor, Tensor, Tensor | None],  # hidden states, weight, bias
+    teacher: tuple[Tensor | None, Tensor | None, Tensor | None],
+    vocab_size: int | None,
+) -> int:
+    """The number of real columns, V."""
+    if (teacher[0] is None) != (teacher[1] is None):
+        missing, given = (
+            ("teacher_hidden", "teacher_weight") if teacher[0] is None else ("teacher_weight", "teacher_hidden")
+        )
+        raise ValueError(f"{missing}: expected a tensor beside {given}, got None; without a teacher pass None for both")
+    for who, (hidden, weight, bias) in (("student", student), ("teacher", teacher)):
+        if who == "teacher" and hidden is None:
+            if bias is not None:
+                raise ValueError(f"teacher_bias: expected None without a teacher, got {_what(bias)}")
+            continue
+        _check_head(who, hidden, weight, bias)
+    if teacher[0] is not None:
+        check_device("teacher_hidden", teacher[0], student[0])
+        _check_leading("teacher_hidden", teacher[0], student[0])
+    return _vocabulary("teacher_weight", [w.shape[0] for w in (student[1], teacher[1]) if w is not None], vocab_size)
+
+
+def _check_head(who: str, hidden: Tensor | None, weight: Tensor | None, bias: Tensor | None) -> None:
+    hidden = _check_float_tensor(f"{who}_hidden", hidden, "hidden states")
+    if hidden.dim() == 0:
+        raise ValueError(f"{who}_hidden: expected shape [..., H], got {tuple(hidden.shape)}")
+    _check_device_type(f"{who}_hidden", hidden)
+    weight = _check_float_tensor(f"{who}_weight", weight, "the weight of the output head")
+    if weight.dim() != 2 or weight.shape[0] == 0:
+        raise ValueError(f"{who}_weight: expected shape [V, H] with V >= 1, as in nn.Linear, got {tuple(weight.shape)}")
+    if weight.shape[1] != hidden.shape[-1]:
+        raise ValueError(
+            f"{who}_weight: expected shape [V, {hidden.shape[-1]}] for {who}_hidden of width {hidden.shape[-1]}, "
+            f"got {tuple(weight.shape)}"
+        )
+    if bias is not None:
+        bias = _check_float_tensor(f"{who}_bias", bias, "the bias of the output head")
+        if bias.shape != weight.shape[:1]:
+            raise ValueError(f"{who}_bias: expected shape ({weight.shape[0]},), got {tuple(bias.shape)}")
+    for name, tensor in ((f"{who}_weight", weight), (f"{who}_bias", bias)):
+        if tensor is None:
+            continue
+        if tensor.device != hidden.device:
             raise ValueError(
-                f"teacher_logits: expected the student's leading dimensions {tuple(student.shape[:-1])}, "
-                f"got {tuple(teacher.shape[:-1])}"
+                f"{name}: expected a tensor on the device of {who}_hidden, {hidden.device}, got {tensor.device}"
             )
+        if tensor.dtype != hidden.dtype and products_dtype(hidden) == hidden.dtype:
+            raise ValueError(
+                f"{name}: expected the dtype of {who}_hidden, {hidden.dtype}, got {tensor.dtype}; cast one of them, or "
+                f"run under torch.autocast"
+            )
+
+
+def products_dtype(hidden: Tensor) -> torch.dtype:
+    """What a head's products run in: the autocast dtype under torch.autocast, as nn.Linear has it."""
+    kind = hidden.device.type
+    autocast = hidden.dtype != torch.float64 and torch.is_autocast_enabled(kind)
+    return torch.get_autocast_dtype(kind) if autocast else hidden.dtype
+
+
+def check_linear_options(
+    student_hidden: Tensor,
+    teacher_hidden: Tensor | None,
+    logits_dtype: torch.dtype | None,
+    workspace_bytes: int | None,
+) -> None:
+    for hidden in (student_hidden, teacher_hidden):
+        if hidden is None or logits_dtype is None:
+            continue
+        own = products_dtype(hidden)
+        if logits_dtype not in (own, torch.promote_types(own, torch.float32)):
+            raise ValueError(
+                f"logits_dtype: expected None, torch.float32 or the dtype of the products, {own}, got {logits_dtype}"
+            )
+    if workspace_bytes is None:
+        return
+    if not isinstance(workspace_bytes, int) or isinstance(workspace_bytes, bool):
+        raise TypeError(f"workspace_bytes: expected a number of bytes, got {_what(workspace_bytes)}")
+    if workspace_bytes < 1:
+        raise ValueError(f"workspace_bytes: expected at least 1, got {workspace_bytes}")
+
+
+def logit_maps(
+    logit_scale: float | tuple[float, float], logit_softcap: float | tuple[float | None, float | None] | None
+) -> tuple[LogitMap, LogitMap]:
+    """The maps of student and teacher, of options that hold for both or come as a pair."""
+    scales, softcaps = _pair("logit_scale", logit_scale), _pair("logit_softcap", logit_softcap)
+    for scale in scales:
+        _check_positive("logit_scale", scale, "a finite number above 0, or a pair of such (student, teacher)")
+    for softcap in softcaps:
+        if softcap is not None:
+            _check_positive(
+                "logit_softcap", softcap, "None or a finite number above 0, or a pair of such (student, teacher)"
+            )
+    student, teacher = (
+        LogitMap(float(scale), math.inf if softcap is None else float(softcap))
+        for scale, softcap in zip(scales, softcaps, strict=True)
+    )
+    return student, teacher
+
+
+def _pair(name: str, value: Any) -> tuple[Any, Any]:
+    if not isinstance(value, tuple | list):
+        return value, value
+    if len(value) != 2:
+        raise ValueError(f"{name}: expected one value or a pair (student, teacher), got {len(value)} values")
+    return tuple(value)
+
+
+def _check_positive(name: str, value: object, expected: str) -> None:
+    if not is_number(value):
+        raise TypeError(f"{name}: expected {expected}, got {_what(value)}")
+    if not 0 < value < math.inf:  # type: ignore[operator]
+        raise ValueError(f"{name}: expected {expected}, got {value}")
+
+
+def _check_float_tensor(name: str, tensor: Tensor | None, meaning: str) -> Tensor:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {_what(tensor)}")
+    if tensor.dtype not in LOGIT_DTYPES:
+        raise TypeError(
+            f"{name}: expected dtype float32, bfloat16, float16 or float64, got {tensor.dtype}; pass {meaning}"
+        )
+    return tensor
+
+
+def _check_device_type(name: str, tensor: Tensor) -> None:
+    if tensor.device.type not in ("cpu", "cuda"):
+        raise ValueError(f"{name}: expected a tensor on the CPU or a CUDA device, got one on {tensor.device}")
+    if tensor.device.type == "cuda" and tensor.dtype == torch.float64:
+        raise TypeError(f"{name}: float64 is computed on the CPU only, got a float64 tensor on {tensor.device}")
+
+
+def _check_leading(name: str, teacher: Tensor, student: Tensor) -> None:
+    if teacher.shape[:-1] != student.shape[:-1]:
+        raise ValueError(
+            f"{name}: expected the student's leading dimensions {tuple(student.shape[:-1])}, "
+            f"got {tuple(teacher.shape[:-1])}"
+        )
+
+
+def _vocabulary(name: str, widths: list[int], vocab_size: int | None) -> int:
     if vocab_size is None:
         if len(set(widths)) > 1:
             raise ValueError(
-                f"teacher_logits: expected the student's vocabulary of {widths[0]}, got {widths[1]}; if both only pad "
+                f"{name}: expected the student's vocabulary of {widths[0]}, got {widths[1]}; if both only pad "
                 f"the same vocabulary, pass vocab_size= its real size"
             )
         return widths[0]
@@ -98,12 +234,18 @@ def check_options(
         raise ValueError(f"num_items: expected a number above 0, got {num_items}")
 
 
-def check_alpha(alpha: float | Tensor, student: Tensor, teacher: Tensor | None, labels: Tensor | None) -> None:
+def check_alpha(
+    alpha: float | Tensor,
+    student: Tensor,  # logits or hidden states
+    teacher: Tensor | None,
+    labels: Tensor | None,
+    teacher_name: str,
+) -> None:
     if isinstance(alpha, Tensor):
         if not alpha.is_floating_point():
             raise TypeError(f"alpha: expected a number or a floating-point tensor, got {_what(alpha)}")
         check_row_shape("alpha", alpha, student)
-        if _readable(alpha) and not bool(((alpha >= 0) & (alpha <= 1)).all()):
+        if readable(alpha) and not bool(((alpha >= 0) & (alpha <= 1)).all()):
             raise ValueError(f"alpha: expected values in [0, 1], got {alpha.min().item()} to {alpha.max().item()}")
     elif not is_number(alpha):
         raise TypeError(f"alpha: expected a number or a floating-point tensor, got {_what(alpha)}")
@@ -116,7 +258,7 @@ def check_alpha(alpha: float | Tensor, student: Tensor, teacher: Tensor | None, 
         )
     if teacher is None and (isinstance(alpha, Tensor) or alpha > 0):
         raise ValueError(
-            f"teacher_logits: expected a tensor, got None with alpha={_what(alpha)}; without a teacher there is no KL "
+            f"{teacher_name}: expected a tensor, got None with alpha={_what(alpha)}; without a teacher there is no KL "
             f"term: pass alpha=0"
         )
 
@@ -135,7 +277,7 @@ def check_labels(labels: Tensor, student: Tensor, vocabulary: int, ignore_index:
     check_row_shape("labels", labels, student)
     if labels.dtype not in LABEL_DTYPES:
         raise TypeError(f"labels: expected class ids of dtype int64 or int32, got {labels.dtype}")
-    if _readable(labels):
+    if readable(labels):
         wrong = ((labels < 0) | (labels >= vocabulary)) & (labels != ignore_index)
         if bool(wrong.any()):
             raise IndexError(

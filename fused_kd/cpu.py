@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from . import statistics as stats
+from .logit_map import IDENTITY_MAP, LogitMap
 
 # Elements of a block: its three buffers take 12 MB in float32, within a last-level cache, and an elementary operation on
 # it takes 50 us, far more than its overhead.  Two cores, N = 256, V = 128 256, T = 3: both sweeps take 102 ms with 2^18,
@@ -28,13 +29,15 @@ def row_statistics(
     kl_weight: Tensor,  # [N]; a row with both weights 0 is not read
     temperature: float,
     need_ce: bool,
+    student_map: LogitMap = IDENTITY_MAP,
+    teacher_map: LogitMap = IDENTITY_MAP,
 ) -> Tensor:  # [1, 6, N]: every row whole
     result = stats.identity(ce_weight.numel(), ce_weight.dtype)
     buffers = _buffers(student, ce_weight.dtype)
     for first, last in _blocks((ce_weight != 0) | (kl_weight != 0), buffers.shape[1], student, teacher):
         out = result[:, first:last]
         u, q, v = buffers[:, : last - first]
-        z = _load(student, first, last, u)
+        z = _load(student, first, last, student_map, u)
         torch.amax(z, 1, out=out[stats.M_S])
         torch.sub(z, out[stats.M_S, :, None], out=u)
         if teacher is None:
@@ -44,7 +47,7 @@ def row_statistics(
         out[stats.D_T] = at_T.sum(1)
         if need_ce:
             out[stats.D_1] = _exponential_at_1(u, at_T, temperature, out=v).sum(1)
-        y = _load(teacher, first, last, v)
+        y = _load(teacher, first, last, teacher_map, v)
         torch.amax(y, 1, out=out[stats.M_T])
         torch.sub(y, out[stats.M_T, :, None], out=v)
         _exponential(v, temperature, out=q)
@@ -66,6 +69,8 @@ def logit_gradient(
     kl_weight: Tensor,  # [N]; a row with both weights 0 is not read
     temperature: float,
     gradient: Tensor,  # [outer, inner, V], written; may be the student
+    student_map: LogitMap = IDENTITY_MAP,
+    teacher_map: LogitMap = IDENTITY_MAP,
 ) -> None:
     counted = (ce_weight != 0) | (kl_weight != 0)
     for first, last in _blocks(~counted, counted.numel(), gradient):
@@ -80,7 +85,7 @@ def logit_gradient(
     for first, last in _blocks(counted, buffers.shape[1], student, teacher, gradient):
         rows = slice(first, last)
         u, result, q = buffers[:, : last - first]
-        torch.sub(_load(student, first, last, u), m_s[rows], out=u)
+        torch.sub(_load(student, first, last, student_map, u), m_s[rows], out=u)
         if teacher is None:
             _exponential(u, 1.0, out=result).mul_(p_1_scale[rows])
         else:
@@ -88,12 +93,14 @@ def logit_gradient(
             separate_ce = labels is not None and temperature != 1
             at_1 = _exponential_at_1(u, at_T, temperature, out=u) if separate_ce else None
             result.mul_(p_T_scale[rows])
-            torch.sub(_load(teacher, first, last, q), m_t[rows], out=q)
+            torch.sub(_load(teacher, first, last, teacher_map, q), m_t[rows], out=q)
             result.addcmul_(_exponential(q, temperature, out=q), q_scale[rows], value=-1)
             if at_1 is not None:
                 result.addcmul_(at_1, p_1_scale[rows])
         if labels is not None:
             result.scatter_add_(1, labels[rows, None].long(), -w_ce[rows])
+        if not student_map.is_identity:
+            _multiply_by_slope(result, _rows(student, first, last), student_map, buffer=u)
         _rows(gradient, first, last).copy_(result)
 
 
@@ -138,7 +145,18 @@ def _rows(tensor: Tensor, first: int, last: int) -> Tensor:
     return tensor[outer, start : start + last - first]
 
 
-def _load(tensor: Tensor, first: int, last: int, buffer: Tensor) -> Tensor:
-    """The rows in the buffer's dtype: themselves, or converted into the buffer."""
+def _load(tensor: Tensor, first: int, last: int, logit_map: LogitMap, buffer: Tensor) -> Tensor:
+    """The logits of the rows in the buffer's dtype: the rows themselves, or converted and mapped into the buffer."""
     rows = _rows(tensor, first, last)
-    return rows if rows.dtype == buffer.dtype else buffer.copy_(rows)
+    if logit_map.is_identity:
+        return rows if rows.dtype == buffer.dtype else buffer.copy_(rows)
+    z = buffer.copy_(rows).mul_(logit_map.scale)
+    return z.div_(logit_map.softcap).tanh_().mul_(logit_map.softcap) if logit_map.is_capped else z
+
+
+def _multiply_by_slope(gradient: Tensor, x: Tensor, logit_map: LogitMap, buffer: Tensor) -> None:
+    """In place: the gradient with respect to the logits becomes the one with respect to the head's output x."""
+    gradient.mul_(logit_map.scale)
+    if logit_map.is_capped:
+        t = buffer.copy_(x).mul_(logit_map.scale / logit_map.softcap).tanh_()
+        gradient.addcmul_(gradient, t.square_(), value=-1)

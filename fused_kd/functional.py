@@ -1,12 +1,20 @@
-"""`kd_loss`: the one place where a user's arguments are checked and shaped."""
+"""The losses: the one place where a user's arguments are checked and shaped."""
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import checks
-from .autograd import KDLossFunction, KDOptions
+from .autograd import KDLossFunction, LinearKDLossFunction, LinearKDRowLossesFunction
+from .linear import LinearOptions, plan
+from .logit_map import LogitMap
 from .output import KDLossOutput
-from .rows import as_rows, row_weights
+from .row_losses import KDOptions
+from .rows import RowWeights, as_rows, counted_rows, row_weights
+
+Scale = float | tuple[float, float]
+Softcap = float | tuple[float | None, float | None] | None
 
 
 def kd_loss(
@@ -21,6 +29,8 @@ def kd_loss(
     token_weights: Tensor | None = None,  # [...]
     num_items: int | float | Tensor | None = None,
     vocab_size: int | None = None,
+    logit_softcap: Softcap = None,
+    logit_scale: Scale = 1.0,
     inplace_backward: bool = False,
     return_parts: bool = False,
 ) -> Tensor | KDLossOutput:
@@ -48,6 +58,10 @@ def kd_loss(
             whole batch.
         vocab_size: how many leading columns are real, where vocabularies are padded (to different sizes even).  The
             rest adds nothing, whatever it holds, and its gradient is 0.
+        logit_softcap: c, > 0: the logits are c tanh(z / c) of what is passed (Gemma 2: 30).  None: no softcap.  A pair
+            gives student and teacher one each.
+        logit_scale: what is passed is multiplied by it first (Cohere's logit_scale; Granite: 1 / logits_scaling).  A pair
+            likewise.
         inplace_backward: the gradient takes the memory of the student's logits, which saves an `[N, V]` array.  Using
             the logits after backward then raises PyTorch's error about a tensor modified in place.
         return_parts: return `KDLossOutput(loss, kl, ce)`, with detached parts for logging.
@@ -62,19 +76,179 @@ def kd_loss(
             of such a row is NaN.
     """
     V = checks.check_logits(student_logits, teacher_logits, vocab_size)
-    checks.check_options(temperature, ignore_index, reduction, num_items)
-    checks.check_alpha(alpha, student_logits, teacher_logits, labels)
-    if labels is not None:
-        checks.check_labels(labels, student_logits, V, ignore_index)
-    if token_weights is not None:
-        checks.check_token_weights(token_weights, student_logits)
+    maps = checks.logit_maps(logit_scale, logit_softcap)
     if inplace_backward:
         checks.check_inplace_backward(student_logits)
-
+    terms = _terms(
+        student_logits, teacher_logits, "teacher_logits", labels, V, maps,
+        alpha=alpha, temperature=temperature, ignore_index=ignore_index, reduction=reduction,
+        token_weights=token_weights, num_items=num_items, return_parts=return_parts,
+    )  # fmt: skip
     student = as_rows(student_logits)
-    N = student.shape[0] * student.shape[1]
-    in_float64 = torch.float64 in (student_logits.dtype, None if teacher_logits is None else teacher_logits.dtype)
-    dtype = torch.float64 if in_float64 else torch.float32
+    teacher = None
+    if teacher_logits is not None and terms.need_kl:
+        teacher = as_rows(teacher_logits.detach()[..., :V])
+    losses, ce, kl = KDLossFunction.apply(
+        student, teacher, terms.labels, terms.weights.ce, terms.weights.kl, terms.options, inplace_backward
+    )
+    return terms.output(losses if reduction == "none" else losses.sum(), ce, kl)
+
+
+def linear_kd_loss(
+    student_hidden: Tensor,  # [..., H_s]
+    student_weight: Tensor,  # [V, H_s]
+    teacher_hidden: Tensor | None,  # [..., H_t]
+    teacher_weight: Tensor | None,  # [V, H_t]
+    labels: Tensor | None = None,  # [...]
+    *,
+    student_bias: Tensor | None = None,  # [V]
+    teacher_bias: Tensor | None = None,  # [V]
+    alpha: float | Tensor = 0.5,
+    temperature: float = 1.0,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    token_weights: Tensor | None = None,  # [...]
+    num_items: int | float | Tensor | None = None,
+    vocab_size: int | None = None,
+    logit_softcap: Softcap = None,
+    logit_scale: Scale = 1.0,
+    logits_dtype: torch.dtype | None = None,
+    workspace_bytes: int | None = None,
+    return_parts: bool = False,
+) -> Tensor | KDLossOutput:
+    """`kd_loss` from the last hidden states and the output heads: only a chunk of the logits exists at a time.
+
+        logits = hidden weight^T + bias, of student and teacher
+
+    The gradients of the student's hidden states, weight and bias are taken in the forward pass, chunk by chunk, each only
+    where it is asked for; the weight's is summed in float32.  With reduction "none" they are taken in backward, which
+    projects the chunks once more.  The teacher is a constant.  Nothing synchronises with the host.
+
+    Args:
+        student_hidden: `[..., H_s]`, float32, bfloat16, float16, or float64 on the CPU; what the head takes, so after the
+            model's last norm.
+        student_weight: `[V, H_s]`, as in `nn.Linear`, in the dtype of the hidden states; may be tied to the embeddings.
+        teacher_hidden, teacher_weight: `[..., H_t]` and `[V, H_t]`, with a width and a dtype of their own.  May be None
+            where alpha is 0.
+        labels, alpha, temperature, ignore_index, reduction, token_weights, num_items, vocab_size, return_parts: as in
+            `kd_loss`.  On the CPU rows that do not count are not projected; on a GPU leaving them out would need a
+            synchronisation, so they are, and whatever they hold adds nothing.
+        student_bias, teacher_bias: `[V]`.
+        logit_softcap, logit_scale: as in `kd_loss`, applied to the head's output.
+        logits_dtype: of a chunk's logits.  Default: the dtype of the products, which is what a model's own head gives.
+            torch.float32 spares 16-bit logits their rounding.
+        workspace_bytes: bound of the buffers for a chunk's logits, in bytes.  Default: what `fused_kd.linear.plan` chooses.
+
+    Under `torch.autocast` the products run in the autocast dtype, as those of `nn.Linear` would, and the gradients have the
+    dtype of what they are a gradient of.
+
+    Returns:
+        As `kd_loss`.
+
+    Raises:
+        TypeError, ValueError: the argument's name, what was expected and what came.  Nothing has been modified.
+        IndexError: a label outside [0, V) on the CPU.  On a GPU the loss of such a row is NaN.
+    """
+    student_head = student_hidden, student_weight, student_bias
+    teacher_head = teacher_hidden, teacher_weight, teacher_bias
+    V = checks.check_heads(student_head, teacher_head, vocab_size)
+    maps = checks.logit_maps(logit_scale, logit_softcap)
+    checks.check_linear_options(student_hidden, teacher_hidden, logits_dtype, workspace_bytes)
+    terms = _terms(
+        student_hidden, teacher_hidden, "teacher_hidden", labels, V, maps,
+        alpha=alpha, temperature=temperature, ignore_index=ignore_index, reduction=reduction,
+        token_weights=token_weights, num_items=num_items, return_parts=return_parts,
+    )  # fmt: skip
+    counted = counted_rows(terms.weights)
+
+    def rows(tensor: Tensor | None) -> Tensor | None:
+        return tensor if tensor is None or counted is None else tensor.index_select(0, counted)
+
+    def as_matrix(hidden: Tensor) -> Tensor | None:  # [N, H] of the rows that count
+        return rows(hidden.reshape(-1, hidden.shape[-1]))
+
+    def in_place(values: Tensor) -> Tensor:  # back to [N]
+        if counted is None:
+            return values
+        return torch.zeros_like(terms.weights.row).index_copy(0, counted, values)
+
+    hidden_grad, weight_grad, bias_grad = (
+        tensor is not None and tensor.requires_grad and torch.is_grad_enabled() for tensor in student_head
+    )
+    dtype, teacher_dtype, teacher_size = checks.products_dtype(student_hidden), None, None
+    teacher: tuple[Tensor | None, ...] = None, None, None
+    if teacher_hidden is not None and teacher_weight is not None and terms.need_kl:
+        teacher_dtype, teacher_size = checks.products_dtype(teacher_hidden), teacher_hidden.shape[-1]
+        teacher = as_matrix(teacher_hidden), teacher_weight, teacher_bias
+    planned = plan(
+        terms.weights.row.numel() if counted is None else counted.numel(), V, student_hidden.shape[-1], teacher_size,
+        dtype=dtype, teacher_dtype=teacher_dtype, logits_dtype=logits_dtype,
+        hidden_grad=hidden_grad, weight_grad=weight_grad, bias_grad=bias_grad, workspace_bytes=workspace_bytes,
+    )  # fmt: skip
+    function = LinearKDRowLossesFunction if reduction == "none" else LinearKDLossFunction
+    loss, ce, kl = function.apply(
+        as_matrix(student_hidden), student_weight, student_bias,
+        *(None if tensor is None else tensor.detach() for tensor in teacher),
+        rows(terms.labels), rows(terms.weights.ce), rows(terms.weights.kl),
+        LinearOptions(
+            terms.options, (hidden_grad, weight_grad, bias_grad), planned.chunk_rows, dtype, teacher_dtype or dtype,
+            logits_dtype,
+        ),
+    )  # fmt: skip
+    return terms.output(in_place(loss) if reduction == "none" else loss, in_place(ce), in_place(kl))
+
+
+class _Terms(NamedTuple):
+    """What both losses make of the arguments that they share."""
+
+    labels: Tensor | None  # [N]; None where CE is not needed
+    weights: RowWeights
+    options: KDOptions
+    need_kl: bool
+    reduction: str
+    shape: torch.Size  # of the leading dimensions
+    return_parts: bool
+
+    def output(
+        self,
+        loss: Tensor,  # reduced; [N] for reduction "none"
+        ce: Tensor,  # [N]
+        kl: Tensor,  # [N]
+    ) -> Tensor | KDLossOutput:
+        dtype = self.options.dtype
+        loss = (loss.reshape(self.shape) if self.reduction == "none" else loss).to(dtype)
+        if not self.return_parts:
+            return loss
+        return KDLossOutput(
+            loss,
+            self.weights.reduce(kl, self.reduction, self.shape).to(dtype) if self.need_kl else None,
+            self.weights.reduce(ce, self.reduction, self.shape).to(dtype) if self.labels is not None else None,
+        )
+
+
+def _terms(
+    student: Tensor,  # [..., any], logits or hidden states
+    teacher: Tensor | None,
+    teacher_name: str,
+    labels: Tensor | None,  # [...]
+    V: int,
+    maps: tuple[LogitMap, LogitMap],
+    *,
+    alpha: float | Tensor,
+    temperature: float,
+    ignore_index: int,
+    reduction: str,
+    token_weights: Tensor | None,
+    num_items: int | float | Tensor | None,
+    return_parts: bool,
+) -> _Terms:
+    checks.check_options(temperature, ignore_index, reduction, num_items)
+    checks.check_alpha(alpha, student, teacher, labels, teacher_name)
+    if labels is not None:
+        checks.check_labels(labels, student, V, ignore_index)
+    if token_weights is not None:
+        checks.check_token_weights(token_weights, student)
+    N = student.shape[:-1].numel()
     labels = None if labels is None else labels.reshape(N).contiguous()
     weights = row_weights(
         labels,
@@ -90,24 +264,14 @@ def kd_loss(
     )
     ce_in_loss = isinstance(alpha, Tensor) or alpha < 1
     kl_in_loss = isinstance(alpha, Tensor) or alpha > 0
-    need_ce = labels is not None and (ce_in_loss or return_parts)
-    teacher = None
-    if teacher_logits is not None and (kl_in_loss or return_parts):
-        teacher = as_rows(teacher_logits.detach()[..., :V])
-    losses, ce, kl = KDLossFunction.apply(
-        student,
-        teacher,
-        labels if need_ce else None,
-        weights.ce,
-        weights.kl,
-        KDOptions(float(temperature), V, ce_in_loss, kl_in_loss, inplace_backward, dtype),
-    )
-    shape = student_logits.shape[:-1]
-    loss: Tensor = (losses.reshape(shape) if reduction == "none" else losses.sum()).to(dtype)
-    if not return_parts:
-        return loss
-    return KDLossOutput(
-        loss,
-        weights.reduce(kl, reduction, shape).to(dtype) if teacher is not None else None,
-        weights.reduce(ce, reduction, shape).to(dtype) if need_ce else None,
+    in_float64 = torch.float64 in (student.dtype, None if teacher is None else teacher.dtype)
+    dtype = torch.float64 if in_float64 else torch.float32
+    return _Terms(
+        labels if ce_in_loss or return_parts else None,
+        weights,
+        KDOptions(float(temperature), V, ce_in_loss, kl_in_loss, dtype, *maps),
+        teacher is not None and (kl_in_loss or return_parts),
+        reduction,
+        student.shape[:-1],
+        return_parts,
     )

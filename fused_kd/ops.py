@@ -5,6 +5,7 @@ kernels too, which Triton then runs in Python.  Triton is imported when the firs
 """
 
 import os
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from types import ModuleType
 
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from . import cpu
 from . import statistics as stats
+from .logit_map import LogitMap
 
 ROW_STATISTICS = "fused_kd::row_statistics"
 LOGIT_GRADIENT = "fused_kd::logit_gradient"
@@ -20,11 +22,11 @@ LOGIT_GRADIENT_INPLACE = "fused_kd::logit_gradient_"
 
 _GRADIENT_ARGUMENTS = (
     "Tensor? teacher, Tensor? labels, Tensor statistics, Tensor ce_weight, Tensor kl_weight, float temperature, "
-    "int vocab_size"
+    "int vocab_size, float[] student_map, float[] teacher_map"
 )
 for _name, _schema in {
     ROW_STATISTICS: "(Tensor student, Tensor? teacher, Tensor ce_weight, Tensor kl_weight, float temperature, "
-    "bool need_ce) -> Tensor",
+    "bool need_ce, float[] student_map, float[] teacher_map) -> Tensor",
     LOGIT_GRADIENT: f"(Tensor student, {_GRADIENT_ARGUMENTS}) -> Tensor",
     LOGIT_GRADIENT_INPLACE: f"(Tensor(a!) student, {_GRADIENT_ARGUMENTS}) -> ()",
 }.items():
@@ -67,16 +69,18 @@ def _row_statistics(
     kl_weight: Tensor,  # [N]; a row with both weights 0 is not read, its statistics are those of no columns
     temperature: float,
     need_ce: bool,  # False leaves out d_1
+    student_map: Sequence[float],  # a LogitMap
+    teacher_map: Sequence[float],
 ) -> Tensor:  # [6, N], in the dtype of the weights
     with _device_of(student):
         parts = _backend(student, ce_weight.dtype).row_statistics(
-            student, teacher, ce_weight, kl_weight, temperature, need_ce
+            student, teacher, ce_weight, kl_weight, temperature, need_ce, LogitMap(*student_map), LogitMap(*teacher_map)
         )
         return stats.merge(parts, temperature)
 
 
 @torch.library.register_fake(ROW_STATISTICS)
-def _(student, teacher, ce_weight, kl_weight, temperature, need_ce):  # type: ignore[no-untyped-def]
+def _(student, teacher, ce_weight, *arguments):  # type: ignore[no-untyped-def]
     return ce_weight.new_empty(6, ce_weight.shape[0])
 
 
@@ -90,11 +94,13 @@ def _write_gradient(
     kl_weight: Tensor,  # [N]; a row with both weights 0 is not read, its gradient is 0
     temperature: float,
     vocab_size: int,  # V; columns from V to V' have gradient 0
+    student_map: Sequence[float],  # a LogitMap
+    teacher_map: Sequence[float],
 ) -> None:
     with _device_of(student):
         _backend(student, statistics.dtype).logit_gradient(
             student[..., :vocab_size], teacher, labels, statistics, ce_weight, kl_weight, temperature,
-            gradient[..., :vocab_size],
+            gradient[..., :vocab_size], LogitMap(*student_map), LogitMap(*teacher_map),
         )  # fmt: skip
         gradient[..., vocab_size:] = 0
 

@@ -6,11 +6,16 @@ Hinton, Vinyals and Dean, "Distilling the Knowledge in a Neural Network", 2015 (
 [N, V] arrays, and shares no formula with the rest of the package.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .output import KDLossOutput
+
+Scale = float | tuple[float, float]
+Softcap = float | tuple[float | None, float | None] | None
 
 
 def kl_divergence(
@@ -27,6 +32,16 @@ def kl_divergence(
     return kl.sum(-1)
 
 
+def mapped(x: Tensor, scale: float, softcap: float | None) -> Tensor:
+    """The logits of a head's output x: scale x, or softcap tanh(scale x / softcap)."""
+    z = x if scale == 1 else scale * x
+    return z if softcap is None else softcap * torch.tanh(z / softcap)
+
+
+def _pair(value: Any) -> tuple[Any, Any]:
+    return tuple(value) if isinstance(value, tuple | list) else (value, value)
+
+
 def kd_loss(
     student_logits: Tensor,  # [..., V]
     teacher_logits: Tensor | None,  # [..., V]
@@ -39,6 +54,8 @@ def kd_loss(
     token_weights: Tensor | None = None,
     num_items: int | float | Tensor | None = None,
     vocab_size: int | None = None,
+    logit_softcap: Softcap = None,
+    logit_scale: Scale = 1.0,
     inplace_backward: bool = False,
     return_parts: bool = False,
 ) -> Tensor | KDLossOutput:
@@ -49,7 +66,8 @@ def kd_loss(
     """
     shape, V = student_logits.shape[:-1], vocab_size or student_logits.shape[-1]
     dtype = torch.promote_types(student_logits.dtype, torch.float32)
-    student = student_logits[..., :V].reshape(-1, V).to(dtype)
+    softcaps, scales = _pair(logit_softcap), _pair(logit_scale)
+    student = mapped(student_logits[..., :V].reshape(-1, V).to(dtype), scales[0], softcaps[0])
     N = student.shape[0]
 
     weight = torch.ones(N, dtype=dtype, device=student.device)
@@ -79,10 +97,65 @@ def kd_loss(
         loss = loss + (1 - alpha) * ce
     if teacher_logits is not None and not (isinstance(alpha, float | int) and alpha == 0):
         teacher = rows(teacher_logits.detach()[..., :V].reshape(-1, V)).to(dtype)
+        teacher = mapped(teacher, scales[1], softcaps[1])
         kl = kl_divergence(student, teacher, temperature)
         loss = loss + alpha * temperature**2 * kl
     if not return_parts:
         return reduce(loss)
     return KDLossOutput(
         reduce(loss), None if kl is None else reduce(kl.detach()), None if ce is None else reduce(ce.detach())
+    )
+
+
+def linear_kd_loss(
+    student_hidden: Tensor,  # [..., H_s]
+    student_weight: Tensor,  # [V, H_s]
+    teacher_hidden: Tensor | None,  # [..., H_t]
+    teacher_weight: Tensor | None,  # [V, H_t]
+    labels: Tensor | None = None,  # [...]
+    *,
+    student_bias: Tensor | None = None,  # [V]
+    teacher_bias: Tensor | None = None,  # [V]
+    alpha: float | Tensor = 0.5,
+    temperature: float = 1.0,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    token_weights: Tensor | None = None,
+    num_items: int | float | Tensor | None = None,
+    vocab_size: int | None = None,
+    logit_softcap: Softcap = None,
+    logit_scale: Scale = 1.0,
+    logits_dtype: torch.dtype | None = None,
+    workspace_bytes: int | None = None,
+    return_parts: bool = False,
+) -> Tensor | KDLossOutput:
+    """The loss of `fused_kd.linear_kd_loss`: two heads, as models have them, and `kd_loss` of their logits.
+
+    Every argument means the same; `workspace_bytes` has no effect.
+    """
+
+    def logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        if logits_dtype is None:
+            return F.linear(hidden, weight, bias)
+        with torch.autocast(hidden.device.type, enabled=False):
+            return F.linear(*(None if t is None else t.to(logits_dtype) for t in (hidden, weight, bias)))  # type: ignore[arg-type]
+
+    teacher_logits = None
+    if teacher_hidden is not None and teacher_weight is not None:
+        with torch.no_grad():
+            teacher_logits = logits(teacher_hidden, teacher_weight, teacher_bias)
+    return kd_loss(
+        logits(student_hidden, student_weight, student_bias),
+        teacher_logits,
+        labels,
+        alpha=alpha,
+        temperature=temperature,
+        ignore_index=ignore_index,
+        reduction=reduction,
+        token_weights=token_weights,
+        num_items=num_items,
+        vocab_size=vocab_size,
+        logit_softcap=logit_softcap,
+        logit_scale=logit_scale,
+        return_parts=return_parts,
     )

@@ -7,6 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .checks import readable
+
 
 class RowWeights(NamedTuple):
     """`[N]`, float64, each: the loss of a row is ce CE + kl KL, with ce = row (1 - alpha) and kl = row alpha T^2."""
@@ -48,6 +50,18 @@ def row_weights(
     if isinstance(alpha, Tensor):
         alpha = torch.where((alpha >= 0) & (alpha <= 1), alpha.double(), torch.nan)
     return RowWeights(row, row * (1 - alpha), row * (alpha * temperature**2))
+
+
+def counted_rows(weights: RowWeights) -> Tensor | None:
+    """The indices of the rows that count, where that leaves out any and the values may be looked at: on the CPU.
+
+    On a GPU their number is the host's to know only by waiting for the device, and without it nothing is saved: a product
+    has to be launched for every row that may count.
+    """
+    counted = weights.row != 0
+    if not readable(counted) or bool(counted.all()):
+        return None
+    return counted.nonzero().flatten()
 
 
 def as_rows(tensor: Tensor) -> Tensor:

@@ -57,6 +57,17 @@ CASES = [
     ((S, S, L), {"token_weights": torch.ones(3)}, ValueError, "token_weights: expected one value a row"),
     ((S, S, L), {"token_weights": [1.0]}, TypeError, "token_weights: expected a tensor"),
     ((S, S, L), {"token_weights": torch.ones(2, 3, dtype=torch.complex64)}, TypeError, "token_weights: expected real"),
+    (
+        (S, S, L),
+        {"logit_softcap": 0.0},
+        ValueError,
+        "logit_softcap: expected None or a finite number above 0.* got 0.0",
+    ),
+    ((S, S, L), {"logit_softcap": (30.0, -1.0)}, ValueError, "logit_softcap: .* got -1.0"),
+    ((S, S, L), {"logit_softcap": "30"}, TypeError, r"logit_softcap: .* got '30' \(str\)"),
+    ((S, S, L), {"logit_scale": None}, TypeError, "logit_scale: expected a finite number above 0"),
+    ((S, S, L), {"logit_scale": (1.0, float("inf"))}, ValueError, "logit_scale: .* got inf"),
+    ((S, S, L), {"logit_scale": (1.0, 1.0, 1.0)}, ValueError, r"logit_scale: expected one value or a pair .* 3 values"),
     ((S.clone().requires_grad_(), S, L), {"inplace_backward": True}, ValueError, "inplace_backward: .* got a leaf"),
     (
         (S[:, :1].expand(2, 3, 10), S, L),
@@ -79,7 +90,7 @@ def test_a_label_that_cannot_be_raised_gives_nan(monkeypatch):
     """Where labels are not to be read (a GPU, torch.compile), the row of a wrong one is NaN, in value and gradient."""
     from fused_kd import checks
 
-    monkeypatch.setattr(checks, "_readable", lambda tensor: False)
+    monkeypatch.setattr(checks, "readable", lambda tensor: False)
     labels = L.clone()
     labels[0, 1] = 10
     student = S.clone().requires_grad_()

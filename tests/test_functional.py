@@ -5,7 +5,7 @@ import torch
 
 from fused_kd import KDLoss, KDLossOutput, kd_loss, reference
 
-from .oracle import assert_matches_oracle, relative_error, value_and_gradient
+from .oracle import EPSILON, assert_matches_oracle, relative_error, value_and_gradient
 
 N, V = 6, 1237  # a prime: below one tile of the interpreter, above one of the compiled kernels
 
@@ -189,6 +189,46 @@ def test_a_view_of_logits_is_not_copied():
         assert torch.equal(as_rows(view).reshape(view.shape), view)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"logit_softcap": 30.0},  # Gemma 2
+        {"logit_softcap": (5.0, None)},
+        {"logit_softcap": (None, 2.0)},
+        {"logit_scale": 0.0625},  # Cohere
+        {"logit_scale": (1.0, 0.5)},
+        {"logit_softcap": (3.0, 4.0), "logit_scale": (2.0, 0.5)},
+    ],
+)
+def test_softcap_and_scale(device, options, dtype):
+    student, teacher, labels = make(device, dtype)
+    for temperature in (1.0, 3.0):
+        assert_matches_oracle(kd_loss, student, teacher, labels, temperature=temperature, **options)
+    assert_matches_oracle(kd_loss, student, teacher, labels, alpha=0.0, **options)
+
+
+@pytest.mark.parametrize(
+    "scale", [1e-4, 1e-2, 1.0, 30.0]
+)  # far below the cap, where 1 - 2 / (e^2x + 1) cancels, to above
+def test_softcap_at_every_size_of_logits(device, scale):
+    student, teacher, labels = make(device)
+    student, teacher, options = scale * student, scale * teacher, {"alpha": 1.0, "logit_softcap": 30.0}
+    _, gradient = value_and_gradient(kd_loss, student, teacher, labels, **options)
+    (_, eager), (_, oracle) = (
+        value_and_gradient(reference.kd_loss, student.to(dtype), teacher.to(dtype), labels, **options)
+        for dtype in (torch.float32, torch.float64)
+    )
+    assert relative_error(gradient, oracle) <= max(2 * relative_error(eager, oracle), 4 * EPSILON)
+
+
+def test_a_softcap_makes_masked_tokens_finite(device):
+    """As in PyTorch: c tanh(-inf) is -c."""
+    student, teacher, labels = make(device)
+    student[:, 10:20] = teacher[:, 5:15] = -torch.inf
+    assert_matches_oracle(kd_loss, student, teacher, labels, logit_softcap=4.0)
+
+
 def test_masked_tokens_have_no_probability(device):
     student, teacher, labels = make(device)
     student[:, 10:20] = teacher[:, 10:20] = -torch.inf
@@ -299,11 +339,12 @@ def test_inputs_are_not_modified(device):
 
 @pytest.mark.parametrize("alpha", [0.0, 0.4, 1.0])
 @pytest.mark.parametrize("temperature", [1.0, 2.0, 3.0])
-def test_gradcheck(alpha, temperature):
+@pytest.mark.parametrize("maps", [{}, {"logit_softcap": (4.0, 3.0), "logit_scale": (1.5, 1.0)}])
+def test_gradcheck(alpha, temperature, maps):
     student, teacher, labels = make("cpu", torch.float64, shape=(4,), vocabulary=11)
     labels[1] = -100
     torch.autograd.gradcheck(
-        lambda z: kd_loss(z, teacher, labels, alpha=alpha, temperature=temperature), student.requires_grad_()
+        lambda z: kd_loss(z, teacher, labels, alpha=alpha, temperature=temperature, **maps), student.requires_grad_()
     )
 
 
@@ -328,7 +369,8 @@ def test_module_has_the_options_and_defaults_of_the_function(device):
     import inspect
 
     student, teacher, labels = make(device)
-    options = {"alpha": 0.2, "temperature": 3.0, "ignore_index": 5, "reduction": "sum", "vocab_size": 1200}
+    options = {"alpha": 0.2, "temperature": 3.0, "ignore_index": 5, "reduction": "sum", "vocab_size": 1200,
+               "logit_softcap": 9.0, "logit_scale": (1.0, 0.5)}  # fmt: skip
     labels %= 1200
     labels[0] = 5
     assert torch.equal(KDLoss(**options)(student, teacher, labels), kd_loss(student, teacher, labels, **options))

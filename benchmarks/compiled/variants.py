@@ -22,6 +22,7 @@ KERNELS = ("row_statistics", "logit_gradient")
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 TERMS = {"ce+kl": (True, True), "ce": (True, False), "kl": (False, True)}
 TEMPERATURES = (1.0, 2.0, 4.0, 3.0)  # 3 stands for every T without squarings
+MAPS = ("identity", "scale", "softcap")  # of a head's output to logits, the same for student and teacher
 SIZES = {"fp32": 4, "fp16": 2, "bf16": 2}
 PROCESSORS = 132  # of the device that the launch is planned for; it decides the split of rows, which no loop sees
 
@@ -56,6 +57,7 @@ class Variant:
     temperature: float
     terms: str
     layout: str
+    logit_map: str = MAPS[0]
 
     @property
     def temperature_name(self) -> str:
@@ -67,7 +69,8 @@ class Variant:
 
     @property
     def name(self) -> str:
-        return f"{self.kernel} {self.target} {self.dtypes} T={self.temperature_name} {self.terms} {self.layout}"
+        options = f"{self.dtypes} T={self.temperature_name} {self.terms} {self.layout} {self.logit_map}"
+        return f"{self.kernel} {self.target} {options}"
 
 
 def all_variants() -> list[Variant]:
@@ -86,6 +89,9 @@ def _variants(kernel: str, target: str) -> Iterator[Variant]:
     for student, teacher in (("fp16", "fp16"), ("fp32", "fp32"), ("bf16", "fp32"), ("fp32", "bf16")):
         for T in TEMPERATURES if thorough else TEMPERATURES[-1:]:
             yield Variant(kernel, target, student, teacher, T, "ce+kl", "dense")
+    for logit_map in MAPS[1:]:
+        for T in TEMPERATURES if thorough else TEMPERATURES[-1:]:
+            yield Variant(kernel, target, "bf16", "bf16", T, "ce+kl", "dense", logit_map)
     for layout in ("mixed", "transposed", "small"):
         if layout != "small" or target == "gfx942":
             yield Variant(kernel, target, "bf16", "bf16", TEMPERATURES[-1], "ce+kl", layout)
@@ -102,6 +108,7 @@ def call_arguments(variant: Variant) -> dict[str, Pointer | int | float]:
     """The run-time arguments of the call that the functions in `fused_kd.kernels` would make, by name."""
     from fused_kd.kernels.launch import temperature_arguments
 
+    z = _map_arguments(variant)
     layout = LAYOUTS[variant.layout]
     N, V, need_ce = layout.rows, layout.vocabulary, TERMS[variant.terms][0]
     T = temperature_arguments(variant.temperature)
@@ -123,11 +130,24 @@ def call_arguments(variant: Variant) -> dict[str, Pointer | int | float]:
         "columns_per_split": launch(variant).columns_per_split,
         "exp2_scale": T.exp2_scale,
         "inverse_T": T.inverse,
+        "student_factor": z.factor,
+        "student_cap": z.cap,
+        "teacher_factor": z.factor,
+        "teacher_cap": z.cap,
     }
     for name, (row, column) in strides.items():
         arguments |= {f"{name}_rows_inner": N, f"{name}_stride_outer": N * row}
         arguments |= {f"{name}_stride_inner": row, f"{name}_stride_column": column}
     return arguments
+
+
+def _map_arguments(variant: Variant) -> Any:
+    from fused_kd.kernels.launch import map_arguments
+    from fused_kd.logit_map import LogitMap
+
+    return map_arguments(
+        {"identity": LogitMap(), "scale": LogitMap(0.5), "softcap": LogitMap(1.0, 30.0)}[variant.logit_map]
+    )
 
 
 def launch(variant: Variant) -> Any:
@@ -196,6 +216,8 @@ def _constants(variant: Variant) -> dict[str, int | bool]:
         "LANES": plan.lanes,
         "K": plan.columns,
         "WIDE": LAYOUTS[variant.layout].wide,
+        "STUDENT_MAP": _map_arguments(variant).kind,
+        "TEACHER_MAP": _map_arguments(variant).kind,
     }
 
 

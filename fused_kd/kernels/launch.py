@@ -6,6 +6,9 @@ from typing import NamedTuple
 
 import torch
 
+from ..logit_map import LogitMap
+from .formulas import CAPPED, IDENTITY, SCALED
+
 
 class Launch(NamedTuple):
     lanes: int  # threads of a program; each holds a tuple of statistics
@@ -31,6 +34,20 @@ class Temperature(NamedTuple):
 def temperature_arguments(temperature: float) -> Temperature:
     squarings = {1.0: 0, 2.0: 1, 4.0: 2}.get(temperature, -1)
     return Temperature(math.log2(math.e) / temperature, 1 / temperature, squarings)
+
+
+class MapArguments(NamedTuple):
+    """What the kernels take in place of a `LogitMap`: see `formulas.logits_of`."""
+
+    factor: float
+    cap: float
+    kind: int  # IDENTITY, SCALED or CAPPED
+
+
+def map_arguments(logit_map: LogitMap) -> MapArguments:
+    if logit_map.is_capped:
+        return MapArguments(logit_map.scale / logit_map.softcap, logit_map.softcap, CAPPED.value)
+    return MapArguments(logit_map.scale, 1.0, (IDENTITY if logit_map.is_identity else SCALED).value)
 
 
 NUM_WARPS = 4

@@ -4,6 +4,8 @@ With a row's weights w_ce and w_kl (so that its loss is w_ce CE + w_kl KL) and i
 
     dL/dz[j] = w_ce (e^{z_j - m_s} / d_1 - [j = label])  +  w_kl / T (e^{(z_j - m_s)/T} / d_T - e^{(y_j - m_t)/T} / e)
 
+and, where z = f(x) is a map of the head's output x (a scale, a softcap), that times f'(x).
+
 The three normalisers are folded into one factor each, so an element costs its exponentials and one multiply-add for
 each of them.  An element is read before it is written, by the same thread: the gradient may take the student's place.
 
@@ -14,8 +16,9 @@ import torch
 import triton
 import triton.language as tl
 
-from .formulas import exponentials, load_tile, row_offset, tile_columns
-from .launch import Launch, default_launch, is_wide, temperature_arguments
+from ..logit_map import IDENTITY_MAP, LogitMap
+from .formulas import IDENTITY, exponentials, load_pair, row_offset, slope_at, tile_columns
+from .launch import Launch, default_launch, is_wide, map_arguments, temperature_arguments
 
 
 @triton.jit
@@ -25,7 +28,8 @@ def tile_gradient(
     m_s, m_t,
     w_ce, p_1_scale, p_T_scale, q_scale,  # w_ce; w_ce / d_1, w_kl / (T d_T), w_kl / (T e)
     exp2_scale,
-    NEED_CE: tl.constexpr, NEED_KL: tl.constexpr, SQUARINGS: tl.constexpr,
+    student_factor, student_cap,
+    NEED_CE: tl.constexpr, NEED_KL: tl.constexpr, SQUARINGS: tl.constexpr, STUDENT_MAP: tl.constexpr,
 ):  # fmt: skip
     at_1, at_T = exponentials(z - m_s, exp2_scale, SQUARINGS)
     gradient = tl.zeros_like(z)
@@ -33,6 +37,8 @@ def tile_gradient(
         gradient = p_T_scale * at_T - q_scale * tl.exp2((y - m_t) * exp2_scale)
     if NEED_CE:
         gradient += p_1_scale * at_1 - tl.where(is_label, w_ce, 0.0)
+    if STUDENT_MAP != IDENTITY:
+        gradient *= slope_at(z, student_factor, student_cap, STUDENT_MAP)
     return gradient
 
 
@@ -42,8 +48,9 @@ def sweep_gradient(
     student_stride_column, teacher_stride_column, gradient_stride_column,
     low, high, label,
     m_s, m_t, w_ce, p_1_scale, p_T_scale, q_scale, exp2_scale,
+    student_factor, student_cap, teacher_factor, teacher_cap,
     NEED_CE: tl.constexpr, NEED_KL: tl.constexpr, SQUARINGS: tl.constexpr, LANES: tl.constexpr, K: tl.constexpr,
-    WIDE: tl.constexpr,
+    WIDE: tl.constexpr, STUDENT_MAP: tl.constexpr, TEACHER_MAP: tl.constexpr,
 ):  # fmt: skip
     """Writes the gradient of columns low to high of one row."""
     TILE: tl.constexpr = LANES * K
@@ -51,23 +58,23 @@ def sweep_gradient(
     column = tile_columns(LANES, K, WIDE)
     whole = low + (high - low) // TILE * TILE
     for start in range(low, whole, TILE):
-        z = load_tile(student_row, start + column, student_stride_column, high, False)
-        y = z
-        if NEED_KL:
-            y = load_tile(teacher_row, start + column, teacher_stride_column, high, False)
+        z, y = load_pair(
+            student_row, teacher_row, start + column, high, student_stride_column, student_factor, student_cap,
+            teacher_stride_column, teacher_factor, teacher_cap, NEED_KL, STUDENT_MAP, TEACHER_MAP, False,
+        )  # fmt: skip
         gradient = tile_gradient(
             z, y, column == label - start, m_s, m_t, w_ce, p_1_scale, p_T_scale, q_scale, exp2_scale,
-            NEED_CE, NEED_KL, SQUARINGS,
+            student_factor, student_cap, NEED_CE, NEED_KL, SQUARINGS, STUDENT_MAP,
         )  # fmt: skip
         tl.store(gradient_row + (start + column).to(tl.int64) * gradient_stride_column, gradient.to(dtype))
     if whole < high:
-        z = load_tile(student_row, whole + column, student_stride_column, high, True)
-        y = z
-        if NEED_KL:
-            y = load_tile(teacher_row, whole + column, teacher_stride_column, high, True)
+        z, y = load_pair(
+            student_row, teacher_row, whole + column, high, student_stride_column, student_factor, student_cap,
+            teacher_stride_column, teacher_factor, teacher_cap, NEED_KL, STUDENT_MAP, TEACHER_MAP, True,
+        )  # fmt: skip
         gradient = tile_gradient(
             z, y, column == label - whole, m_s, m_t, w_ce, p_1_scale, p_T_scale, q_scale, exp2_scale,
-            NEED_CE, NEED_KL, SQUARINGS,
+            student_factor, student_cap, NEED_CE, NEED_KL, SQUARINGS, STUDENT_MAP,
         )  # fmt: skip
         pointers = gradient_row + (whole + column).to(tl.int64) * gradient_stride_column
         tl.store(pointers, gradient.to(dtype), mask=whole + column < high)
@@ -97,8 +104,9 @@ def logit_gradient_kernel(
     gradient_rows_inner, gradient_stride_outer, gradient_stride_inner, gradient_stride_column,
     N, V, columns_per_split,
     exp2_scale, inverse_T,
+    student_factor, student_cap, teacher_factor, teacher_cap,  # see `logits_of`
     NEED_CE: tl.constexpr, NEED_KL: tl.constexpr, SQUARINGS: tl.constexpr, LANES: tl.constexpr, K: tl.constexpr,
-    WIDE: tl.constexpr,
+    WIDE: tl.constexpr, STUDENT_MAP: tl.constexpr, TEACHER_MAP: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
     low = tl.program_id(1) * columns_per_split
@@ -123,7 +131,8 @@ def logit_gradient_kernel(
             student_row, teacher_row, gradient_row,
             student_stride_column, teacher_stride_column, gradient_stride_column,
             low, high, label, m_s, m_t, w_ce, w_ce / d_1, w_kl / d_T, w_kl / e, exp2_scale,
-            NEED_CE, NEED_KL, SQUARINGS, LANES, K, WIDE,
+            student_factor, student_cap, teacher_factor, teacher_cap,
+            NEED_CE, NEED_KL, SQUARINGS, LANES, K, WIDE, STUDENT_MAP, TEACHER_MAP,
         )  # fmt: skip
 
 
@@ -136,6 +145,8 @@ def logit_gradient(
     kl_weight: torch.Tensor,  # [N], float32
     temperature: float,
     gradient: torch.Tensor,  # [outer, inner, V], written; may be the student
+    student_map: LogitMap = IDENTITY_MAP,
+    teacher_map: LogitMap = IDENTITY_MAP,
     launch: Launch | None = None,
 ) -> None:
     """Launches the kernel."""
@@ -143,7 +154,7 @@ def logit_gradient(
     launch = launch or default_launch(student, student.element_size())
     outer, inner, V = student.shape
     N = outer * inner
-    T = temperature_arguments(temperature)
+    T, s, t = temperature_arguments(temperature), map_arguments(student_map), map_arguments(teacher_map)
     second = student if teacher is None else teacher
     written = gradient
     if not isinstance(logit_gradient_kernel, triton.JITFunction) and gradient.dtype == torch.bfloat16:
@@ -151,9 +162,10 @@ def logit_gradient(
     logit_gradient_kernel[(N, launch.splits)](
         student, second, ce_weight if labels is None else labels, statistics, ce_weight, kl_weight, written,
         inner, *student.stride(), second.shape[1], *second.stride(), written.shape[1], *written.stride(),
-        N, V, launch.columns_per_split, T.exp2_scale, T.inverse,
-        NEED_CE=labels is not None, NEED_KL=teacher is not None, SQUARINGS=T.squarings,
-        LANES=launch.lanes, K=launch.columns, WIDE=is_wide(student, second, written), **launch.options,
+        N, V, launch.columns_per_split, T.exp2_scale, T.inverse, s.factor, s.cap, t.factor, t.cap,
+        NEED_CE=labels is not None, NEED_KL=teacher is not None, SQUARINGS=T.squarings, LANES=launch.lanes,
+        K=launch.columns, WIDE=is_wide(student, second, written), STUDENT_MAP=s.kind, TEACHER_MAP=t.kind,
+        **launch.options,
     )  # fmt: skip
     if written is not gradient:
         gradient.copy_(written)

@@ -17,8 +17,9 @@ import torch
 import triton
 import triton.language as tl
 
-from .formulas import exponentials, load_tile, row_offset, tile_columns
-from .launch import Launch, default_launch, is_wide, temperature_arguments
+from ..logit_map import IDENTITY_MAP, LogitMap
+from .formulas import exponentials, load_pair, row_offset, tile_columns
+from .launch import Launch, default_launch, is_wide, map_arguments, temperature_arguments
 
 LOWEST = tl.constexpr(-3.4028234663852886e38)  # the maximum of no columns; finite, so that LOWEST - LOWEST is 0
 
@@ -76,8 +77,9 @@ def sweep_statistics(
     student_stride_column, teacher_stride_column,
     low, high,  # the columns to sweep
     exp2_scale, inverse_T,
+    student_factor, student_cap, teacher_factor, teacher_cap,
     NEED_CE: tl.constexpr, NEED_KL: tl.constexpr, SQUARINGS: tl.constexpr, LANES: tl.constexpr, K: tl.constexpr,
-    WIDE: tl.constexpr,
+    WIDE: tl.constexpr, STUDENT_MAP: tl.constexpr, TEACHER_MAP: tl.constexpr,
 ):  # fmt: skip
     """The tuple (m_s, d_1, d_T, m_t, e, c) of columns low to high of one row; scalars."""
     TILE: tl.constexpr = LANES * K
@@ -90,18 +92,18 @@ def sweep_statistics(
     c = tl.zeros([LANES], tl.float32)
     whole = low + (high - low) // TILE * TILE
     for start in range(low, whole, TILE):
-        z = load_tile(student_row, start + column, student_stride_column, high, False)
-        y = z
-        if NEED_KL:
-            y = load_tile(teacher_row, start + column, teacher_stride_column, high, False)
+        z, y = load_pair(
+            student_row, teacher_row, start + column, high, student_stride_column, student_factor, student_cap,
+            teacher_stride_column, teacher_factor, teacher_cap, NEED_KL, STUDENT_MAP, TEACHER_MAP, False,
+        )  # fmt: skip
         m_s, d_1, d_T, m_t, e, c = add_tile(
             m_s, d_1, d_T, m_t, e, c, z, y, exp2_scale, inverse_T, NEED_CE, NEED_KL, SQUARINGS
         )
     if whole < high:
-        z = load_tile(student_row, whole + column, student_stride_column, high, True)
-        y = z
-        if NEED_KL:
-            y = load_tile(teacher_row, whole + column, teacher_stride_column, high, True)
+        z, y = load_pair(
+            student_row, teacher_row, whole + column, high, student_stride_column, student_factor, student_cap,
+            teacher_stride_column, teacher_factor, teacher_cap, NEED_KL, STUDENT_MAP, TEACHER_MAP, True,
+        )  # fmt: skip
         m_s, d_1, d_T, m_t, e, c = add_tile(
             m_s, d_1, d_T, m_t, e, c, z, y, exp2_scale, inverse_T, NEED_CE, NEED_KL, SQUARINGS
         )
@@ -120,8 +122,9 @@ def row_statistics_kernel(
     teacher_rows_inner, teacher_stride_outer, teacher_stride_inner, teacher_stride_column,
     N, V, columns_per_split,
     exp2_scale, inverse_T,
+    student_factor, student_cap, teacher_factor, teacher_cap,  # see `logits_of`
     NEED_CE: tl.constexpr, NEED_KL: tl.constexpr, SQUARINGS: tl.constexpr, LANES: tl.constexpr, K: tl.constexpr,
-    WIDE: tl.constexpr,
+    WIDE: tl.constexpr, STUDENT_MAP: tl.constexpr, TEACHER_MAP: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
     split = tl.program_id(1)
@@ -133,7 +136,8 @@ def row_statistics_kernel(
     teacher_row = teacher_ptr + row_offset(row, teacher_rows_inner, teacher_stride_outer, teacher_stride_inner)
     m_s, d_1, d_T, m_t, e, c = sweep_statistics(
         student_row, teacher_row, student_stride_column, teacher_stride_column, low, high, exp2_scale, inverse_T,
-        NEED_CE, NEED_KL, SQUARINGS, LANES, K, WIDE,
+        student_factor, student_cap, teacher_factor, teacher_cap,
+        NEED_CE, NEED_KL, SQUARINGS, LANES, K, WIDE, STUDENT_MAP, TEACHER_MAP,
     )  # fmt: skip
     out = statistics_ptr + split.to(tl.int64) * 6 * N + row
     tl.store(out, m_s)
@@ -151,6 +155,8 @@ def row_statistics(
     kl_weight: torch.Tensor,  # [N], float32
     temperature: float,
     need_ce: bool,
+    student_map: LogitMap = IDENTITY_MAP,
+    teacher_map: LogitMap = IDENTITY_MAP,
     launch: Launch | None = None,
 ) -> torch.Tensor:  # [S, 6, N], float32
     """Launches the kernel; the tuples of a row's S splits are left for `statistics.merge`."""
@@ -158,13 +164,13 @@ def row_statistics(
     launch = launch or default_launch(student, min(student.element_size(), second.element_size()))
     outer, inner, V = student.shape
     N = outer * inner
-    T = temperature_arguments(temperature)
+    T, s, t = temperature_arguments(temperature), map_arguments(student_map), map_arguments(teacher_map)
     statistics = torch.empty(launch.splits, 6, N, dtype=torch.float32, device=student.device)
     row_statistics_kernel[(N, launch.splits)](
         student, second, ce_weight, kl_weight, statistics,
         student.shape[1], *student.stride(), second.shape[1], *second.stride(),
-        N, V, launch.columns_per_split, T.exp2_scale, T.inverse,
+        N, V, launch.columns_per_split, T.exp2_scale, T.inverse, s.factor, s.cap, t.factor, t.cap,
         NEED_CE=need_ce, NEED_KL=teacher is not None, SQUARINGS=T.squarings, LANES=launch.lanes, K=launch.columns,
-        WIDE=is_wide(student, second), **launch.options,
+        WIDE=is_wide(student, second), STUDENT_MAP=s.kind, TEACHER_MAP=t.kind, **launch.options,
     )  # fmt: skip
     return statistics

@@ -18,7 +18,7 @@ static_profile: Any = pytest.importorskip("static_profile")
 from compiled import amdgcn, bounds, sass, variants  # noqa: E402
 from compiled.profile import profile  # noqa: E402
 
-ONE = "row_statistics sm_90 bf16/bf16 T=2 ce+kl dense"
+ONE = "row_statistics sm_90 bf16/bf16 T=2 ce+kl dense identity"
 
 
 def sass_listing(*lines: str) -> str:
@@ -178,7 +178,7 @@ def _as_tritons_jit_specialises(variant: variants.Variant) -> list[tuple[Any, An
 
 @pytest.mark.parametrize("layout", ["dense", "odd", "transposed"])
 def test_specialisation_is_that_of_tritons_jit(layout: str):
-    variant = variants.Variant("logit_gradient", "sm_90", "bf16", "fp32", 3.0, "ce+kl", layout)
+    variant = variants.Variant("logit_gradient", "sm_90", "bf16", "fp32", 3.0, "ce+kl", layout, "softcap")
     (pairs,) = static_profile.in_workers(_as_tritons_jit_specialises, [variant], workers=1).values()
     if isinstance(pairs, ImportError):
         pytest.skip(f"another Triton: {pairs}")

@@ -6,6 +6,7 @@ import torch
 from fused_kd import cpu, kernels
 from fused_kd import statistics as stats
 from fused_kd.kernels.launch import Launch, plan
+from fused_kd.logit_map import LogitMap
 
 from ..oracle import relative_error
 
@@ -33,7 +34,7 @@ SIZES = [1, 2, TILE - 1, TILE, TILE + 1, 3 * TILE, 5 * TILE + 17]  # below, at a
 @pytest.mark.parametrize("temperature", [1.0, 2.0, 3.0, 4.0])
 def test_row_statistics(kernel_device, vocabulary, splits, temperature):
     student, teacher, ce, kl = given(kernel_device, vocabulary)
-    parts = kernels.row_statistics(student, teacher, ce, kl, temperature, True, launch(vocabulary, splits))
+    parts = kernels.row_statistics(student, teacher, ce, kl, temperature, True, launch=launch(vocabulary, splits))
     assert parts.shape == (splits, 6, 3)
     oracle = cpu.row_statistics(
         student.cpu().double(), teacher.cpu().double(), ce.cpu().double(), kl.cpu().double(), temperature, True
@@ -89,11 +90,13 @@ def test_rows_of_weight_zero_are_not_read(kernel_device):
     student, teacher, ce, kl = given(kernel_device, 2 * TILE + 5)
     ce[1] = kl[1] = 0
     student[0, 1] = teacher[0, 1] = torch.nan
-    statistics = stats.merge(kernels.row_statistics(student, teacher, ce, kl, 2.0, True, launch(2 * TILE + 5, 2)), 2.0)
+    statistics = stats.merge(
+        kernels.row_statistics(student, teacher, ce, kl, 2.0, True, launch=launch(2 * TILE + 5, 2)), 2.0
+    )
     assert torch.equal(statistics[:, 1:2], stats.identity(1, device=kernel_device))
     gradient = torch.full_like(student, torch.nan)
     labels = torch.zeros(3, dtype=torch.int64, device=kernel_device)
-    kernels.logit_gradient(student, teacher, labels, statistics, ce, kl, 2.0, gradient, launch(2 * TILE + 5, 2))
+    kernels.logit_gradient(student, teacher, labels, statistics, ce, kl, 2.0, gradient, launch=launch(2 * TILE + 5, 2))
     assert not gradient[0, 1].any()
     assert not gradient.isnan().any()
 
@@ -103,8 +106,28 @@ def test_an_infinite_divergence_of_no_weight_never_becomes_nan(kernel_device):
     student, teacher, ce, kl = given(kernel_device, 2 * TILE)
     student[..., 3] = -torch.inf
     teacher[..., :TILE] -= 1e4
-    parts = kernels.row_statistics(student, teacher, ce, kl, 1.0, True, launch(2 * TILE, 1))
+    parts = kernels.row_statistics(student, teacher, ce, kl, 1.0, True, launch=launch(2 * TILE, 1))
     assert stats.kl_divergence(parts[0]).isfinite().all()
+
+
+@pytest.mark.parametrize("vocabulary", [TILE - 1, 2 * TILE, 2 * TILE + 5])
+@pytest.mark.parametrize("student_map", [LogitMap(0.5), LogitMap(2.0, 5.0)])
+@pytest.mark.parametrize("teacher_map", [LogitMap(), LogitMap(0.5, 3.0)])
+def test_logit_maps(kernel_device, vocabulary, student_map, teacher_map):
+    student, teacher, ce, kl = given(kernel_device, vocabulary)
+    labels = torch.randint(vocabulary, (3,), device=kernel_device)
+
+    def gradient(backend, dtype, device, **options):
+        z, y, w_ce, w_kl = (tensor.to(dtype).to(device) for tensor in (student, teacher, ce, kl))
+        maps = {"student_map": student_map, "teacher_map": teacher_map}
+        statistics = stats.merge(backend.row_statistics(z, y, w_ce, w_kl, 3.0, True, **maps, **options), 3.0)
+        out = torch.empty_like(z)
+        backend.logit_gradient(z, y, labels.to(device), statistics, w_ce, w_kl, 3.0, out, **maps, **options)
+        return stats.kl_divergence(statistics).cpu(), out.cpu()
+
+    ours = gradient(kernels, torch.float32, kernel_device, launch=launch(vocabulary, 2))
+    oracle = gradient(cpu, torch.float64, "cpu")
+    assert all(relative_error(a, b) < 1e-6 for a, b in zip(ours, oracle, strict=True))
 
 
 @pytest.mark.parametrize("rows", [1, 7, 64, 2048, 10**6])

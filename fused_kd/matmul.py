@@ -1,0 +1,68 @@
+"""Products with a head's weight where operands and result may differ in dtype.
+
+A 16-bit product with a float32 result rounds once.  PyTorch has it for CUDA tensors: `mm` with `out_dtype` since 2.8,
+`addmm` that adds to a float32 matrix since 2.10.  Elsewhere a slab of the vocabulary at a time is converted to float32.
+"""
+
+import torch
+from torch import Tensor
+
+SLAB_ELEMENTS = 2**21  # of the converted weight: 8 MB
+
+
+def _torch_version() -> tuple[int, ...]:
+    return tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
+
+
+HAS_MM_OUT_DTYPE = _torch_version() >= (2, 8)
+HAS_ADDMM_OUT_DTYPE = _torch_version() >= (2, 10)
+
+
+def project(
+    hidden: Tensor,  # [C, H]
+    weight: Tensor,  # [V, H], in the dtype of hidden, as is the bias
+    bias: Tensor | None,  # [V]
+    out: Tensor,  # [C, V], written; in the dtype of hidden or float32
+) -> None:
+    """out = hidden weight^T + bias."""
+    if out.dtype == hidden.dtype:
+        _ = torch.mm(hidden, weight.T, out=out) if bias is None else torch.addmm(bias, hidden, weight.T, out=out)
+    elif hidden.is_cuda and HAS_ADDMM_OUT_DTYPE:
+        if bias is None:
+            torch.mm(hidden, weight.T, out_dtype=out.dtype, out=out)
+        else:
+            torch.addmm(bias.to(out.dtype), hidden, weight.T, out_dtype=out.dtype, out=out)
+    else:
+        for first in range(0, weight.shape[0], _slab(weight)):
+            slab = slice(first, first + _slab(weight))
+            out[:, slab] = _widened_mm(hidden, weight[slab].T)
+            if bias is not None:
+                out[:, slab] += bias[slab]
+
+
+def accumulate(
+    total: Tensor,  # [V, H], added to; in the dtype of the operands or float32
+    gradient: Tensor,  # [C, V]
+    hidden: Tensor,  # [C, H]
+) -> None:
+    """total += gradient^T hidden."""
+    if total.dtype == gradient.dtype:
+        total.addmm_(gradient.T, hidden)
+    elif gradient.is_cuda and HAS_ADDMM_OUT_DTYPE:
+        torch.addmm(total, gradient.T, hidden, out_dtype=total.dtype, out=total)
+    else:
+        for first in range(0, total.shape[0], _slab(total)):
+            slab = slice(first, first + _slab(total))
+            total[slab] += _widened_mm(gradient[:, slab].T, hidden)
+
+
+def _slab(matrix: Tensor) -> int:
+    """Rows of a slab of a `[V, H]` matrix."""
+    return max(1, SLAB_ELEMENTS // matrix.shape[1])
+
+
+def _widened_mm(a: Tensor, b: Tensor) -> Tensor:
+    """The product of 16-bit matrices in float32."""
+    if a.is_cuda and HAS_MM_OUT_DTYPE:
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return torch.mm(a.float(), b.float())

@@ -1,0 +1,99 @@
+"""From logits to row losses and their gradient: statistics, merge, gradient, the three steps that every path takes."""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import ops
+from . import statistics as stats
+from .logit_map import IDENTITY_MAP, LogitMap
+
+
+class KDOptions(NamedTuple):
+    temperature: float
+    vocab_size: int  # how many leading columns of the student are real
+    ce_in_loss: bool  # False: CE is computed for the caller's log only
+    kl_in_loss: bool
+    dtype: torch.dtype  # of the statistics: float32, or float64 for float64 logits
+    student_map: LogitMap = IDENTITY_MAP
+    teacher_map: LogitMap = IDENTITY_MAP
+
+
+class RowValues(NamedTuple):
+    """What a sweep over the logits of N rows gives; CE and KL are zeros where they were not computed."""
+
+    statistics: Tensor  # [6, N]
+    ce: Tensor  # [N], float64
+    kl: Tensor  # [N], float64
+
+
+def row_values(
+    student: Tensor,  # [outer, inner, V'], V' >= vocab_size
+    teacher: Tensor | None,  # [outer', inner', vocab_size]; None leaves out KL
+    labels: Tensor | None,  # [N]; None leaves out CE
+    ce_weight: Tensor,  # [N], float64
+    kl_weight: Tensor,  # [N], float64; a row with both weights 0 is not read
+    options: KDOptions,
+) -> RowValues:
+    real, dtype = student[..., : options.vocab_size], options.dtype
+    statistics = ops.row_statistics(
+        real, teacher, ce_weight.to(dtype), kl_weight.to(dtype), options.temperature, labels is not None,
+        options.student_map, options.teacher_map,
+    )  # fmt: skip
+    ce = kl = torch.zeros_like(ce_weight)
+    if labels is not None:
+        index = labels.clamp(0, options.vocab_size - 1).long().view(*student.shape[:2], 1)
+        label_logit = options.student_map.of(real.gather(2, index).flatten().to(dtype))
+        ce = stats.cross_entropy(statistics, label_logit)
+    if teacher is not None:
+        kl = stats.kl_divergence(statistics)
+    return RowValues(statistics, ce, kl)
+
+
+def weighted_sum(
+    ce: Tensor,  # [N]
+    kl: Tensor,  # [N]
+    ce_weight: Tensor,  # [N]
+    kl_weight: Tensor,  # [N]
+    options: KDOptions,
+) -> Tensor:  # [N], float64: w_ce CE + w_kl KL
+    """Without the terms that are only logged; a row of weight 0 adds nothing, whatever its value."""
+    loss = torch.zeros_like(ce_weight)
+    if options.ce_in_loss:
+        loss = loss + torch.where(ce_weight == 0, 0.0, ce_weight * ce)
+    if options.kl_in_loss:
+        loss = loss + torch.where(kl_weight == 0, 0.0, kl_weight * kl)
+    return loss
+
+
+def gradient_arguments(
+    student: Tensor,  # [outer, inner, V']
+    teacher: Tensor | None,  # [outer', inner', vocab_size]
+    statistics: Tensor,  # [6, N]
+    labels: Tensor | None,  # [N]
+    ce_weight: Tensor,  # [N], float64, with the upstream gradient multiplied in
+    kl_weight: Tensor,  # [N]
+    options: KDOptions,
+) -> tuple[Any, ...]:
+    """What `ops.logit_gradient` and `ops.logit_gradient_` take; terms that are only logged have no gradient."""
+    return (
+        student, teacher if options.kl_in_loss else None, labels if options.ce_in_loss else None, statistics,
+        ce_weight.to(options.dtype), kl_weight.to(options.dtype), options.temperature, options.vocab_size,
+        options.student_map, options.teacher_map,
+    )  # fmt: skip
+
+
+def weight_gradients(
+    needed: tuple[bool, bool],
+    upstream: Tensor,  # [N], or a scalar
+    ce_weight: Tensor,  # [N]
+    kl_weight: Tensor,  # [N]
+    ce: Tensor,  # [N]
+    kl: Tensor,  # [N]
+) -> tuple[Tensor | None, Tensor | None]:
+    """The gradients of the row losses with respect to the two weights of a row."""
+    counted = (ce_weight != 0) | (kl_weight != 0)
+    parts = zip(needed, (ce, kl), strict=True)
+    ce_gradient, kl_gradient = (torch.where(counted, upstream * value, 0.0) if need else None for need, value in parts)
+    return ce_gradient, kl_gradient
