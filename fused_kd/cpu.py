@@ -98,7 +98,8 @@ def logit_gradient(
             if at_1 is not None:
                 result.addcmul_(at_1, p_1_scale[rows])
         if labels is not None:
-            result.scatter_add_(1, labels[rows, None].long(), -w_ce[rows])
+            # The weights of a row whose label names no class are NaN, and so are its gradients, wherever it is written.
+            result.scatter_add_(1, labels[rows, None].long().clamp(0, result.shape[1] - 1), -w_ce[rows])
         if not student_map.is_identity:
             _multiply_by_slope(result, _rows(student, first, last), student_map, buffer=u)
         _rows(gradient, first, last).copy_(result)

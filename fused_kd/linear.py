@@ -21,6 +21,8 @@ from .row_losses import KDOptions, gradient_arguments, row_values
 # frozen head has no such term, and some hundred tokens keep the products efficient.
 TRAINED_CHUNK = 1024
 FROZEN_CHUNK = 256
+FROZEN_WORKSPACE = 240_000_000  # bytes; with the operators' own buffers under 300 MB for any vocabulary
+MIN_CHUNK = 64
 CHUNK_MULTIPLE = 16  # tokens
 ROW_MULTIPLE = 64  # elements from one row of a chunk to the next, so that rows of any vocabulary are aligned
 
@@ -67,7 +69,8 @@ def plan(
         logits_dtype: of a chunk's logits.  Default: that of the products.
         hidden_grad, weight_grad, bias_grad: which gradients of the student are asked for.  None of them: the loss only.
         workspace_bytes: bound of the buffers that grow with a chunk.  By default a chunk has 256 tokens under a frozen
-            head; under a trained one up to 1 024, while its buffers stay within the size of the float32 weight gradient.
+            head, or what 240 MB hold; under a trained one up to 1 024, while its buffers stay within the size of the
+            float32 weight gradient.
 
     Raises:
         ValueError: workspace_bytes is too small for one token; the message names what one takes.
@@ -89,10 +92,11 @@ def plan(
                 f"workspace_bytes: expected at least {a_row}, the buffers of one token with a vocabulary of "
                 f"{vocab_size}, got {workspace_bytes}"
             )
-    elif weight_grad:
-        limit = max(FROZEN_CHUNK, min(TRAINED_CHUNK, accumulator_bytes // a_row))
     else:
-        limit = FROZEN_CHUNK
+        limit = min(FROZEN_CHUNK, FROZEN_WORKSPACE // a_row)
+        if weight_grad:
+            limit = max(limit, min(TRAINED_CHUNK, accumulator_bytes // a_row))
+        limit = max(limit, MIN_CHUNK)
     chunks = max(1, -(-rows // limit))
     chunk_rows = max(1, -(-rows // chunks))
     if chunks > 1:

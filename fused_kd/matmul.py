@@ -10,12 +10,9 @@ from torch import Tensor
 SLAB_ELEMENTS = 2**21  # of the converted weight: 8 MB
 
 
-def _torch_version() -> tuple[int, ...]:
-    return tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
-
-
-HAS_MM_OUT_DTYPE = _torch_version() >= (2, 8)
-HAS_ADDMM_OUT_DTYPE = _torch_version() >= (2, 10)
+def _since(release: tuple[int, int], tensor: Tensor) -> bool:
+    """Whether the tensor is on a GPU and PyTorch at least of this release."""
+    return tensor.is_cuda and tuple(int(part) for part in torch.__version__.split(".")[:2]) >= release
 
 
 def project(
@@ -27,7 +24,7 @@ def project(
     """out = hidden weight^T + bias."""
     if out.dtype == hidden.dtype:
         _ = torch.mm(hidden, weight.T, out=out) if bias is None else torch.addmm(bias, hidden, weight.T, out=out)
-    elif hidden.is_cuda and HAS_ADDMM_OUT_DTYPE:
+    elif _since((2, 10), hidden):
         if bias is None:
             torch.mm(hidden, weight.T, out_dtype=out.dtype, out=out)
         else:
@@ -47,8 +44,8 @@ def accumulate(
 ) -> None:
     """total += gradient^T hidden."""
     if total.dtype == gradient.dtype:
-        total.addmm_(gradient.T, hidden)
-    elif gradient.is_cuda and HAS_ADDMM_OUT_DTYPE:
+        torch.addmm(total, gradient.T, hidden, out=total)
+    elif _since((2, 10), gradient):
         torch.addmm(total, gradient.T, hidden, out_dtype=total.dtype, out=total)
     else:
         for first in range(0, total.shape[0], _slab(total)):
@@ -63,6 +60,6 @@ def _slab(matrix: Tensor) -> int:
 
 def _widened_mm(a: Tensor, b: Tensor) -> Tensor:
     """The product of 16-bit matrices in float32."""
-    if a.is_cuda and HAS_MM_OUT_DTYPE:
+    if _since((2, 8), a):
         return torch.mm(a, b, out_dtype=torch.float32)
     return torch.mm(a.float(), b.float())

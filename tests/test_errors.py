@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fused_kd import kd_loss
+from fused_kd import kd_loss, linear_kd_loss
 
 S = torch.randn(2, 3, 10)
 L = torch.zeros(2, 3, dtype=torch.int64)
@@ -84,6 +84,74 @@ def test_invalid_call(arguments, options, error, message):
     with pytest.raises(error, match=message):
         kd_loss(*arguments, **options)
     assert torch.equal(S, before)
+
+
+H = torch.randn(2, 3, 4)  # hidden states of the student; the teacher's are wider
+W = torch.randn(10, 4)
+TH = torch.randn(2, 3, 6)
+TW = torch.randn(10, 6)
+HEADS = (H, W, TH, TW)
+
+LINEAR_CASES = [
+    ((H.long(), W, TH, TW, L), {}, TypeError, "student_hidden: expected dtype float32, .* got torch.int64"),
+    ((None, W, TH, TW, L), {}, TypeError, "student_hidden: expected a tensor, got None"),
+    ((torch.tensor(1.0), W, TH, TW, L), {}, ValueError, r"student_hidden: expected shape \[..., H\], got \(\)"),
+    ((H, W[:, :3], TH, TW, L), {}, ValueError, r"student_weight: expected shape \[V, 4\] .*, got \(10, 3\)"),
+    ((H, TW, TH, TW, L), {}, ValueError, r"student_weight: expected shape \[V, 4\] .*, got \(10, 6\)"),
+    ((H, W, TH, W, L), {}, ValueError, r"teacher_weight: expected shape \[V, 6\] .*, got \(10, 4\)"),
+    ((H, W[0], TH, TW, L), {}, ValueError, r"student_weight: expected shape \[V, H\] .*, got \(4,\)"),
+    ((H, W[:0], TH, TW, L), {}, ValueError, r"student_weight: expected shape \[V, H\] with V >= 1"),
+    (
+        (H, W, TH, TW[:8], L),
+        {},
+        ValueError,
+        "teacher_weight: expected the student's vocabulary of 10, got 8; .*vocab_size",
+    ),
+    ((H, W, TH[:1], TW, L), {}, ValueError, r"teacher_hidden: expected the student's leading dimensions \(2, 3\)"),
+    ((H, W, None, TW, L), {}, ValueError, "teacher_hidden: expected a tensor beside teacher_weight, got None"),
+    ((H, W, TH, None, L), {}, ValueError, "teacher_weight: expected a tensor beside teacher_hidden, got None"),
+    ((H, W, None, None, L), {}, ValueError, "teacher_hidden: expected a tensor, got None with alpha=0.5"),
+    ((*HEADS, L), {"student_bias": torch.randn(9)}, ValueError, r"student_bias: expected shape \(10,\), got \(9,\)"),
+    ((*HEADS, L), {"teacher_bias": torch.randn(10, 1)}, ValueError, r"teacher_bias: expected shape \(10,\), got"),
+    ((*HEADS, L), {"teacher_bias": [0.0]}, TypeError, "teacher_bias: expected a tensor"),
+    ((H, W, None, None, L), {"alpha": 0.0, "teacher_bias": torch.randn(10)}, ValueError, "teacher_bias: expected None"),
+    ((H, W.bfloat16(), TH, TW, L), {}, ValueError, "student_weight: expected the dtype of student_hidden, .*torch.autocast"),
+    (
+        (*HEADS, L),
+        {"teacher_bias": torch.randn(10).half()},
+        ValueError,
+        "teacher_bias: expected the dtype of teacher_hidden",
+    ),
+    (
+        (H, W.to("meta"), TH, TW, L),
+        {},
+        ValueError,
+        "student_weight: expected a tensor on the device of student_hidden, cpu",
+    ),
+    ((H, W, TH.to("meta"), TW.to("meta"), L), {}, ValueError, "teacher_hidden: expected a tensor on the CPU or a CUDA"),
+    ((*HEADS, L[:1]), {}, ValueError, r"labels: expected one value a row, shape \(2, 3\), got \(1, 3\)"),
+    ((*HEADS, L + 10), {}, IndexError, "labels: expected class ids from 0 to 9"),
+    ((*HEADS,), {}, ValueError, "labels: expected a tensor, got None with alpha=0.5"),
+    ((*HEADS, L), {"vocab_size": 11}, ValueError, "vocab_size: expected an integer from 1 to 10, got 11"),
+    ((*HEADS, L), {"logit_softcap": -30.0}, ValueError, "logit_softcap: .* got -30.0"),
+    ((*HEADS, L), {"logit_scale": (0.0, 1.0)}, ValueError, "logit_scale: .* got 0.0"),
+    ((*HEADS, L), {"logits_dtype": torch.bfloat16}, ValueError, "logits_dtype: .* torch.float32, got torch.bfloat16"),
+    ((*HEADS, L), {"workspace_bytes": 0}, ValueError, "workspace_bytes: expected at least 1, got 0"),
+    ((*HEADS, L), {"workspace_bytes": 1e9}, TypeError, "workspace_bytes: expected a number of bytes"),
+    ((*HEADS, L), {"workspace_bytes": 100}, ValueError, "workspace_bytes: expected at least 512, .* got 100"),
+    ((*HEADS, L), {"temperature": 0}, ValueError, "temperature: expected a finite number above 0"),
+    ((*HEADS, L), {"token_weights": torch.ones(3)}, ValueError, "token_weights: expected one value a row"),
+]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "error", "message"), LINEAR_CASES, ids=[case[3][:50] for case in LINEAR_CASES]
+)
+def test_invalid_call_of_the_linear_loss(arguments, options, error, message):
+    before = [tensor.clone() for tensor in HEADS]
+    with pytest.raises(error, match=message):
+        linear_kd_loss(*arguments, **options)
+    assert all(torch.equal(a, b) for a, b in zip(HEADS, before, strict=True))
 
 
 def test_a_label_that_cannot_be_raised_gives_nan(monkeypatch):
