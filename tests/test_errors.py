@@ -115,7 +115,12 @@ LINEAR_CASES = [
     ((*HEADS, L), {"teacher_bias": torch.randn(10, 1)}, ValueError, r"teacher_bias: expected shape \(10,\), got"),
     ((*HEADS, L), {"teacher_bias": [0.0]}, TypeError, "teacher_bias: expected a tensor"),
     ((H, W, None, None, L), {"alpha": 0.0, "teacher_bias": torch.randn(10)}, ValueError, "teacher_bias: expected None"),
-    ((H, W.bfloat16(), TH, TW, L), {}, ValueError, "student_weight: expected the dtype of student_hidden, .*torch.autocast"),
+    (
+        (H, W.bfloat16(), TH, TW, L),
+        {},
+        ValueError,
+        "student_weight: expected the dtype of student_hidden, .*torch.autocast",
+    ),
     (
         (*HEADS, L),
         {"teacher_bias": torch.randn(10).half()},

@@ -62,6 +62,10 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     training = parser.add_argument_group("training")
     training.add_argument("--alpha", type=_share, default=0.5, help="weight of the KL term, 0 to 1")
     training.add_argument("--temperature", type=_positive, default=2.0, help="T of both distributions in the KL term")
+    training.add_argument(
+        "--loss", choices=("linear", "logits"), default="linear",
+        help="linear: from hidden states and heads, a chunk of logits at a time; logits: from whole logits",
+    )  # fmt: skip
     training.add_argument("--steps", type=_at_least_one, default=120, help="optimiser steps (AdamW)")
     training.add_argument("--batch-size", type=_at_least_one, default=2, help="sequences a step")
     training.add_argument("--sequence-length", type=_at_least_two, default=128, help="tokens a sequence")

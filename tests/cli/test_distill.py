@@ -12,9 +12,8 @@ import torch
 transformers = pytest.importorskip("transformers")
 import huggingface_hub  # noqa: E402
 
-from fused_kd import kd_loss, reference  # noqa: E402
 from fused_kd.cli import main  # noqa: E402
-from fused_kd.cli.distillation import comparison, data, errors, memory, models, training  # noqa: E402
+from fused_kd.cli.distillation import comparison, data, errors, heads, memory, models, training  # noqa: E402
 
 STEPS = 12
 
@@ -81,9 +80,10 @@ def report(tmp_path):
     return json.loads((tmp_path / "out" / "report.json").read_text(), parse_constant=pytest.fail)
 
 
+@pytest.mark.parametrize("loss", ["linear", "logits"])
 @pytest.mark.parametrize("teacher", ["llama", "gpt2"])
-def test_distils_compares_and_saves(distill, teacher, tmp_path, capsys):
-    assert distill("--compare", "eager", teacher=teacher) == 0
+def test_distils_compares_and_saves(distill, teacher, loss, tmp_path, capsys):
+    assert distill("--compare", "eager", "--loss", loss, teacher=teacher) == 0
     output = capsys.readouterr().out
     assert "trainings coincide" in output
     assert "KL(teacher || student)" in output
@@ -100,7 +100,9 @@ def test_distils_compares_and_saves(distill, teacher, tmp_path, capsys):
         assert sum(run["median_seconds"][part] for part in training.PARTS) == pytest.approx(
             run["median_seconds"]["step"]
         )
-    assert record["logit_gradient_bytes"] == 2 * 32 * 256 * 4 < fused["loss_peak_bytes"] < eager["loss_peak_bytes"]
+    for run in (fused, eager):
+        assert run["loss_gradient_bytes"] == (2 * 32 + 256) * 32 * 4 < run["loss_peak_bytes"]
+    assert fused["loss_peak_bytes"] < eager["loss_peak_bytes"]
     assert (tmp_path / "out" / "curves.png").read_bytes().startswith(b"\x89PNG")
 
     student = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "student")
@@ -123,9 +125,7 @@ def test_same_seed_same_figures_and_another_seed_others(distill, tmp_path):
 
 def test_bfloat16_autocast(distill, tmp_path):
     assert distill("--dtype", "bfloat16", "--compare", "eager") == 0
-    record = report(tmp_path)
-    assert record["logit_gradient_bytes"] == 2 * 32 * 256 * 2
-    run = record["runs"]["fused"]
+    run = report(tmp_path)["runs"]["fused"]
     assert run["after"]["kl"] < 0.9 * run["before"]["kl"]
     saved = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "student")
     assert saved.dtype == torch.float32
@@ -154,9 +154,9 @@ def test_a_diverged_training_gives_exit_code_1(distill, tmp_path, capsys):
 
 
 WRONG = {
-    "value": lambda z, *a, **k: scaled(reference.kd_loss(z, *a, **k), 1.01, 1.0),
-    "gradient": lambda z, *a, **k: scaled(reference.kd_loss(z, *a, **k), 1.0, 1.01),
-    "NaN": lambda z, *a, **k: scaled(reference.kd_loss(z, *a, **k), math.nan, 1.0),
+    "value": lambda *a, **k: scaled(heads.LOSSES["eager"](*a, **k), 1.01, 1.0),
+    "gradient": lambda *a, **k: scaled(heads.LOSSES["eager"](*a, **k), 1.0, 1.01),
+    "NaN": lambda *a, **k: scaled(heads.LOSSES["eager"](*a, **k), math.nan, 1.0),
 }
 
 
@@ -168,24 +168,68 @@ def scaled(output, value, gradient):
 
 @pytest.mark.parametrize("mistake", WRONG)
 def test_losses_that_differ_give_exit_code_1(distill, mistake, monkeypatch, capsys):
-    from fused_kd.cli.distillation import experiment
-
-    monkeypatch.setattr(experiment, "kd_loss", WRONG[mistake])
+    monkeypatch.setitem(heads.LOSSES, "linear", WRONG[mistake])
     assert distill("--compare", "eager") == 1
     assert "DO NOT COINCIDE" in capsys.readouterr().out
 
 
-def test_evaluation_is_kl_and_perplexity_by_definition(folder):
+@pytest.mark.parametrize("loss", ["linear", "logits", "eager"])
+def test_evaluation_is_kl_and_perplexity_by_definition(folder, loss):
     teacher, student = (models.load_model(str(folder / name), torch.float32) for name in ("llama", "gpt2"))
     tokens = torch.randint(256, (5, 16))
+    halves = [heads.split(model, tokens) for model in (teacher, student)]
     settings = training.Settings(0.5, 2.0, 256, 1, 2, 1e-3, 0, torch.float32, torch.device("cpu"))
-    found = training.evaluate(teacher, student, data.Blocks(tokens, tokens), kd_loss, settings)
+    found = training.evaluate(*halves, data.Blocks(tokens, tokens), heads.LOSSES[loss], settings)
     with torch.no_grad():
         q, p = (model(tokens).logits[:, :-1].double().log_softmax(-1) for model in (teacher, student))
     nll = [-log.gather(2, tokens[:, 1:, None]).mean().item() for log in (p, q)]
     assert found.kl == pytest.approx((q.exp() * (q - p)).sum(-1).mean().item(), rel=1e-5)
     assert found.perplexity == pytest.approx(math.exp(nll[0]), rel=1e-5)
     assert found.teacher_perplexity == pytest.approx(math.exp(nll[1]), rel=1e-5)
+
+
+SMALL = {
+    "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "head_dim": 8,
+    "num_key_value_heads": 2, "vocab_size": 256, "initializer_range": 0.3, "pad_token_id": 0,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "scale", "softcap"),
+    [
+        ("Llama", {}, 1.0, None),
+        ("Gemma2", {"final_logit_softcapping": 3.0}, 1.0, 3.0),
+        ("Cohere", {"logit_scale": 0.25}, 0.25, None),
+        ("Granite", {"logits_scaling": 4.0}, 0.25, None),
+        ("Phi", {}, 1.0, None),  # a head with a bias
+    ],
+)
+def test_models_are_split_into_body_and_head(name, options, scale, softcap):
+    torch.manual_seed(0)
+    small = {key: value for key, value in SMALL.items() if name != "Phi" or key != "head_dim"}
+    config = getattr(transformers, f"{name}Config")(**small, **options)
+    model = getattr(transformers, f"{name}ForCausalLM")(config)
+    tokens = torch.randint(256, (2, 8))
+    halves = heads.split(model, tokens)
+    assert (halves.head, halves.scale, halves.softcap) == (model.get_output_embeddings(), scale, softcap)
+    losses = {
+        kind: loss(halves, halves, halves.body(tokens), halves.body(tokens), tokens, alpha=0.0, return_parts=True).ce
+        for kind, loss in heads.LOSSES.items()
+    }
+    own = torch.nn.functional.cross_entropy(model(tokens).logits.flatten(0, 1), tokens.flatten())
+    assert all(float(ce) == pytest.approx(float(own), rel=1e-5) for ce in losses.values()), losses
+
+
+def test_a_model_that_cannot_be_split_stays_whole(folder):
+    model = models.load_model(str(folder / "llama"), torch.float32)
+    forward = model.forward
+    model.forward = lambda **kwargs: forward(**kwargs).__class__(logits=forward(**kwargs).logits * 1.5)
+    tokens = torch.randint(256, (2, 8))
+    whole = heads.split(model, tokens)
+    assert whole.head is None
+    assert torch.equal(whole.logits(whole.body(tokens)), model(input_ids=tokens, use_cache=False).logits)
+    with pytest.raises(errors.UserError, match="use --loss logits"):
+        heads.check_split(whole, whole)
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])

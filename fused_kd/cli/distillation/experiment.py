@@ -13,9 +13,8 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from ... import kd_loss, reference
 from ...output import KDLossOutput
-from . import data, models, plot, report
+from . import data, heads, models, plot, report
 from .comparison import compare
 from .errors import UserError
 from .training import Settings, evaluate, train
@@ -47,6 +46,9 @@ def distill(options: argparse.Namespace) -> int:
         vocabulary=vocabulary,
         device=device,
     )
+    split_teacher, split_student = (heads.split(model.to(device), blocks.train[:1]) for model in (teacher, student))
+    if options.loss == "linear":
+        heads.check_split(split_student, split_teacher)
     settings = Settings(
         alpha=options.alpha,
         temperature=options.temperature,
@@ -65,29 +67,28 @@ def distill(options: argparse.Namespace) -> int:
         "vocabulary": vocabulary,
         "train_tokens": blocks.train.numel(),
         "held_out_tokens": blocks.held_out.numel(),
-        "logit_gradient_bytes": options.batch_size * options.sequence_length * models.width(student) * dtype.itemsize,
     }
-    console.print(report.summary(settings, options.sequence_length, facts), markup=False, highlight=False)
+    console.print(report.summary(settings, options.loss, options.sequence_length, facts), markup=False, highlight=False)
 
-    losses: dict[str, Any] = {"fused": kd_loss}
+    losses = {"fused": heads.LOSSES[options.loss]}
     if options.compare == "eager":
-        losses["eager"] = reference.kd_loss
+        losses["eager"] = heads.LOSSES["eager"]
     runs: dict[str, report.Run] = {}
     for name, loss in losses.items():
         if runs:  # the same start again
             student, _ = models.make_student(options.student, teacher, options.student_layers)
-        student.to(device)
-        before = evaluate(teacher, student, blocks, loss, settings)
+            split_student = heads.split(student.to(device), blocks.train[:1])
+        before = evaluate(split_teacher, split_student, blocks, loss, settings)
         with _progress(f"Training, {name} loss", settings, progress_console) as on_step:
-            history = train(teacher, student, blocks, loss, settings, on_step)
-        runs[name] = report.Run(before, evaluate(teacher, student, blocks, loss, settings), history)
+            history = train(split_teacher, split_student, blocks, loss, settings, on_step)
+        runs[name] = report.Run(before, evaluate(split_teacher, split_student, blocks, loss, settings), history)
         if name == "fused":
             student.save_pretrained(output / "student")
             tokenizer.save_pretrained(output / "student")
 
     comparisons = compare(runs["fused"].history, runs["eager"].history, dtype) if "eager" in runs else []
     console.print(report.held_out_table(runs, blocks.held_out.numel()))
-    console.print(report.cost_table(runs, facts["logit_gradient_bytes"]))
+    console.print(report.cost_table(runs))
     if comparisons:
         console.print(report.verdict(comparisons), markup=False, highlight=False)
     plot.draw(output / "curves.png", runs, settings.temperature)

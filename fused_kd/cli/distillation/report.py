@@ -16,6 +16,7 @@ from rich.table import Table
 from .comparison import Comparison
 from .training import LOSS_PARTS, PARTS, Evaluation, History, Settings
 
+LOSS_INPUTS = {"linear": "hidden states", "logits": "logits"}
 WARMUP_STEPS = 2  # not counted in medians: first allocations, on a GPU compilation
 
 
@@ -34,7 +35,7 @@ class Run:
         return {**parts, "step": sum(parts.values()), "loss": sum(parts[part] for part in LOSS_PARTS)}
 
 
-def summary(settings: Settings, sequence: int, facts: dict[str, Any]) -> str:
+def summary(settings: Settings, loss: str, sequence: int, facts: dict[str, Any]) -> str:
     layers = facts["student_layers_from_teacher"]
     origin = f", layers {' '.join(map(str, layers))} of the teacher" if layers else ""
     epochs = settings.steps * settings.batch * sequence / facts["train_tokens"]
@@ -43,7 +44,7 @@ def summary(settings: Settings, sequence: int, facts: dict[str, Any]) -> str:
         f"Student  {facts['student_parameters'] / 1e6:.1f} M parameters{origin}\n"
         f"Text     {facts['train_tokens']} tokens to train on, {facts['held_out_tokens']} held out\n"
         f"Training {settings.steps} steps of {settings.batch} x {sequence} tokens ({epochs:.2g} epochs) on "
-        f"{settings.device}, alpha {settings.alpha:g}, T {settings.temperature:g}"
+        f"{settings.device}, alpha {settings.alpha:g}, T {settings.temperature:g}, loss from {LOSS_INPUTS[loss]}"
     )
 
 
@@ -62,7 +63,7 @@ def held_out_table(runs: dict[str, Run], tokens: int) -> Table:
     return table
 
 
-def cost_table(runs: dict[str, Run], gradient_bytes: int) -> Table:
+def cost_table(runs: dict[str, Run]) -> Table:
     seconds = {name: run.seconds() for name, run in runs.items()}
     table = Table(title="A training step, medians of its parts", title_justify="left")
     table.add_column("")
@@ -71,13 +72,16 @@ def cost_table(runs: dict[str, Run], gradient_bytes: int) -> Table:
         table.add_column("share", justify="right")
     for part in (*PARTS, "step", "loss"):
         cells = [cell for s in seconds.values() for cell in (f"{1000 * s[part]:.1f}", f"{s[part] / s['step']:.1%}")]
-        label = {"step": "whole step", "loss": "loss, forward and backward"}.get(part, part)
+        label = {"step": "whole step", "loss": "heads and loss"}.get(part, part)
         table.add_row(
             label, *cells, style="bold" if part == "loss" else None, end_section=part in ("optimiser", "loss")
         )
-    peaks = [cell for run in runs.values() for cell in (f"{run.history.loss_bytes / 2**20:.1f} MB", "")]
-    table.add_row("peak memory of the loss", *peaks, style="bold")
-    table.add_row("  of that its result, the gradient", *([f"{gradient_bytes / 2**20:.1f} MB", ""] * len(runs)))
+    for label, sizes in (
+        ("peak memory of heads and loss", [run.history.loss_bytes for run in runs.values()]),
+        ("  of that their result, the gradients", [run.history.gradient_bytes for run in runs.values()]),
+    ):
+        cells = [cell for size in sizes for cell in (f"{size / 1e6:.1f} MB", "")]
+        table.add_row(label, *cells, style=None if label.startswith(" ") else "bold")
     return table
 
 
@@ -102,6 +106,7 @@ def run_record(run: Run) -> dict[str, Any]:
         "median_seconds": seconds,
         "loss_share_of_step": seconds["loss"] / seconds["step"],
         "loss_peak_bytes": run.history.loss_bytes,
+        "loss_gradient_bytes": run.history.gradient_bytes,
         "curves": run.history.curves(),
         "seconds": run.history.seconds,
     }

@@ -12,10 +12,10 @@ from torch import Tensor
 from ...output import KDLossOutput
 from . import memory
 from .data import Blocks, batch_order, next_tokens
+from .heads import Loss, SplitModel
 from .stopwatch import Stopwatch
 
-Loss = Callable[..., KDLossOutput]  # fused_kd.kd_loss, or another of its signature
-
+# Of a step.  The output heads belong to the loss, which may never make their logits whole.
 PARTS = ("teacher forward", "student forward", "loss forward", "loss backward", "student backward", "optimiser")
 LOSS_PARTS = ("loss forward", "loss backward")
 WARMUP_SHARE = 0.1  # of the steps
@@ -65,7 +65,8 @@ class History:
     ce: list[float]  # nats
     gradient_norm: list[float]  # before clipping
     seconds: list[dict[str, float]]  # of each of PARTS
-    loss_bytes: int  # peak of the loss, forward and backward, beyond the logits of teacher and student
+    loss_bytes: int  # peak of heads and loss, forward and backward, beyond the hidden states of teacher and student
+    gradient_bytes: int  # of that the result: the gradients of the student's hidden states and head
 
     def curves(self) -> dict[str, list[float]]:
         return {"loss": self.loss, "kl": self.kl, "ce": self.ce, "gradient_norm": self.gradient_norm}
@@ -75,8 +76,8 @@ class History:
 
 
 def train(
-    teacher: Any,
-    student: Any,
+    teacher: SplitModel,
+    student: SplitModel,
     blocks: Blocks,
     loss: Loss,
     settings: Settings,
@@ -84,8 +85,8 @@ def train(
 ) -> History:
     """Trains the student in place.
 
-    The loss is taken on a leaf that holds the student's logits, and its gradient then handed to the model.  That is the
-    same gradient as one backward pass through both, and tells apart what the loss costs and what the model.
+    The loss is taken on a leaf that holds the student's hidden states, and its gradient then handed to the body.  That is
+    the same gradient as one backward pass through both, and tells apart what the loss costs and what the model.
     """
     torch.manual_seed(settings.seed)  # dropout
     teacher.eval()
@@ -100,17 +101,17 @@ def train(
         labels = next_tokens(tokens)
         watch.start()
         with torch.no_grad(), settings.autocast():
-            teacher_logits = teacher(input_ids=tokens, use_cache=False).logits  # [batch, sequence, V']
+            teacher_hidden = teacher.body(tokens)  # [batch, sequence, H_t]
         watch.lap()
         with settings.autocast():
-            student_logits = student(input_ids=tokens, use_cache=False).logits
+            hidden = student.body(tokens)
         watch.lap()
-        leaf = student_logits.detach().requires_grad_()
-        result = _kd(loss, leaf, teacher_logits, labels, settings)
+        leaf = hidden.detach().requires_grad_()
+        result = _kd(loss, student, teacher, leaf, teacher_hidden, labels, settings)
         watch.lap()
         result.loss.backward()  # type: ignore[no-untyped-call]
         watch.lap()
-        student_logits.backward(leaf.grad)
+        hidden.backward(leaf.grad)
         watch.lap()
         norm = torch.nn.utils.clip_grad_norm_(student.parameters(), CLIP_NORM)
         optimiser.step()
@@ -120,30 +121,34 @@ def train(
         values.append(torch.stack([*_values(result), norm]))
         on_step(len(values), result)
 
-    def once_more() -> None:  # on the last batch, after the timed steps: measuring memory is slow
-        leaf = student_logits.detach().requires_grad_()
-        _kd(loss, leaf, teacher_logits, labels, settings).loss.backward()  # type: ignore[no-untyped-call]
+    once_more = hidden.detach().requires_grad_()
 
-    del result, leaf  # no second gradient in memory while the loss is measured
+    def measured() -> None:  # on the last batch, after the timed steps: measuring memory is slow
+        _kd(loss, student, teacher, once_more, teacher_hidden, labels, settings).loss.backward()  # type: ignore[no-untyped-call]
+
+    del result, leaf, hidden  # nothing of the last step is in memory while the loss is measured
     seconds = watch.seconds()
     losses, kl, ce, norms = torch.stack(values).T.tolist()
-    return History(losses, kl, ce, norms, seconds, memory.peak_bytes(once_more, settings.device))
+    peak = memory.peak_bytes(measured, settings.device)
+    results = [once_more.grad, *(parameter.grad for parameter in student.parameters())]
+    gradient_bytes = sum(gradient.nbytes for gradient in results if gradient is not None)
+    optimiser.zero_grad()
+    return History(losses, kl, ce, norms, seconds, peak, gradient_bytes)
 
 
 @torch.no_grad()
-def evaluate(teacher: Any, student: Any, blocks: Blocks, loss: Loss, settings: Settings) -> Evaluation:
+def evaluate(teacher: SplitModel, student: SplitModel, blocks: Blocks, loss: Loss, settings: Settings) -> Evaluation:
     student.eval()
     sums = torch.zeros(3, device=settings.device)
     count = 0
     for tokens in blocks.held_out.split(settings.batch):
         labels = next_tokens(tokens)
         count += tokens.numel() - tokens.shape[0]
-        with settings.autocast():
-            teacher_logits = teacher(input_ids=tokens, use_cache=False).logits
-            student_logits = student(input_ids=tokens, use_cache=False).logits
         options = {"reduction": "sum", "vocab_size": settings.vocabulary, "return_parts": True}
-        _, kl, ce = _values(loss(student_logits, teacher_logits, labels, alpha=1.0, **options))
-        teacher_ce = loss(teacher_logits, None, labels, alpha=0.0, **options).loss
+        with settings.autocast():
+            teacher_hidden, hidden = teacher.body(tokens), student.body(tokens)
+            _, kl, ce = _values(loss(student, teacher, hidden, teacher_hidden, labels, alpha=1.0, **options))
+            teacher_ce = loss(teacher, None, teacher_hidden, None, labels, alpha=0.0, **options).loss
         sums += torch.stack([kl, ce, teacher_ce])
     return Evaluation(*(sums / count).tolist())
 
@@ -163,16 +168,22 @@ def _batches(train: Tensor, settings: Settings) -> Iterator[Tensor]:  # [batch, 
         yield train[chosen]
 
 
-def _kd(loss: Loss, student: Tensor, teacher: Tensor, labels: Tensor, settings: Settings) -> KDLossOutput:
-    return loss(
-        student,
-        teacher,
-        labels,
-        alpha=settings.alpha,
-        temperature=settings.temperature,
-        vocab_size=settings.vocabulary,
-        return_parts=True,
-    )
+def _kd(
+    loss: Loss, student: SplitModel, teacher: SplitModel, hidden: Tensor, teacher_hidden: Tensor, labels: Tensor,
+    settings: Settings,
+) -> KDLossOutput:  # fmt: skip
+    with settings.autocast():
+        return loss(
+            student,
+            teacher,
+            hidden,
+            teacher_hidden,
+            labels,
+            alpha=settings.alpha,
+            temperature=settings.temperature,
+            vocab_size=settings.vocabulary,
+            return_parts=True,
+        )
 
 
 def _values(result: KDLossOutput) -> list[Tensor]:
