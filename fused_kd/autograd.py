@@ -75,7 +75,7 @@ def _sweep_with_gradients(
     options: LinearOptions,
 ) -> tuple[Tensor, Tensor, Gradients, Tensor]:
     """CE, KL, the gradients of sum_i w_ce CE + w_kl KL in units of a scalar, and that scalar."""
-    unit = linear.power_of_two_below(ce_weight, kl_weight)
+    unit = linear.gradient_unit(ce_weight, kl_weight, options.kd)
     gradients = Gradients.allocate(Head(*heads[:3]), options.needed, options.kd.dtype)  # type: ignore[arg-type]
     ce, kl = _sweep(heads, labels, ce_weight / unit, kl_weight / unit, options, gradients)
     return ce, kl, gradients, unit

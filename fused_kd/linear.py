@@ -234,16 +234,19 @@ def sweep(
     return ce, kl
 
 
-def power_of_two_below(ce_weight: Tensor, kl_weight: Tensor) -> Tensor:
-    """A scalar on the device, 2^k: the size of the largest row weight.
+LARGEST_GRADIENT = 2**8  # of a logit; summed over a vocabulary against weights up to 127 it is still a float16
 
-    With the weights divided by it, the logit gradients that a chunk's products take are of the size of probabilities,
-    whatever the divisor of the mean: float16 would lose 1e-3 of a probability of 1e-5, and a loss scale, which comes with
-    the upstream gradient, comes too late.  A power of two, so that taking it back rounds nothing.
+
+def gradient_unit(ce_weight: Tensor, kl_weight: Tensor, options: KDOptions) -> Tensor:
+    """A scalar on the device, 2^k, in which no gradient of a logit is above 2^8 and the largest possible one near it.
+
+    The forward pass takes the gradients of a mean over thousands of rows, 1e-9 where a probability is 1e-6, and a loss
+    scale, which comes with the upstream gradient, comes too late: float16 would lose them.  A power of two, so that
+    counting in it rounds nothing.
     """
-    size = torch.maximum(ce_weight.abs(), kl_weight.abs()).nan_to_num(0.0, 0.0)
-    size = torch.cat([size, size.new_zeros(1)]).amax()  # no rows: 0
-    return torch.where(size > 0, torch.exp2(torch.floor(torch.log2(size))), 1.0)
+    largest = options.student_map.scale * (ce_weight.abs() + kl_weight.abs() / options.temperature)
+    largest = torch.cat([largest.nan_to_num(0.0, 0.0), largest.new_zeros(1)]).amax()  # 0 of no rows
+    return torch.where(largest > 0, torch.exp2(largest.log2().floor()) / LARGEST_GRADIENT, 1.0)
 
 
 BLOCK_ELEMENTS = 2**23  # of a float32 temporary: 32 MB

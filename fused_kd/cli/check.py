@@ -14,7 +14,8 @@ Runs the fused loss and eager PyTorch (float32) over a table of configurations, 
 gradient of both with a float64 oracle.  Shapes up to V = 262 144, dtypes, temperatures 0.5 to 10, alpha 0 to 1, flat,
 peaked and heavy-tailed logits, ignored rows, weights.  A configuration passes if neither error is above twice eager's
 (or one float32 epsilon, 1.2e-7), if 16-bit gradients are the oracle's, correctly rounded, but for a unit in the last
-place on at most 1% of elements, and if there is no NaN where the oracle has none.
+place on at most 1% of elements, and if there is no NaN where the oracle has none.  The loss from hidden states is compared
+with eager heads in the same dtype, in the gradients of hidden states, weight and bias.
 
 Exit code: 0 if every configuration passes, 1 if one fails, 2 if the backend cannot run here.
 """
@@ -35,6 +36,12 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         default="auto",
         help="cuda: the compiled kernels; cpu: the CPU operators; interpreter: the kernels in Python, on CPU tensors; "
         "auto: cuda where there is a device, else cpu (default: auto)",
+    )
+    parser.add_argument(
+        "--loss",
+        choices=("both", "logits", "linear"),
+        default="both",
+        help="logits: kd_loss; linear: linear_kd_loss, from hidden states (default: both)",
     )
     parser.add_argument("--quick", action="store_true", help="one configuration in 17")
     parser.add_argument("--verbose", action="store_true", help="a line for every configuration, not for every group")
@@ -63,12 +70,16 @@ def run(options: argparse.Namespace) -> int:
     else:
         os.environ.pop("TRITON_INTERPRET", None)
 
-    from . import accuracy
+    from . import accuracy, linear_accuracy
 
     device = torch.device("cuda" if backend == "cuda" else "cpu")
-    cases = accuracy.cases(options.quick)
+    cases: list[accuracy.Case] = []
+    if options.loss in ("both", "logits"):
+        cases += accuracy.cases(options.quick)
+    if options.loss in ("both", "linear"):
+        cases += linear_accuracy.cases(options.quick)
     measured = [
-        (case, accuracy.measure(case, device))
+        (case, _measure(case, device))
         for case in track(cases, f"{len(cases)} configurations on {backend}", console=Console(stderr=True))
     ]
     Console(width=None if sys.stdout.isatty() else 160).print(_table(measured, backend, options.verbose))
@@ -81,8 +92,23 @@ def run(options: argparse.Namespace) -> int:
     return 1 if failed else 0
 
 
+def _measure(case: Any, device: Any) -> Any:
+    from . import accuracy, linear_accuracy
+
+    if isinstance(case, linear_accuracy.LinearCase):
+        return linear_accuracy.measure(case, device)
+    return accuracy.measure(case, device)
+
+
 def _failures(case: Any, errors: Any) -> list[str]:
-    return errors.failures(half_precision=case.student_dtype.itemsize == 2)  # type: ignore[no-any-return]
+    return errors.failures(_rounds_once(case))  # type: ignore[no-any-return]
+
+
+def _rounds_once(case: Any) -> bool:
+    """Whether the gradient has one right value in 16 bits: that of 16-bit logits has, that of 16-bit heads has not."""
+    from . import linear_accuracy
+
+    return case.student_dtype.itemsize == 2 and not isinstance(case, linear_accuracy.LinearCase)
 
 
 def _table(measured: list[Any], backend: str, verbose: bool) -> Any:
@@ -97,7 +123,7 @@ def _table(measured: list[Any], backend: str, verbose: bool) -> Any:
         table.add_column(heading, justify="right")
     for (rows, vocabulary, dtypes), group in accuracy.by_group(measured):
         for part in [[pair] for pair in group] if verbose else [group]:
-            half_precision = part[0][0].student_dtype.itemsize == 2
+            half_precision = _rounds_once(part[0][0])
             loss = max((errors for _, errors in part), key=lambda e: e.loss_ratio)
             gradient = max((e for _, e in part), key=lambda e: e.misrounded if half_precision else e.gradient_ratio)
             case = part[0][0]

@@ -7,16 +7,16 @@ import sys
 import pytest
 import torch
 
-from fused_kd import kd_loss
-from fused_kd.cli import accuracy, main
+from fused_kd import kd_loss, linear_kd_loss
+from fused_kd.cli import accuracy, linear_accuracy, main
 
 
 def test_quick_check_passes_and_writes_every_figure(tmp_path, capsys):
     file = tmp_path / "check.json"
     assert main(["check", "--backend", "cpu", "--quick", "--json", str(file)]) == 0
-    assert "68 of 68 configurations within their bounds on cpu" in capsys.readouterr().out
+    assert "78 of 78 configurations within their bounds on cpu" in capsys.readouterr().out
     record = json.loads(file.read_text())
-    assert len(record["configurations"]) == len(accuracy.cases(quick=True))
+    assert len(record["configurations"]) == len(accuracy.cases(quick=True)) + len(linear_accuracy.cases(quick=True))
     assert all(0 < c["gradient"] < 0.1 and c["failures"] == [] for c in record["configurations"])
 
 
@@ -28,6 +28,9 @@ def test_the_table_has_what_it_promises():
     }.items():  # fmt: skip
         assert set(values) <= {getattr(case, field) for case in cases}
     assert len({(c.alpha, c.counted, c.temperature) for c in cases}) == 45
+    linear = linear_accuracy.cases()
+    for pair in (("alpha", "counted"), ("alpha", "temperature"), ("counted", "temperature"), ("alpha", "reduction")):
+        assert len({tuple(getattr(case, field) for field in pair) for case in linear}) == 9, pair
 
 
 WRONG = {
@@ -53,10 +56,26 @@ def test_check_fails_for_a_wrong_loss(mistake, dtype, monkeypatch):
     assert accuracy.measure(case, torch.device("cpu")).failures(dtype == "bfloat16") != []
 
 
+LINEAR_WRONG = {
+    "no weight gradient": lambda h, w, *a, **k: linear_kd_loss(h, w.detach(), *a, **k) + 0 * w.sum(),
+    "5% too large": lambda *a, **k: 1.05 * linear_kd_loss(*a, **k),
+    "NaN": lambda *a, **k: linear_kd_loss(*a, **k) * torch.nan,
+}
+
+
+@pytest.mark.parametrize("mistake", LINEAR_WRONG)
+@pytest.mark.parametrize("dtype", linear_accuracy.DTYPES)
+def test_check_fails_for_a_wrong_linear_loss(mistake, dtype, monkeypatch):
+    case = next(c for c in linear_accuracy.cases() if c.student_dtype == dtype and c.alpha == 0.3 and c.rows == 33)
+    assert linear_accuracy.measure(case, torch.device("cpu")).failures(False) == []
+    monkeypatch.setattr(linear_accuracy, "linear_kd_loss", LINEAR_WRONG[mistake])
+    assert linear_accuracy.measure(case, torch.device("cpu")).failures(False) != []
+
+
 def test_a_failed_configuration_gives_exit_code_1(monkeypatch, capsys):
     monkeypatch.setattr(accuracy, "cases", lambda quick: [c for c in CASES if c.rows == 129][:2])
     monkeypatch.setattr(accuracy, "kd_loss", WRONG["0.1% too large"])
-    assert main(["check", "--backend", "cpu", "--verbose"]) == 1
+    assert main(["check", "--backend", "cpu", "--loss", "logits", "--verbose"]) == 1
     assert "FAILED [129, 1023]" in capsys.readouterr().out
 
 
