@@ -76,16 +76,24 @@ def _sweep_with_gradients(
 ) -> tuple[Tensor, Tensor, Gradients, Tensor]:
     """CE, KL, the gradients of sum_i w_ce CE + w_kl KL in units of a scalar, and that scalar."""
     unit = linear.gradient_unit(ce_weight, kl_weight, options.kd)
-    gradients = Gradients.allocate(Head(*heads[:3]), options.needed, options.kd.dtype)  # type: ignore[arg-type]
+    gradients = Gradients.allocate(Head(*heads[:3]), options.needed, options.kd.dtype, options.kd.vocab_size)  # type: ignore[arg-type]
     ce, kl = _sweep(heads, labels, ce_weight / unit, kl_weight / unit, options, gradients)
     return ce, kl, gradients, unit
+
+
+def _graph_is_kept() -> bool:
+    """Whether this backward pass may be followed by another one (`retain_graph=True`), so that nothing saved may change."""
+    try:
+        return bool(torch._C._autograd._get_current_graph_task_keep_graph())
+    except AttributeError:  # a PyTorch that does not say
+        return True
 
 
 class LinearKDLossFunction(torch.autograd.Function):
     """The sum of the row losses, from hidden states and heads.
 
     The gradients are taken in the forward pass, chunk by chunk, while the logits are there; backward multiplies them by
-    the upstream gradient, whatever it is, and leaves what is saved as it was.
+    the upstream gradient, whatever it is, in place if no other backward can follow.
     """
 
     @staticmethod
@@ -117,7 +125,9 @@ class LinearKDLossFunction(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         *saved, unit, ce_weight, kl_weight, ce, kl = ctx.saved_tensors
-        of_student = saved if unit is None else linear.scaled(saved, upstream * unit, ctx.dtypes)
+        of_student = saved
+        if unit is not None:
+            of_student = linear.scaled(saved, upstream * unit, ctx.dtypes, in_place=not _graph_is_kept())
         of_weights = weight_gradients(ctx.needs_input_grad[7:9], upstream, ce_weight, kl_weight, ce, kl)
         return *of_student, None, None, None, None, *of_weights, None
 
@@ -146,6 +156,6 @@ class LinearKDRowLossesFunction(torch.autograd.Function):
             weights = ce_weight * upstream, kl_weight * upstream
             gradients, unit = _sweep_with_gradients(tuple(heads), labels, *weights, ctx.options)[2:]
             dtypes = [None if tensor is None else tensor.dtype for tensor in heads[:3]]
-            of_student = linear.scaled(gradients, unit, dtypes)
+            of_student = linear.scaled(gradients, unit, dtypes, in_place=True)
         of_weights = weight_gradients(ctx.needs_input_grad[7:9], upstream, ce_weight, kl_weight, ce, kl)
         return *of_student, None, None, None, None, *of_weights, None

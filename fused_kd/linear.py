@@ -20,6 +20,7 @@ from .row_losses import KDOptions, gradient_arguments, row_values
 # A chunk writes the float32 weight gradient anew, which costs about as much as the products of a few hundred tokens; a
 # frozen head has no such term, and some hundred tokens keep the products efficient.
 TRAINED_CHUNK = 1024
+TRAINED_WORKSPACE = 512_000_000  # bytes, or as much as the weight gradient's sum takes
 FROZEN_CHUNK = 256
 FROZEN_WORKSPACE = 240_000_000  # bytes; with the operators' own buffers under 300 MB for any vocabulary
 MIN_CHUNK = 64
@@ -29,7 +30,11 @@ ROW_MULTIPLE = 64  # elements from one row of a chunk to the next, so that rows 
 
 @dataclass(frozen=True)
 class Plan:
-    """How `linear_kd_loss` cuts N tokens into chunks, and the memory that it takes beyond its inputs."""
+    """How `linear_kd_loss` cuts N tokens into chunks, and the memory that it takes beyond its inputs.
+
+    Besides these there are a few hundred bytes a token, on a CPU the operators' own buffers of 12 MB, and with
+    `retain_graph=True` the gradients twice, since backward then leaves what it multiplies as it was.
+    """
 
     chunk_rows: int  # tokens of a chunk
     chunks: int
@@ -69,8 +74,8 @@ def plan(
         logits_dtype: of a chunk's logits.  Default: that of the products.
         hidden_grad, weight_grad, bias_grad: which gradients of the student are asked for.  None of them: the loss only.
         workspace_bytes: bound of the buffers that grow with a chunk.  By default a chunk has 256 tokens under a frozen
-            head, or what 240 MB hold; under a trained one up to 1 024, while its buffers stay within the size of the
-            float32 weight gradient.
+            head, or what 240 MB hold; under a trained one 1 024, or what 512 MB hold or as much as the float32 weight
+            gradient takes.
 
     Raises:
         ValueError: workspace_bytes is too small for one token; the message names what one takes.
@@ -82,52 +87,61 @@ def plan(
         row_bytes["teacher logits"] = row_stride(vocab_size) * (logits_dtype or teacher_products).itemsize
     if any_grad and logits_dtype not in (None, products):
         row_bytes["student logits' gradient, rounded"] = vocab_size * products.itemsize
-    a_row = sum(row_bytes.values())
-    accumulator_bytes = vocab_size * student_hidden_size * max(4, products.itemsize) if weight_grad else 0
+    weight_elements = vocab_size * student_hidden_size if weight_grad else 0
+    sum_bytes = weight_elements * max(4, products.itemsize)
+    chunk_rows = _chunk_rows(rows, vocab_size, sum(row_bytes.values()), sum_bytes, workspace_bytes)
+    workspace = {name: chunk_rows * size for name, size in row_bytes.items()}
 
-    if workspace_bytes is not None:
-        limit = workspace_bytes // a_row
-        if limit < 1:
-            raise ValueError(
-                f"workspace_bytes: expected at least {a_row}, the buffers of one token with a vocabulary of "
-                f"{vocab_size}, got {workspace_bytes}"
-            )
-    else:
-        limit = min(FROZEN_CHUNK, FROZEN_WORKSPACE // a_row)
-        if weight_grad:
-            limit = max(limit, min(TRAINED_CHUNK, accumulator_bytes // a_row))
-        limit = max(limit, MIN_CHUNK)
-    chunks = max(1, -(-rows // limit))
-    chunk_rows = max(1, -(-rows // chunks))
-    if chunks > 1:
-        chunk_rows = min(limit, -(-chunk_rows // CHUNK_MULTIPLE) * CHUNK_MULTIPLE)
-        chunks = -(-rows // chunk_rows)
-
-    buffers = {name: chunk_rows * size for name, size in row_bytes.items()}
-    workspace = sum(buffers.values())
-    casts = [vocab_size * student_hidden_size] if products != dtype else []
+    casts = [student_hidden_size] if products != dtype else []
     if teacher_hidden_size is not None and teacher_products != (teacher_dtype or dtype):
-        casts.append(vocab_size * teacher_hidden_size)
-    if casts:
-        buffers["weights in the autocast dtype"] = sum(casts) * products.itemsize
-    if weight_grad:
-        buffers["weight gradient, summed in float32"] = accumulator_bytes
-    held = sum(buffers.values()) - workspace
-    forward = workspace + held
+        casts.append(teacher_hidden_size)
+    weights = {"weights in the autocast dtype": vocab_size * sum(casts) * products.itemsize}
+    sums = {"weight gradient, summed in float32": sum_bytes if dtype.itemsize < 4 else 0}
     gradients = {
         "hidden gradient": hidden_grad * rows * student_hidden_size * dtype.itemsize,
-        "weight gradient": weight_grad * vocab_size * student_hidden_size * dtype.itemsize,
+        "weight gradient": weight_elements * dtype.itemsize,
         "bias gradient": bias_grad * vocab_size * dtype.itemsize,
     }
-    gradients = {name: size for name, size in gradients.items() if size}
-    hidden = gradients.get("hidden gradient", 0)  # held from the forward pass on, and scaled into another in backward
-    backward = accumulator_bytes + hidden + sum(gradients.values())
-    return Plan(chunk_rows, chunks, buffers | gradients, workspace, max(forward + hidden, backward))
+    forward = sum((*workspace.values(), *weights.values(), sum_bytes, gradients["hidden gradient"]))
+    backward = sum((*sums.values(), *gradients.values()))
+    return Plan(
+        chunk_rows,
+        -(-rows // chunk_rows),
+        {name: size for name, size in (workspace | weights | sums | gradients).items() if size},
+        sum(workspace.values()),
+        max(forward, backward),
+    )
+
+
+def _chunk_rows(
+    rows: int,
+    vocabulary: int,
+    row_bytes: int,  # of a chunk's buffers, for one row
+    sum_bytes: int,  # of the float32 weight gradient; 0 under a frozen head
+    workspace_bytes: int | None,
+) -> int:
+    """Chunks of equal size, as near as `CHUNK_MULTIPLE` lets them be."""
+    if workspace_bytes is not None:
+        limit = workspace_bytes // row_bytes
+        if limit < 1:
+            raise ValueError(
+                f"workspace_bytes: expected at least {row_bytes}, the buffers of one token with a vocabulary of "
+                f"{vocabulary}, got {workspace_bytes}"
+            )
+    else:
+        frozen = min(FROZEN_CHUNK, FROZEN_WORKSPACE // row_bytes)
+        trained = min(TRAINED_CHUNK, max(TRAINED_WORKSPACE, sum_bytes) // row_bytes)
+        limit = max(MIN_CHUNK, trained if sum_bytes else frozen)
+    if rows <= limit:
+        return max(1, rows)
+    even = -(-rows // -(-rows // limit))
+    return min(limit, -(-even // CHUNK_MULTIPLE) * CHUNK_MULTIPLE)
 
 
 def row_stride(vocabulary: int) -> int:
-    """Elements from one row of a chunk's logits to the next."""
-    return -(-vocabulary // ROW_MULTIPLE) * ROW_MULTIPLE
+    """Elements from one row of a chunk's logits to the next: aligned, and not at one place of the caches for every row."""
+    stride = -(-vocabulary // ROW_MULTIPLE) * ROW_MULTIPLE
+    return stride + ROW_MULTIPLE if stride % 1024 == 0 else stride
 
 
 class Head(NamedTuple):
@@ -161,16 +175,26 @@ class Gradients(NamedTuple):
     bias: Tensor | None  # [V']
 
     @classmethod
-    def allocate(cls, head: Head, needed: tuple[bool, bool, bool], dtype: torch.dtype) -> "Gradients":
-        def zeros(*shape: int) -> Tensor:
-            return torch.zeros(shape, dtype=dtype, device=head.weight.device)
+    def allocate(
+        cls,
+        head: Head,
+        needed: tuple[bool, bool, bool],
+        dtype: torch.dtype,
+        vocab_size: int,
+    ) -> "Gradients":
+        """Zeros where no chunk writes, the weight's real columns left to the first one that does."""
 
-        hidden, weight, bias = needed
-        return cls(
-            torch.empty_like(head.hidden, memory_format=torch.contiguous_format) if hidden else None,
-            zeros(*head.weight.shape) if weight else None,
-            zeros(head.weight.shape[0]) if bias else None,
+        def empty(*shape: int) -> Tensor:
+            return torch.empty(shape, dtype=dtype, device=head.weight.device)
+
+        gradients = cls(
+            torch.empty_like(head.hidden, memory_format=torch.contiguous_format) if needed[0] else None,
+            empty(*head.weight.shape) if needed[1] else None,
+            empty(head.weight.shape[0]).zero_() if needed[2] else None,
         )
+        if gradients.weight is not None:
+            gradients.weight[vocab_size if head.hidden.shape[0] else 0 :].zero_()
+        return gradients
 
     def add(
         self,
@@ -188,7 +212,7 @@ class Gradients(NamedTuple):
                 out.copy_(torch.mm(logit_gradient, student.weight))
         if self.weight is not None:  # a row that does not count may hold anything, and 0 times NaN is NaN
             hidden = student.hidden[rows].to(logit_gradient.dtype).masked_fill(~counted[:, None], 0.0)
-            accumulate(self.weight[:V], logit_gradient, hidden)
+            accumulate(self.weight[:V], logit_gradient, hidden, first=rows.start == 0)
         if self.bias is not None:
             self.bias[:V] += logit_gradient.sum(0, dtype=self.bias.dtype)
 
@@ -256,21 +280,23 @@ def scaled(
     gradients: Iterable[Tensor | None],
     factor: Tensor,  # a scalar
     dtypes: Iterable[torch.dtype | None],
+    *,
+    in_place: bool,  # where dtypes allow; otherwise what is given stays as it is
 ) -> list[Tensor | None]:
-    """factor * gradient, in the dtype of what it is a gradient of; what is given stays as it is."""
+    """factor * gradient, in the dtype of what it is a gradient of."""
     return [
-        None if gradient is None or dtype is None else _scaled(gradient, factor, dtype)
+        None if gradient is None or dtype is None else _scaled(gradient, factor, dtype, in_place)
         for gradient, dtype in zip(gradients, dtypes, strict=True)
     ]
 
 
-def _scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+def _scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype, in_place: bool) -> Tensor:
     """Rounded once, a block of rows at a time."""
     wide = torch.promote_types(gradient.dtype, torch.float32)
     factor = factor.to(wide)  # the product of a 16-bit tensor and a scalar would round the scalar first
     if gradient.dtype == dtype == wide:
-        return gradient * factor
-    result = torch.empty_like(gradient, dtype=dtype)
+        return gradient.mul_(factor) if in_place else gradient * factor
+    result = gradient if in_place and gradient.dtype == dtype else torch.empty_like(gradient, dtype=dtype)
     block = max(1, BLOCK_ELEMENTS // max(1, math.prod(gradient.shape[1:])))
     for source, target in zip(gradient.split(block), result.split(block), strict=True):
         target.copy_(source.to(wide) * factor)

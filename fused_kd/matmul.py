@@ -41,16 +41,19 @@ def accumulate(
     total: Tensor,  # [V, H], added to; in the dtype of the operands or float32
     gradient: Tensor,  # [C, V]
     hidden: Tensor,  # [C, H]
+    *,
+    first: bool,  # the total has no value yet
 ) -> None:
     """total += gradient^T hidden."""
     if total.dtype == gradient.dtype:
-        torch.addmm(total, gradient.T, hidden, out=total)
+        torch.addmm(total, gradient.T, hidden, beta=0 if first else 1, out=total)
     elif _since((2, 10), gradient):
-        torch.addmm(total, gradient.T, hidden, out_dtype=total.dtype, out=total)
+        torch.addmm(total, gradient.T, hidden, out_dtype=total.dtype, beta=0 if first else 1, out=total)
     else:
-        for first in range(0, total.shape[0], _slab(total)):
-            slab = slice(first, first + _slab(total))
-            total[slab] += _widened_mm(gradient[:, slab].T, hidden)
+        for start in range(0, total.shape[0], _slab(total)):
+            slab = slice(start, start + _slab(total))
+            product = _widened_mm(gradient[:, slab].T, hidden)
+            total[slab] = product if first else product.add_(total[slab])
 
 
 def _slab(matrix: Tensor) -> int:
