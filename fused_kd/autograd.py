@@ -1,5 +1,6 @@
 """The autograd functions: what is saved, what is recomputed."""
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -76,7 +77,7 @@ def _sweep_with_gradients(
 ) -> tuple[Tensor, Tensor, Gradients, Tensor]:
     """CE, KL, the gradients of sum_i w_ce CE + w_kl KL in units of a scalar, and that scalar."""
     unit = linear.gradient_unit(ce_weight, kl_weight, options.kd)
-    gradients = Gradients.allocate(Head(*heads[:3]), options.needed, options.kd.dtype, options.kd.vocab_size)  # type: ignore[arg-type]
+    gradients = Gradients(Head(*heads[:3]), options.needed, options.kd.dtype, options.kd.vocab_size)  # type: ignore[arg-type]
     ce, kl = _sweep(heads, labels, ce_weight / unit, kl_weight / unit, options, gradients)
     return ce, kl, gradients, unit
 
@@ -111,7 +112,8 @@ class LinearKDLossFunction(torch.autograd.Function):
         options: LinearOptions,
     ) -> tuple[Tensor, Tensor, Tensor]:  # the loss, a scalar; CE and KL, [N], for the log; float64
         heads = hidden, weight, bias, teacher_hidden, teacher_weight, teacher_bias
-        gradients, unit = Gradients(None, None, None), None
+        gradients: Iterable[Tensor | None] = (None, None, None)
+        unit = None
         if any(options.needed):
             ce, kl, gradients, unit = _sweep_with_gradients(heads, labels, ce_weight, kl_weight, options)
         else:

@@ -6,7 +6,7 @@ there, over them, so nothing is projected twice.
 """
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -103,6 +103,8 @@ def plan(
         "bias gradient": bias_grad * vocab_size * dtype.itemsize,
     }
     forward = sum((*workspace.values(), *weights.values(), sum_bytes, gradients["hidden gradient"]))
+    if rows <= chunk_rows:  # the teacher's logits make room for the weight gradient
+        forward -= min(sum_bytes, workspace.get("teacher logits", 0))
     backward = sum((*sums.values(), *gradients.values()))
     return Plan(
         chunk_rows,
@@ -167,34 +169,17 @@ class Head(NamedTuple):
         return out[None, : hidden.shape[0]]
 
 
-class Gradients(NamedTuple):
+class Gradients:
     """Of the student's head, those that are asked for; the weight's and the bias's are summed in float32."""
 
-    hidden: Tensor | None  # [N, H]
-    weight: Tensor | None  # [V', H]
-    bias: Tensor | None  # [V']
-
-    @classmethod
-    def allocate(
-        cls,
-        head: Head,
-        needed: tuple[bool, bool, bool],
-        dtype: torch.dtype,
-        vocab_size: int,
-    ) -> "Gradients":
-        """Zeros where no chunk writes, the weight's real columns left to the first one that does."""
-
-        def empty(*shape: int) -> Tensor:
-            return torch.empty(shape, dtype=dtype, device=head.weight.device)
-
-        gradients = cls(
-            torch.empty_like(head.hidden, memory_format=torch.contiguous_format) if needed[0] else None,
-            empty(*head.weight.shape) if needed[1] else None,
-            empty(head.weight.shape[0]).zero_() if needed[2] else None,
-        )
-        if gradients.weight is not None:
-            gradients.weight[vocab_size if head.hidden.shape[0] else 0 :].zero_()
-        return gradients
+    def __init__(self, head: Head, needed: tuple[bool, bool, bool], dtype: torch.dtype, vocab_size: int) -> None:
+        hidden, self._need_weight, bias = needed
+        self.hidden = torch.empty_like(head.hidden, memory_format=torch.contiguous_format) if hidden else None  # [N, H]
+        self.weight: Tensor | None = None  # [V', H]; not before it is needed
+        self.bias = head.weight.new_zeros(head.weight.shape[0], dtype=dtype) if bias else None  # [V']
+        if self._need_weight and not head.hidden.shape[0]:
+            self.weight = torch.zeros_like(head.weight, dtype=dtype)
+        self._like, self._dtype, self._vocab_size = head.weight, dtype, vocab_size
 
     def add(
         self,
@@ -203,18 +188,26 @@ class Gradients(NamedTuple):
         student: Head,  # in the dtype of the products
         counted: Tensor,  # [C]
     ) -> None:
-        V = logit_gradient.shape[1]
+        V = self._vocab_size
         if self.hidden is not None:
             out = self.hidden[rows]
             if out.dtype == logit_gradient.dtype:
                 torch.mm(logit_gradient, student.weight, out=out)
             else:
                 out.copy_(torch.mm(logit_gradient, student.weight))
-        if self.weight is not None:  # a row that does not count may hold anything, and 0 times NaN is NaN
+        if self._need_weight:
+            first = self.weight is None
+            if self.weight is None:
+                self.weight = torch.empty(self._like.shape, dtype=self._dtype, device=self._like.device)
+                self.weight[V:].zero_()
+            # A row that does not count may hold anything, and 0 times NaN is NaN.
             hidden = student.hidden[rows].to(logit_gradient.dtype).masked_fill(~counted[:, None], 0.0)
-            accumulate(self.weight[:V], logit_gradient, hidden, first=rows.start == 0)
+            accumulate(self.weight[:V], logit_gradient, hidden, first=first)
         if self.bias is not None:
             self.bias[:V] += logit_gradient.sum(0, dtype=self.bias.dtype)
+
+    def __iter__(self) -> Iterator[Tensor | None]:
+        yield from (self.hidden, self.weight, self.bias)
 
 
 class LinearOptions(NamedTuple):
@@ -241,18 +234,21 @@ def sweep(
     with torch.autocast(student.hidden.device.type, enabled=False):  # the dtypes are chosen already
         student = student.cast(options.dtype, V)
         student_logits = student.logits_buffer(options)
+        teacher_logits = None
         if teacher is not None:
             teacher = teacher.cast(options.teacher_dtype, V)
             teacher_logits = teacher.logits_buffer(options)
         for first in range(0, N, options.chunk_rows):
             rows = slice(first, first + options.chunk_rows)
             z = student.logits(rows, student_logits)
-            y = None if teacher is None else teacher.logits(rows, teacher_logits)
+            y = None if teacher is None or teacher_logits is None else teacher.logits(rows, teacher_logits)
             arguments = (None if labels is None else labels[rows]), ce_weight[rows], kl_weight[rows], options.kd
             values = row_values(z, y, *arguments)
             ce[rows], kl[rows] = values.ce, values.kl
             if gradients is not None:
                 ops.logit_gradient_(*gradient_arguments(z, y, values.statistics, *arguments))
+                if rows.stop >= N:  # make room for the weight gradient, if this is the only chunk
+                    y = teacher_logits = None
                 counted = (ce_weight[rows] != 0) | (kl_weight[rows] != 0)
                 gradients.add(rows, z[0].to(options.dtype), student, counted)
     return ce, kl

@@ -509,7 +509,7 @@ def small_blocks(monkeypatch):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("trained", [True, False])
-@pytest.mark.parametrize("chunk", [2, 16, 128])  # with 2, backward has the peak, if it is anywhere in backward
+@pytest.mark.parametrize("chunk", [2, 16, 128, 256])  # 256: one chunk
 @pytest.mark.usefixtures("small_blocks")
 def test_memory_is_what_the_plan_says(dtype, trained, chunk):
     given = make("cpu", dtype, shape=(256,), vocabulary=8000)
