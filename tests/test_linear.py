@@ -259,7 +259,7 @@ def test_every_backward_multiplies_by_its_own_upstream_gradient(device, reductio
     once, scaled, again = gradients(1.0), gradients(upstream), gradients(1.0)
     for a, b, c in zip(once, scaled, again, strict=True):
         assert torch.equal(a, c)
-        assert relative_error(b, upstream * a.double()) < (1e-6 if dtype == torch.float32 else 2.5e-3)
+        assert relative_error(b, upstream * a.double()) < (1e-6 if dtype == torch.float32 else 3.3e-3)
 
 
 def test_a_mean_over_many_rows_does_not_underflow_in_float16(device):
