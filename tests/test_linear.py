@@ -255,11 +255,13 @@ def test_every_backward_multiplies_by_its_own_upstream_gradient(device, reductio
     def gradients(upstream):
         return torch.autograd.grad(loss, leaves, torch.full_like(loss, upstream), retain_graph=True)
 
-    upstream = 5 * (1 + 2**-8)  # not a bfloat16, which would be 0.4% off
+    upstream = 5 * (1 + 2**-8)  # not a bfloat16
     once, scaled, again = gradients(1.0), gradients(upstream), gradients(1.0)
     for a, b, c in zip(once, scaled, again, strict=True):
         assert torch.equal(a, c)
-        assert relative_error(b, upstream * a.double()) < (1e-6 if dtype == torch.float32 else 3.3e-3)
+        assert relative_error(b, upstream * a.double()) < (1e-6 if dtype == torch.float32 else 5e-3)
+    if reduction == "mean":  # what is saved of the hidden states' gradient is in their dtype
+        assert torch.equal(scaled[0], (once[0].float() * upstream).to(dtype))
 
 
 def test_a_mean_over_many_rows_does_not_underflow_in_float16(device):
