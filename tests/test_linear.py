@@ -389,6 +389,7 @@ def test_the_teacher_is_a_constant():
     teacher = [tensor.requires_grad_() for tensor in (given.teacher_hidden, given.teacher_weight, torch.zeros(V))]
     loss = linear_kd_loss(*given[:5], teacher_bias=teacher[2])
     assert torch.autograd.grad(loss, teacher, allow_unused=True) == (None, None, None)
+    assert not linear_kd_loss(given.hidden.detach(), given.weight.detach(), *given[2:5]).requires_grad
 
 
 def test_inputs_are_not_modified_and_two_calls_give_the_same_bits(device):
@@ -473,6 +474,8 @@ def test_plan_bounds_the_workspace():
         assert plan.workspace_bytes == plan.buffers["student logits"] + plan.buffers["teacher logits"]
         assert plan.chunk_rows * (plan.chunks - 1) < 1000 <= plan.chunk_rows * plan.chunks
     assert linear.plan(1000, 32_000, 64, 128, workspace_bytes=2 * 2 * 32_000).chunk_rows == 1
+    assert linear.plan(10, 32_000, 64, 128).chunk_rows == 10  # no larger buffers than there are tokens
+    assert linear.plan(0, 32_000, 64, 128).chunks == 0
 
 
 def test_an_impossible_bound_names_the_smallest_possible_one():
