@@ -167,7 +167,7 @@ def linear_kd_loss(
     def as_matrix(hidden: Tensor) -> Tensor | None:  # [N, H] of the rows that count
         return rows(hidden.reshape(-1, hidden.shape[-1]))
 
-    def in_place(values: Tensor) -> Tensor:  # back to [N]
+    def spread(values: Tensor) -> Tensor:  # back to [N]
         if counted is None:
             return values
         return torch.zeros_like(terms.weights.row).index_copy(0, counted, values)
@@ -195,7 +195,7 @@ def linear_kd_loss(
             logits_dtype,
         ),
     )  # fmt: skip
-    return terms.output(in_place(loss) if reduction == "none" else loss, in_place(ce), in_place(kl))
+    return terms.output(spread(loss) if reduction == "none" else loss, spread(ce), spread(kl))
 
 
 class _Terms(NamedTuple):
