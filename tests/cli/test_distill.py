@@ -216,8 +216,8 @@ def test_models_are_split_into_body_and_head(name, options, scale, softcap):
         kind: loss(halves, halves, halves.body(tokens), halves.body(tokens), tokens, alpha=0.0, return_parts=True).ce
         for kind, loss in heads.LOSSES.items()
     }
-    own = torch.nn.functional.cross_entropy(model(tokens).logits.flatten(0, 1), tokens.flatten())
-    assert all(float(ce) == pytest.approx(float(own), rel=1e-5) for ce in losses.values()), losses
+    own = torch.nn.functional.cross_entropy(model(tokens).logits.flatten(0, 1), tokens.flatten()).item()
+    assert all(ce.item() == pytest.approx(own, rel=1e-5) for ce in losses.values()), losses
 
 
 def test_a_model_that_cannot_be_split_stays_whole(folder):
