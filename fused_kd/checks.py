@@ -213,7 +213,7 @@ def check_options(
             f"temperature: expected a Python number, got {_what(temperature)}; reading it from a tensor would "
             f"synchronise with the device"
         )
-    if not (math.isfinite(temperature) and temperature > 0):
+    if not 0 < temperature < math.inf:
         raise ValueError(f"temperature: expected a finite number above 0, got {temperature}")
     if not isinstance(ignore_index, int):
         raise TypeError(f"ignore_index: expected an integer, got {_what(ignore_index)}")
@@ -298,12 +298,22 @@ def check_inplace_backward(student: Tensor) -> None:
             "inplace_backward: expected student_logits computed by a model, got a leaf that requires grad, whose "
             "memory its owner holds; pass inplace_backward=False"
         )
+    if _overlaps(student):
+        raise ValueError(
+            f"inplace_backward: expected student_logits whose elements have memory of their own, got strides "
+            f"{student.stride()} for shape {tuple(student.shape)} (an expanded tensor?); pass "
+            f"inplace_backward=False, or a copy"
+        )
+
+
+def _overlaps(tensor: Tensor) -> bool:
+    """Whether two elements share memory; while the compiler traces, with sizes that have no order, as expansion does."""
+    dimensions = [(stride, size) for stride, size in zip(tensor.stride(), tensor.shape, strict=True) if size > 1]
+    if torch.compiler.is_compiling():
+        return any(stride == 0 for stride, _ in dimensions)
     extent = 1  # elements that the dimensions seen so far, the narrowest strides first, reach over
-    for stride, size in sorted(zip(student.stride(), student.shape, strict=True)):
-        if size > 1 and stride < extent:
-            raise ValueError(
-                f"inplace_backward: expected student_logits whose elements have memory of their own, got strides "
-                f"{student.stride()} for shape {tuple(student.shape)} (an expanded tensor?); pass "
-                f"inplace_backward=False, or a copy"
-            )
+    for stride, size in sorted(dimensions):
+        if stride < extent:
+            return True
         extent += stride * (size - 1)
+    return False
