@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .logit_map import LogitMap
+from .logit_map import LogitMap, Scale, Softcap
 
 LOGIT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 LABEL_DTYPES = (torch.int32, torch.int64)
@@ -128,9 +128,7 @@ def check_linear_options(
         raise ValueError(f"workspace_bytes: expected at least 1, got {workspace_bytes}")
 
 
-def logit_maps(
-    logit_scale: float | tuple[float, float], logit_softcap: float | tuple[float | None, float | None] | None
-) -> tuple[LogitMap, LogitMap]:
+def logit_maps(logit_scale: Scale, logit_softcap: Softcap) -> tuple[LogitMap, LogitMap]:
     """The maps of student and teacher, of options that hold for both or come as a pair."""
     scales, softcaps = _pair("logit_scale", logit_scale), _pair("logit_softcap", logit_softcap)
     for scale in scales:

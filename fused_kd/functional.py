@@ -8,13 +8,10 @@ from torch import Tensor
 from . import checks
 from .autograd import KDLossFunction, LinearKDLossFunction, LinearKDRowLossesFunction
 from .linear import LinearOptions, plan
-from .logit_map import LogitMap
+from .logit_map import LogitMap, Scale, Softcap
 from .output import KDLossOutput
 from .row_losses import KDOptions
 from .rows import RowWeights, as_rows, counted_rows, row_weights
-
-Scale = float | tuple[float, float]
-Softcap = float | tuple[float | None, float | None] | None
 
 
 def kd_loss(

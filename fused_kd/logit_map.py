@@ -6,6 +6,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+# A user's options: one value for student and teacher, or one each.
+Scale = float | tuple[float, float]
+Softcap = float | tuple[float | None, float | None] | None
+
 
 class LogitMap(NamedTuple):
     """z = softcap tanh(scale x / softcap), or scale x without a softcap: of the head's output x, the logits z."""

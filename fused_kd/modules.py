@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor, nn
 
-from .functional import Scale, Softcap, kd_loss, linear_kd_loss
+from .functional import kd_loss, linear_kd_loss
+from .logit_map import Scale, Softcap
 from .output import KDLossOutput
 
 

@@ -52,6 +52,11 @@ class Case:
         )
 
     @property
+    def rounds_once(self) -> bool:
+        """Whether there is one right value of a gradient's element: the exact one, rounded to 16 bits."""
+        return self.student_dtype.itemsize == 2
+
+    @property
     def dtypes(self) -> str:
         return " / ".join(str(dtype).removeprefix("torch.") for dtype in (self.student_dtype, self.teacher_dtype))
 

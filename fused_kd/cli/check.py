@@ -73,14 +73,16 @@ def run(options: argparse.Namespace) -> int:
     from . import accuracy, linear_accuracy
 
     device = torch.device("cuda" if backend == "cuda" else "cpu")
-    cases: list[accuracy.Case] = []
-    if options.loss in ("both", "logits"):
-        cases += accuracy.cases(options.quick)
-    if options.loss in ("both", "linear"):
-        cases += linear_accuracy.cases(options.quick)
+    suites = {"logits": accuracy, "linear": linear_accuracy}
+    work = [
+        (suite, case)
+        for name, suite in suites.items()
+        if options.loss in ("both", name)
+        for case in suite.cases(options.quick)  # type: ignore[attr-defined]
+    ]
     measured = [
-        (case, _measure(case, device))
-        for case in track(cases, f"{len(cases)} configurations on {backend}", console=Console(stderr=True))
+        (case, suite.measure(case, device))  # type: ignore[attr-defined]
+        for suite, case in track(work, f"{len(work)} configurations on {backend}", console=Console(stderr=True))
     ]
     Console(width=None if sys.stdout.isatty() else 160).print(_table(measured, backend, options.verbose))
     failed = [(case, failures) for case, errors in measured if (failures := _failures(case, errors))]
@@ -92,23 +94,8 @@ def run(options: argparse.Namespace) -> int:
     return 1 if failed else 0
 
 
-def _measure(case: Any, device: Any) -> Any:
-    from . import accuracy, linear_accuracy
-
-    if isinstance(case, linear_accuracy.LinearCase):
-        return linear_accuracy.measure(case, device)
-    return accuracy.measure(case, device)
-
-
 def _failures(case: Any, errors: Any) -> list[str]:
-    return errors.failures(_rounds_once(case))  # type: ignore[no-any-return]
-
-
-def _rounds_once(case: Any) -> bool:
-    """Whether the gradient has one right value in 16 bits: that of 16-bit logits has, that of 16-bit heads has not."""
-    from . import linear_accuracy
-
-    return case.student_dtype.itemsize == 2 and not isinstance(case, linear_accuracy.LinearCase)
+    return errors.failures(case.rounds_once)  # type: ignore[no-any-return]
 
 
 def _table(measured: list[Any], backend: str, verbose: bool) -> Any:
@@ -123,7 +110,7 @@ def _table(measured: list[Any], backend: str, verbose: bool) -> Any:
         table.add_column(heading, justify="right")
     for (rows, vocabulary, dtypes), group in accuracy.by_group(measured):
         for part in [[pair] for pair in group] if verbose else [group]:
-            half_precision = _rounds_once(part[0][0])
+            half_precision = part[0][0].rounds_once
             loss = max((errors for _, errors in part), key=lambda e: e.loss_ratio)
             gradient = max((e for _, e in part), key=lambda e: e.misrounded if half_precision else e.gradient_ratio)
             case = part[0][0]
