@@ -1,15 +1,50 @@
-"""The autograd functions: what is saved, what is recomputed."""
+"""The autograd functions: what is saved, what is recomputed.
 
-from collections.abc import Iterable
+What a function saves of its results are outputs of it, so that PyTorch knows that gradients depend on the inputs by way of
+them: a second derivative comes back to `backward` as a gradient of such an output, and is refused there.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from . import linear, ops
-from .linear import Gradients, Head, LinearOptions
+from . import ops
+from .linear import Heads, LinearOptions, scaled
+from .linear_operator import linear_row_losses
 from .row_losses import KDOptions, gradient_arguments, row_values, weight_gradients, weighted_sum
+
+
+def _check_first_order(of_saved: Sequence[Tensor | None]) -> None:
+    """A compiler, which refuses second derivatives by itself, shows a gradient of every output."""
+    if not torch.compiler.is_compiling() and any(gradient is not None for gradient in of_saved):
+        ops.refuse_derivative()
+
+
+class _Constant(torch.autograd.Function):
+    """What an operator gives in a backward pass that is itself recorded: it depends on its inputs, and cannot say how."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(operator: Callable[..., Any], *arguments: Any) -> tuple[Tensor, ...]:
+        return tuple(operator(*arguments))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> None:
+        ops.refuse_derivative()
+
+
+def _in_backward(operator: Callable[..., Any], *arguments: Any) -> tuple[Tensor, ...]:
+    is_recorded = torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    results: tuple[Tensor, ...] = _Constant.apply(operator, *arguments) if is_recorded else operator(*arguments)
+    return results
 
 
 class KDLossFunction(torch.autograd.Function):
@@ -20,9 +55,10 @@ class KDLossFunction(torch.autograd.Function):
     look at their values.  Saved are the logits, which the caller holds anyway, and O(N) floats.
     """
 
+    generate_vmap_rule = True
+
     @staticmethod
     def forward(
-        ctx: Any,
         student: Tensor,  # [outer, inner, V'], V' >= vocab_size
         teacher: Tensor | None,  # [outer', inner', vocab_size]; None leaves out KL
         labels: Tensor | None,  # [N]; None leaves out CE
@@ -30,56 +66,40 @@ class KDLossFunction(torch.autograd.Function):
         kl_weight: Tensor,  # [N], float64; a row with both weights 0 counts for nothing, whatever it holds
         options: KDOptions,
         inplace_backward: bool,
-    ) -> tuple[Tensor, Tensor, Tensor]:  # row losses, CE and KL, [N] float64 each; the last two for the log
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # row losses, CE and KL, [N] float64 each; statistics, [6, N]
         statistics, ce, kl = row_values(student, teacher, labels, ce_weight, kl_weight, options)
-        ctx.options, ctx.inplace_backward = options, inplace_backward
-        ctx.save_for_backward(student, teacher, labels, statistics, ce_weight, kl_weight, ce, kl)
-        ctx.mark_non_differentiable(ce, kl)
-        return weighted_sum(ce, kl, ce_weight, kl_weight, options), ce, kl
+        return weighted_sum(ce, kl, ce_weight, kl_weight, options), ce, kl, statistics
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, upstream: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        student, teacher, labels, ce_weight, kl_weight, ctx.options, ctx.inplace_backward = inputs
+        _, ce, kl, statistics = output
+        ctx.save_for_backward(student, teacher, labels, statistics, ce_weight, kl_weight, ce, kl)
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor | None, *of_saved: Tensor | None) -> tuple[Tensor | None, ...]:
+        _check_first_order(of_saved)
+        if upstream is None:
+            return (None,) * len(ctx.needs_input_grad)
         student, teacher, labels, statistics, ce_weight, kl_weight, ce, kl = ctx.saved_tensors
-        student_gradient = None
-        if ctx.needs_input_grad[0]:
+        student_gradient = teacher_gradient = None
+        student_grad, teacher_grad = ctx.needs_input_grad[:2]
+        if student_grad or teacher_grad:
             arguments = gradient_arguments(
                 student, teacher, statistics, labels, ce_weight * upstream, kl_weight * upstream, ctx.options
             )
-            if ctx.inplace_backward:
-                ops.logit_gradient_(*arguments)
+            if ctx.inplace_backward and not torch.is_grad_enabled():
+                teacher_gradient = ops.logit_gradient_(*arguments, teacher_grad)
                 torch.autograd.graph.increment_version(student)
                 student_gradient = student.detach()
             else:
-                student_gradient = ops.logit_gradient(*arguments)
+                student_gradient, teacher_gradient = _in_backward(ops.logit_gradient, *arguments, teacher_grad)
         of_weights = weight_gradients(ctx.needs_input_grad[3:5], upstream, ce_weight, kl_weight, ce, kl)
-        return student_gradient, None, None, *of_weights, None, None
-
-
-def _sweep(
-    heads: tuple[Tensor | None, ...],  # hidden, weight and bias of the student, then of the teacher
-    labels: Tensor | None,
-    ce_weight: Tensor,
-    kl_weight: Tensor,
-    options: LinearOptions,
-    gradients: Gradients | None = None,
-) -> tuple[Tensor, Tensor]:
-    student, teacher = Head(*heads[:3]), None if heads[3] is None else Head(*heads[3:])  # type: ignore[arg-type]
-    return linear.sweep(student, teacher, labels, ce_weight, kl_weight, options, gradients)
-
-
-def _sweep_with_gradients(
-    heads: tuple[Tensor | None, ...],
-    labels: Tensor | None,
-    ce_weight: Tensor,
-    kl_weight: Tensor,
-    options: LinearOptions,
-) -> tuple[Tensor, Tensor, Gradients, Tensor]:
-    """CE, KL, the gradients of sum_i w_ce CE + w_kl KL in units of a scalar, and that scalar."""
-    unit = linear.gradient_unit(ce_weight, kl_weight, options.kd)
-    gradients = Gradients(Head(*heads[:3]), options.needed, options.kd.dtype, options.kd.vocab_size)  # type: ignore[arg-type]
-    ce, kl = _sweep(heads, labels, ce_weight / unit, kl_weight / unit, options, gradients)
-    return ce, kl, gradients, unit
+        return (
+            student_gradient if student_grad else None, teacher_gradient if teacher_grad else None, None, *of_weights,
+            None, None,
+        )  # fmt: skip
 
 
 def _graph_is_kept() -> bool:
@@ -97,9 +117,10 @@ class LinearKDLossFunction(torch.autograd.Function):
     the upstream gradient, whatever it is, in place if no other backward can follow.
     """
 
+    generate_vmap_rule = True
+
     @staticmethod
     def forward(
-        ctx: Any,
         hidden: Tensor,  # [N, H_s]
         weight: Tensor,  # [V', H_s], V' >= vocab_size
         bias: Tensor | None,  # [V']
@@ -110,54 +131,78 @@ class LinearKDLossFunction(torch.autograd.Function):
         ce_weight: Tensor,  # [N], float64
         kl_weight: Tensor,  # [N], float64
         options: LinearOptions,
-    ) -> tuple[Tensor, Tensor, Tensor]:  # the loss, a scalar; CE and KL, [N], for the log; float64
+    ) -> tuple[Tensor, ...]:  # the loss, a scalar; CE and KL, [N], float64; what backward takes
         heads = hidden, weight, bias, teacher_hidden, teacher_weight, teacher_bias
-        gradients: Iterable[Tensor | None] = (None, None, None)
-        unit = None
-        if any(options.needed):
-            ce, kl, gradients, unit = _sweep_with_gradients(heads, labels, ce_weight, kl_weight, options)
-        else:
-            ce, kl = _sweep(heads, labels, ce_weight, kl_weight, options)
-        ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in heads[:3]]
-        ctx.save_for_backward(*gradients, unit, ce_weight, kl_weight, ce, kl)
-        ctx.mark_non_differentiable(ce, kl)
-        return weighted_sum(ce, kl, ce_weight, kl_weight, options.kd).sum(), ce, kl
+        ce, kl, unit, *gradients = linear_row_losses(*heads, labels, ce_weight, kl_weight, options=options)
+        return weighted_sum(ce, kl, ce_weight, kl_weight, options.kd).sum(), ce, kl, unit, *gradients
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, upstream: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        *saved, unit, ce_weight, kl_weight, ce, kl = ctx.saved_tensors
-        of_student = saved
-        if unit is not None:
-            of_student = linear.scaled(saved, upstream * unit, ctx.dtypes, in_place=not _graph_is_kept())
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        *heads, _, ce_weight, kl_weight, ctx.options = inputs
+        ctx.dtypes = _dtypes(tuple(heads), ctx.options)
+        ctx.save_for_backward(ce_weight, kl_weight, *output[1:])
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor | None, *of_saved: Tensor | None) -> tuple[Tensor | None, ...]:
+        _check_first_order(of_saved)
+        if upstream is None:
+            return (None,) * len(ctx.needs_input_grad)
+        ce_weight, kl_weight, ce, kl, unit, *saved = ctx.saved_tensors
+        in_place = not torch.compiler.is_compiling() and not _graph_is_kept()
+        gradients = scaled(saved, upstream * unit, ctx.dtypes, in_place=in_place)
         of_weights = weight_gradients(ctx.needs_input_grad[7:9], upstream, ce_weight, kl_weight, ce, kl)
-        return *of_student, None, None, None, None, *of_weights, None
+        return *_of_heads(gradients, ctx.options), None, *of_weights, None
 
 
 class LinearKDRowLossesFunction(torch.autograd.Function):
     """The row losses one by one: their upstream gradients come with backward, which projects the chunks again."""
 
+    generate_vmap_rule = True
+
     @staticmethod
     def forward(
-        ctx: Any,
-        *arguments: Any,  # as in LinearKDLossFunction
-    ) -> tuple[Tensor, Tensor, Tensor]:  # row losses, CE and KL, [N] float64 each; the last two for the log
-        *heads, labels, ce_weight, kl_weight, options = arguments
-        ce, kl = _sweep(tuple(heads), labels, ce_weight, kl_weight, options)
-        ctx.options = options
-        ctx.save_for_backward(*heads, labels, ce_weight, kl_weight, ce, kl)
-        ctx.mark_non_differentiable(ce, kl)
+        *inputs: Any,  # as in LinearKDLossFunction
+    ) -> tuple[Tensor, Tensor, Tensor]:  # row losses, CE and KL, [N] float64 each
+        *tensors, options = inputs
+        ce, kl, _ = linear_row_losses(*tensors, options=_without_gradients(options))
+        *_, ce_weight, kl_weight = tensors
         return weighted_sum(ce, kl, ce_weight, kl_weight, options.kd), ce, kl
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, upstream: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        *tensors, ctx.options = inputs
+        ctx.save_for_backward(*tensors, *output[1:])
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor | None, *of_saved: Tensor | None) -> tuple[Tensor | None, ...]:
+        _check_first_order(of_saved)
+        if upstream is None:
+            return (None,) * len(ctx.needs_input_grad)
         *heads, labels, ce_weight, kl_weight, ce, kl = ctx.saved_tensors
-        of_student: list[Tensor | None] = [None, None, None]
+        gradients: list[Tensor] = []
         if any(ctx.options.needed):
             weights = ce_weight * upstream, kl_weight * upstream
-            gradients, unit = _sweep_with_gradients(tuple(heads), labels, *weights, ctx.options)[2:]
-            dtypes = [None if tensor is None else tensor.dtype for tensor in heads[:3]]
-            of_student = linear.scaled(gradients, unit, dtypes, in_place=True)
+            operator = functools.partial(linear_row_losses, options=ctx.options)
+            unit, *gradients = _in_backward(operator, *heads, labels, *weights)[2:]
+            gradients = scaled(
+                gradients, unit, _dtypes(tuple(heads), ctx.options), in_place=not torch.is_grad_enabled()
+            )
         of_weights = weight_gradients(ctx.needs_input_grad[7:9], upstream, ce_weight, kl_weight, ce, kl)
-        return *of_student, None, None, None, None, *of_weights, None
+        return *_of_heads(gradients, ctx.options), None, *of_weights, None
+
+
+def _without_gradients(options: LinearOptions) -> LinearOptions:
+    return options._replace(needed=(False,) * len(options.needed))
+
+
+def _dtypes(heads: Heads, options: LinearOptions) -> list[torch.dtype]:
+    """Of the gradients that are asked for."""
+    return [tensor.dtype for tensor, need in zip(heads, options.needed, strict=True) if need and tensor is not None]
+
+
+def _of_heads(gradients: Sequence[Tensor], options: LinearOptions) -> list[Tensor | None]:
+    """One for each tensor of the heads, from those that are asked for."""
+    given = iter(gradients)
+    return [next(given) if need else None for need in options.needed]

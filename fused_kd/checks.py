@@ -25,8 +25,9 @@ def _what(value: object) -> str:
 
 def readable(tensor: Tensor) -> bool:
     """Whether values may be looked at: on the CPU, in eager mode, where that synchronises with nothing."""
-    eager = not torch.compiler.is_compiling() and type(tensor) in (Tensor, torch.nn.Parameter)
-    return eager and tensor.device.type == "cpu"
+    if torch.compiler.is_compiling() or type(tensor) not in (Tensor, torch.nn.Parameter):
+        return False
+    return tensor.device.type == "cpu" and not torch._C._are_functorch_transforms_active()
 
 
 def check_logits(student: Tensor, teacher: Tensor | None, vocab_size: int | None) -> int:

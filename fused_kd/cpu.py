@@ -69,40 +69,52 @@ def logit_gradient(
     kl_weight: Tensor,  # [N]; a row with both weights 0 is not read
     temperature: float,
     gradient: Tensor,  # [outer, inner, V], written; may be the student
+    teacher_gradient: Tensor | None = None,  # [outer', inner', V], written; may be the teacher
     student_map: LogitMap = IDENTITY_MAP,
     teacher_map: LogitMap = IDENTITY_MAP,
 ) -> None:
     counted = (ce_weight != 0) | (kl_weight != 0)
-    for first, last in _blocks(~counted, counted.numel(), gradient):
-        _rows(gradient, first, last).zero_()
+    for written in (gradient, teacher_gradient):
+        if written is not None:
+            for first, last in _blocks(~counted, counted.numel(), written):
+                _rows(written, first, last).zero_()
 
-    m_s, d_1, d_T, m_t, e, _ = statistics.unsqueeze(-1)  # [N, 1] each, as what follows
+    m_s, d_1, d_T, m_t, e, c = statistics.unsqueeze(-1)  # [N, 1] each, as what follows
     w_ce, w_kl = ce_weight[:, None], kl_weight[:, None] / temperature
-    p_1_scale, p_T_scale, q_scale = w_ce / d_1, w_kl / d_T, w_kl / e
+    p_1_scale, p_T_scale, q_scale, mean_log_ratio = w_ce / d_1, w_kl / d_T, w_kl / e, c / e
     if temperature == 1:
         p_T_scale = p_T_scale + p_1_scale if labels is not None else p_T_scale
-    buffers = _buffers(student, statistics.dtype)
-    for first, last in _blocks(counted, buffers.shape[1], student, teacher, gradient):
+    buffers = _buffers(student, statistics.dtype, count=3 if teacher_gradient is None else 4)
+    for first, last in _blocks(counted, buffers.shape[1], student, teacher, gradient, teacher_gradient):
         rows = slice(first, last)
-        u, result, q = buffers[:, : last - first]
+        u, result, q, *spare = buffers[:, : last - first]
         torch.sub(_load(student, first, last, student_map, u), m_s[rows], out=u)
         if teacher is None:
             _exponential(u, 1.0, out=result).mul_(p_1_scale[rows])
         else:
             at_T = _exponential(u, temperature, out=result)
+            torch.sub(_load(teacher, first, last, teacher_map, q), m_t[rows], out=q)
+            if teacher_gradient is not None:
+                torch.sub(q, u, out=spare[0])
             separate_ce = labels is not None and temperature != 1
             at_1 = _exponential_at_1(u, at_T, temperature, out=u) if separate_ce else None
             result.mul_(p_T_scale[rows])
-            torch.sub(_load(teacher, first, last, teacher_map, q), m_t[rows], out=q)
             result.addcmul_(_exponential(q, temperature, out=q), q_scale[rows], value=-1)
             if at_1 is not None:
                 result.addcmul_(at_1, p_1_scale[rows])
         if labels is not None:
             # The weights of a row whose label names no class are NaN, and so are its gradients, wherever it is written.
             result.scatter_add_(1, labels[rows, None].long().clamp(0, result.shape[1] - 1), -w_ce[rows])
-        if not student_map.is_identity:
-            _multiply_by_slope(result, _rows(student, first, last), student_map, buffer=u)
+        _multiply_by_slope(result, _rows(student, first, last), student_map, buffer=u)
         _rows(gradient, first, last).copy_(result)
+        if teacher is not None and teacher_gradient is not None:
+            # The log-ratio less KL, which is its mean: the logarithms of the normalisers cancel.  Without teacher mass it
+            # counts for nothing, also where it is infinite or inf - inf (masked tokens).
+            (log_ratio,) = spare
+            log_ratio.div_(temperature).sub_(mean_log_ratio[rows]).masked_fill_(q == 0, 0.0)
+            result = log_ratio.mul_(q).mul_(q_scale[rows])
+            _multiply_by_slope(result, _rows(teacher, first, last), teacher_map, buffer=u)
+            _rows(teacher_gradient, first, last).copy_(result)
 
 
 def _exponential(u: Tensor, temperature: float, out: Tensor) -> Tensor:
@@ -119,11 +131,11 @@ def _exponential_at_1(u: Tensor, at_T: Tensor, temperature: float, out: Tensor) 
     return _exponential(u, 1.0, out=out)
 
 
-def _buffers(like: Tensor, dtype: torch.dtype) -> Tensor:
-    """`[3, rows, V]`: three buffers of a block's size."""
+def _buffers(like: Tensor, dtype: torch.dtype, count: int = 3) -> Tensor:
+    """`[count, rows, V]`: buffers of a block's size."""
     outer, inner, vocabulary = like.shape
     rows = BLOCK_ELEMENTS // vocabulary
-    return torch.empty(3, max(1, min(rows, outer * inner)), vocabulary, dtype=dtype)
+    return torch.empty(count, max(1, min(rows, outer * inner)), vocabulary, dtype=dtype)
 
 
 def _blocks(counted: Tensor, rows: int, *tensors: Tensor | None) -> Iterator[tuple[int, int]]:
@@ -157,6 +169,8 @@ def _load(tensor: Tensor, first: int, last: int, logit_map: LogitMap, buffer: Te
 
 def _multiply_by_slope(gradient: Tensor, x: Tensor, logit_map: LogitMap, buffer: Tensor) -> None:
     """In place: the gradient with respect to the logits becomes the one with respect to the head's output x."""
+    if logit_map.is_identity:
+        return
     gradient.mul_(logit_map.scale)
     if logit_map.is_capped:
         t = buffer.copy_(x).mul_(logit_map.scale / logit_map.softcap).tanh_()

@@ -1,5 +1,7 @@
 """The losses: the one place where a user's arguments are checked and shaped."""
 
+import math
+import warnings
 from typing import NamedTuple
 
 import torch
@@ -7,7 +9,7 @@ from torch import Tensor
 
 from . import checks
 from .autograd import KDLossFunction, LinearKDLossFunction, LinearKDRowLossesFunction
-from .linear import LinearOptions, plan
+from .linear import LinearOptions
 from .logit_map import LogitMap, Scale, Softcap
 from .output import KDLossOutput
 from .row_losses import KDOptions
@@ -28,6 +30,7 @@ def kd_loss(
     vocab_size: int | None = None,
     logit_softcap: Softcap = None,
     logit_scale: Scale = 1.0,
+    teacher_grad: bool = False,
     inplace_backward: bool = False,
     return_parts: bool = False,
 ) -> Tensor | KDLossOutput:
@@ -35,8 +38,8 @@ def kd_loss(
 
         L = (1 - alpha) CE(y, softmax(z_s)) + alpha T^2 KL(softmax(z_t / T) || softmax(z_s / T))
 
-    Hinton, Vinyals and Dean, "Distilling the Knowledge in a Neural Network", 2015 (arXiv:1503.02531).  The gradient goes
-    to the student only; the teacher is a constant.  Nothing synchronises with the host.
+    Hinton, Vinyals and Dean, "Distilling the Knowledge in a Neural Network", 2015 (arXiv:1503.02531).  The teacher
+    is a constant, unless `teacher_grad` is set.  Nothing synchronises with the host.
 
     Args:
         student_logits: `[..., V]`, float32, bfloat16, float16, or float64 on the CPU; any number of leading dimensions
@@ -59,6 +62,9 @@ def kd_loss(
             gives student and teacher one each.
         logit_scale: what is passed is multiplied by it first (Cohere's logit_scale; Granite: 1 / logits_scaling).  A pair
             likewise.
+        teacher_grad: the teacher learns too (mutual, online distillation): its logits get the gradient of the KL term,
+            alpha T (log-ratio - KL) q_T a row, from the same sweep.  A teacher that requires grad without it is warned of
+            once, and is a constant.
         inplace_backward: the gradient takes the memory of the student's logits, which saves an `[N, V]` array.  Using
             the logits after backward then raises PyTorch's error about a tensor modified in place.
         return_parts: return `KDLossOutput(loss, kl, ce)`, with detached parts for logging.
@@ -82,10 +88,12 @@ def kd_loss(
         token_weights=token_weights, num_items=num_items, return_parts=return_parts,
     )  # fmt: skip
     student = as_rows(student_logits)
-    teacher = None
+    teacher: Tensor | None = None
     if teacher_logits is not None and terms.need_kl:
-        teacher = as_rows(teacher_logits.detach()[..., :V])
-    losses, ce, kl = KDLossFunction.apply(
+        # A slice of all columns would be copied in backward, to put its gradient in its place.
+        real = teacher_logits if teacher_logits.shape[-1] == V else teacher_logits[..., :V]
+        (teacher,) = _teacher((as_rows(real),), teacher_grad, terms.options, "teacher_logits")
+    losses, ce, kl, _ = KDLossFunction.apply(
         student, teacher, terms.labels, terms.weights.ce, terms.weights.kl, terms.options, inplace_backward
     )
     return terms.output(losses if reduction == "none" else losses.sum(), ce, kl)
@@ -109,6 +117,7 @@ def linear_kd_loss(
     vocab_size: int | None = None,
     logit_softcap: Softcap = None,
     logit_scale: Scale = 1.0,
+    teacher_grad: bool = False,
     logits_dtype: torch.dtype | None = None,
     workspace_bytes: int | None = None,
     return_parts: bool = False,
@@ -119,7 +128,8 @@ def linear_kd_loss(
 
     The gradients of the student's hidden states, weight and bias are taken in the forward pass, chunk by chunk, each only
     where it is asked for; the weight's is summed in float32.  With reduction "none" they are taken in backward, which
-    projects the chunks once more.  The teacher is a constant.  Nothing synchronises with the host.
+    projects the chunks once more.  The teacher is a constant, unless `teacher_grad` is set.  Nothing synchronises with the
+    host.
 
     Args:
         student_hidden: `[..., H_s]`, float32, bfloat16, float16, or float64 on the CPU; what the head takes, so after the
@@ -132,6 +142,8 @@ def linear_kd_loss(
             synchronisation, so they are, and whatever they hold adds nothing.
         student_bias, teacher_bias: `[V]`.
         logit_softcap, logit_scale: as in `kd_loss`, applied to the head's output.
+        teacher_grad: the teacher's hidden states, weight and bias get gradients, each where it requires one, and the
+            memory and the products that take.  Teacher hidden states that require grad without it are warned of once.
         logits_dtype: of a chunk's logits.  Default: the dtype of the products, which is what a model's own head gives.
             torch.float32 spares 16-bit logits their rounding.
         workspace_bytes: bound of the buffers for a chunk's logits, in bytes.  Default: what `fused_kd.linear.plan` chooses.
@@ -169,30 +181,41 @@ def linear_kd_loss(
             return values
         return torch.zeros_like(terms.weights.row).index_copy(0, counted, values)
 
-    hidden_grad, weight_grad, bias_grad = (
-        tensor is not None and tensor.requires_grad and torch.is_grad_enabled() for tensor in student_head
-    )
-    dtype, teacher_dtype, teacher_size = checks.products_dtype(student_hidden), None, None
+    student = as_matrix(student_hidden), student_weight, student_bias
     teacher: tuple[Tensor | None, ...] = None, None, None
-    if teacher_hidden is not None and teacher_weight is not None and terms.need_kl:
-        teacher_dtype, teacher_size = checks.products_dtype(teacher_hidden), teacher_hidden.shape[-1]
-        teacher = as_matrix(teacher_hidden), teacher_weight, teacher_bias
-    planned = plan(
-        terms.weights.row.numel() if counted is None else counted.numel(), V, student_hidden.shape[-1], teacher_size,
-        dtype=dtype, teacher_dtype=teacher_dtype, logits_dtype=logits_dtype,
-        hidden_grad=hidden_grad, weight_grad=weight_grad, bias_grad=bias_grad, workspace_bytes=workspace_bytes,
-    )  # fmt: skip
+    dtype = teacher_dtype = checks.products_dtype(student_hidden)
+    if teacher_hidden is not None and terms.need_kl:
+        teacher_dtype = checks.products_dtype(teacher_hidden)
+        teacher = _teacher(
+            (as_matrix(teacher_hidden), teacher_weight, teacher_bias), teacher_grad, terms.options, "teacher_hidden"
+        )
+    needed = tuple(
+        tensor is not None and tensor.requires_grad and torch.is_grad_enabled() for tensor in student + teacher
+    )
     function = LinearKDRowLossesFunction if reduction == "none" else LinearKDLossFunction
-    loss, ce, kl = function.apply(
-        as_matrix(student_hidden), student_weight, student_bias,
-        *(None if tensor is None else tensor.detach() for tensor in teacher),
-        rows(terms.labels), rows(terms.weights.ce), rows(terms.weights.kl),
-        LinearOptions(
-            terms.options, (hidden_grad, weight_grad, bias_grad), planned.chunk_rows, dtype, teacher_dtype or dtype,
-            logits_dtype,
-        ),
+    loss, ce, kl, *_ = function.apply(
+        *student, *teacher, rows(terms.labels), rows(terms.weights.ce), rows(terms.weights.kl),
+        LinearOptions(terms.options, needed, dtype, teacher_dtype, logits_dtype, workspace_bytes),
     )  # fmt: skip
     return terms.output(spread(loss) if reduction == "none" else loss, spread(ce), spread(kl))
+
+
+def _teacher(
+    tensors: tuple[Tensor | None, ...],  # logits; or hidden states, weight and bias
+    learns: bool,  # teacher_grad
+    options: KDOptions,
+    name: str,  # of the first
+) -> tuple[Tensor | None, ...]:
+    """The teacher's tensors, without their graph unless it learns."""
+    if learns and options.kl_in_loss:
+        return tensors
+    if not learns and tensors[0] is not None and tensors[0].requires_grad and torch.is_grad_enabled():
+        warnings.warn(
+            f"{name} requires grad, and the loss takes the teacher as a constant; compute it under torch.no_grad(), which "
+            f"saves its graph, or pass teacher_grad=True if the teacher learns too",
+            stacklevel=3,
+        )
+    return tuple(None if tensor is None else tensor.detach() for tensor in tensors)
 
 
 class _Terms(NamedTuple):
@@ -245,7 +268,7 @@ def _terms(
         checks.check_labels(labels, student, V, ignore_index)
     if token_weights is not None:
         checks.check_token_weights(token_weights, student)
-    N = student.shape[:-1].numel()
+    N = math.prod(student.shape[:-1])  # not Size.numel, which makes a traced size a constant
     labels = None if labels is None else labels.reshape(N).contiguous()
     weights = row_weights(
         labels,

@@ -4,10 +4,12 @@ A 16-bit product with a float32 result rounds once.  PyTorch has it for CUDA ten
 `addmm` that adds to a float32 matrix since 2.10.  Elsewhere a slab of the vocabulary at a time is converted to float32.
 """
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
-SLAB_ELEMENTS = 2**21  # of the converted weight: 8 MB
+SLAB_ELEMENTS = 2**21  # of what is converted to float32: 8 MB
 
 
 def _since(release: tuple[int, int], tensor: Tensor) -> bool:
@@ -30,8 +32,7 @@ def project(
         else:
             torch.addmm(bias.to(out.dtype), hidden, weight.T, out_dtype=out.dtype, out=out)
     else:
-        for first in range(0, weight.shape[0], _slab(weight)):
-            slab = slice(first, first + _slab(weight))
+        for slab in _slabs(weight, hidden):
             out[:, slab] = _widened_mm(hidden, weight[slab].T)
             if bias is not None:
                 out[:, slab] += bias[slab]
@@ -50,15 +51,15 @@ def accumulate(
     elif _since((2, 10), gradient):
         torch.addmm(total, gradient.T, hidden, out_dtype=total.dtype, beta=0 if first else 1, out=total)
     else:
-        for start in range(0, total.shape[0], _slab(total)):
-            slab = slice(start, start + _slab(total))
+        for slab in _slabs(total, hidden):
             product = _widened_mm(gradient[:, slab].T, hidden)
             total[slab] = product if first else product.add_(total[slab])
 
 
-def _slab(matrix: Tensor) -> int:
-    """Rows of a slab of a `[V, H]` matrix."""
-    return max(1, SLAB_ELEMENTS // matrix.shape[1])
+def _slabs(matrix: Tensor, hidden: Tensor) -> Iterator[slice]:
+    """Slabs of a `[V, H]` matrix, of which neither they nor their logits, `[C, slab]`, have more than `SLAB_ELEMENTS`."""
+    size = max(1, SLAB_ELEMENTS // max(1, *hidden.shape))
+    return (slice(first, first + size) for first in range(0, matrix.shape[0], size))
 
 
 def _widened_mm(a: Tensor, b: Tensor) -> Tensor:

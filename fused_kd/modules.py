@@ -24,6 +24,7 @@ class KDLoss(nn.Module):
         vocab_size: int | None = None,
         logit_softcap: Softcap = None,
         logit_scale: Scale = 1.0,
+        teacher_grad: bool = False,
         inplace_backward: bool = False,
         return_parts: bool = False,
     ) -> None:
@@ -35,6 +36,7 @@ class KDLoss(nn.Module):
         self.vocab_size = vocab_size
         self.logit_softcap = logit_softcap
         self.logit_scale = logit_scale
+        self.teacher_grad = teacher_grad
         self.inplace_backward = inplace_backward
         self.return_parts = return_parts
 
@@ -60,6 +62,7 @@ class KDLoss(nn.Module):
             vocab_size=self.vocab_size,
             logit_softcap=self.logit_softcap,
             logit_scale=self.logit_scale,
+            teacher_grad=self.teacher_grad,
             inplace_backward=self.inplace_backward,
             return_parts=self.return_parts,
         )
@@ -84,6 +87,7 @@ class LinearKDLoss(nn.Module):
         vocab_size: int | None = None,
         logit_softcap: Softcap = None,
         logit_scale: Scale = 1.0,
+        teacher_grad: bool = False,
         logits_dtype: torch.dtype | None = None,
         workspace_bytes: int | None = None,
         return_parts: bool = False,
@@ -96,6 +100,7 @@ class LinearKDLoss(nn.Module):
         self.vocab_size = vocab_size
         self.logit_softcap = logit_softcap
         self.logit_scale = logit_scale
+        self.teacher_grad = teacher_grad
         self.logits_dtype = logits_dtype
         self.workspace_bytes = workspace_bytes
         self.return_parts = return_parts
@@ -130,6 +135,7 @@ class LinearKDLoss(nn.Module):
             vocab_size=self.vocab_size,
             logit_softcap=self.logit_softcap,
             logit_scale=self.logit_scale,
+            teacher_grad=self.teacher_grad,
             logits_dtype=self.logits_dtype,
             workspace_bytes=self.workspace_bytes,
             return_parts=self.return_parts,

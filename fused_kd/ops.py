@@ -5,9 +5,10 @@ kernels too, which Triton then runs in Python.  Triton is imported when the firs
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from types import ModuleType
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,25 +17,42 @@ from . import cpu
 from . import statistics as stats
 from .logit_map import LogitMap
 
+Function = TypeVar("Function", bound=Callable[..., Any])
+
 ROW_STATISTICS = "fused_kd::row_statistics"
 LOGIT_GRADIENT = "fused_kd::logit_gradient"
 LOGIT_GRADIENT_INPLACE = "fused_kd::logit_gradient_"
 
 _GRADIENT_ARGUMENTS = (
     "Tensor? teacher, Tensor? labels, Tensor statistics, Tensor ce_weight, Tensor kl_weight, float temperature, "
-    "int vocab_size, float[] student_map, float[] teacher_map"
+    "SymInt vocab_size, float[] student_map, float[] teacher_map, bool teacher_grad"
 )
 for _name, _schema in {
     ROW_STATISTICS: "(Tensor student, Tensor? teacher, Tensor ce_weight, Tensor kl_weight, float temperature, "
     "bool need_ce, float[] student_map, float[] teacher_map) -> Tensor",
-    LOGIT_GRADIENT: f"(Tensor student, {_GRADIENT_ARGUMENTS}) -> Tensor",
-    LOGIT_GRADIENT_INPLACE: f"(Tensor(a!) student, {_GRADIENT_ARGUMENTS}) -> ()",
+    LOGIT_GRADIENT: f"(Tensor student, {_GRADIENT_ARGUMENTS}) -> (Tensor, Tensor)",
+    LOGIT_GRADIENT_INPLACE: f"(Tensor(a!) student, {_GRADIENT_ARGUMENTS}) -> Tensor",
 }.items():
     torch.library.define(_name, _schema, tags=torch.Tag.pt2_compliant_tag)
+
+NO_DERIVATIVE = (
+    "fused_kd: expected one backward pass through kd_loss or linear_kd_loss, got a derivative of a gradient "
+    "(create_graph=True), or of an operator by itself (an exported loss); use fused_kd.reference, which is plain PyTorch"
+)
 
 row_statistics = torch.ops.fused_kd.row_statistics
 logit_gradient = torch.ops.fused_kd.logit_gradient
 logit_gradient_ = torch.ops.fused_kd.logit_gradient_
+
+
+def implements(name: str) -> Callable[[Function], Function]:
+    """Of an operator, on the CPU and on CUDA devices; the function stays one."""
+
+    def register(function: Function) -> Function:
+        torch.library.impl(name, ("cpu", "cuda"), function)
+        return function
+
+    return register
 
 
 def _kernels() -> ModuleType:
@@ -61,7 +79,7 @@ def _device_of(student: Tensor) -> AbstractContextManager[object]:
     return torch.cuda.device(student.device) if student.is_cuda else nullcontext()
 
 
-@torch.library.impl(ROW_STATISTICS, ("cpu", "cuda"))
+@implements(ROW_STATISTICS)
 def _row_statistics(
     student: Tensor,  # [outer, inner, V]
     teacher: Tensor | None,  # [outer', inner', V], as many rows; None leaves out d_T, m_t, e and c
@@ -84,8 +102,9 @@ def _(student, teacher, ce_weight, *arguments):  # type: ignore[no-untyped-def]
     return ce_weight.new_empty(6, ce_weight.shape[0])
 
 
-def _write_gradient(
-    gradient: Tensor,  # [outer, inner, V'], may be the student
+def write_gradient(
+    gradient: Tensor,  # [outer, inner, V'], written; may be the student
+    teacher_gradient: Tensor | None,  # [outer', inner', V], written; may be the teacher
     student: Tensor,  # [outer, inner, V']
     teacher: Tensor | None,  # [outer', inner', V], as many rows; None leaves out KL
     labels: Tensor | None,  # [N]; None leaves out CE
@@ -100,28 +119,76 @@ def _write_gradient(
     with _device_of(student):
         _backend(student, statistics.dtype).logit_gradient(
             student[..., :vocab_size], teacher, labels, statistics, ce_weight, kl_weight, temperature,
-            gradient[..., :vocab_size], LogitMap(*student_map), LogitMap(*teacher_map),
+            gradient[..., :vocab_size], teacher_gradient, LogitMap(*student_map), LogitMap(*teacher_map),
         )  # fmt: skip
         gradient[..., vocab_size:] = 0
 
 
-@torch.library.impl(LOGIT_GRADIENT, ("cpu", "cuda"))
-def _logit_gradient(student: Tensor, *arguments) -> Tensor:  # type: ignore[no-untyped-def]
-    gradient = torch.empty_like(student, memory_format=torch.contiguous_format)
-    _write_gradient(gradient, student, *arguments)
-    return gradient
+def _new_gradient(logits: Tensor | None, wanted: bool, student: Tensor) -> Tensor:
+    """Empty where it is not wanted: an operator has a fixed number of results."""
+    if logits is None or not wanted:
+        return student.new_empty(0)
+    return torch.empty_like(logits, memory_format=torch.contiguous_format)
+
+
+@implements(LOGIT_GRADIENT)
+def _logit_gradient(student: Tensor, teacher: Tensor | None, *arguments) -> tuple[Tensor, Tensor]:  # type: ignore[no-untyped-def]
+    gradient = _new_gradient(student, True, student)
+    return gradient, _write_into(gradient, student, teacher, *arguments)
 
 
 @torch.library.register_fake(LOGIT_GRADIENT)
-def _(student, *arguments):  # type: ignore[no-untyped-def]
-    return torch.empty_like(student, memory_format=torch.contiguous_format)
+def _(student, teacher, *arguments):  # type: ignore[no-untyped-def]
+    return _new_gradient(student, True, student), _new_gradient(teacher, arguments[-1], student)
 
 
-@torch.library.impl(LOGIT_GRADIENT_INPLACE, ("cpu", "cuda"))
-def _logit_gradient_(student: Tensor, *arguments) -> None:  # type: ignore[no-untyped-def]
-    _write_gradient(student, student, *arguments)
+@implements(LOGIT_GRADIENT_INPLACE)
+def _logit_gradient_(student: Tensor, teacher: Tensor | None, *arguments) -> Tensor:  # type: ignore[no-untyped-def]
+    return _write_into(student, student, teacher, *arguments)
 
 
 @torch.library.register_fake(LOGIT_GRADIENT_INPLACE)
-def _(student, *arguments):  # type: ignore[no-untyped-def]
-    return None
+def _(student, teacher, *arguments):  # type: ignore[no-untyped-def]
+    return _new_gradient(teacher, arguments[-1], student)
+
+
+def _write_into(gradient: Tensor, student: Tensor, teacher: Tensor | None, *arguments) -> Tensor:  # type: ignore[no-untyped-def]
+    """The teacher's gradient, which is empty where it is not wanted."""
+    *rest, teacher_grad = arguments
+    of_teacher = _new_gradient(teacher, teacher_grad, student)
+    write_gradient(gradient, of_teacher if teacher_grad else None, student, teacher, *rest)
+    return of_teacher
+
+
+def _one_by_one(operator: torch._ops.OpOverloadPacket) -> Callable[..., tuple[Any, Any]]:
+    """A batching rule: the samples of a `torch.vmap` one after another."""
+
+    def rule(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> tuple[Any, Any]:
+        def sample(i: int) -> tuple[Any, ...]:
+            return tuple(
+                argument.select(dim, i) if isinstance(argument, Tensor) and dim is not None else argument
+                for argument, dim in zip(arguments, in_dims, strict=True)
+            )
+
+        results = [operator(*sample(i)) for i in range(info.batch_size)]
+        if isinstance(results[0], Tensor):
+            return torch.stack(results), 0
+        stacked = [torch.stack(parts) for parts in zip(*results, strict=True)]
+        return type(results[0])(stacked), type(results[0])(0 for _ in stacked)
+
+    return rule
+
+
+def refuse_derivative(*_: object) -> None:
+    """The backward pass of an operator: the loss's functions in `autograd.py` have one, its operators are their parts."""
+    raise NotImplementedError(NO_DERIVATIVE)
+
+
+def complete(name: str) -> None:
+    """What every operator has besides its implementations."""
+    torch.library.register_autograd(name, refuse_derivative)
+    torch.library.register_vmap(name, _one_by_one(getattr(torch.ops.fused_kd, name.split("::")[1])))
+
+
+complete(ROW_STATISTICS)
+complete(LOGIT_GRADIENT)

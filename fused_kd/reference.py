@@ -56,6 +56,7 @@ def kd_loss(
     vocab_size: int | None = None,
     logit_softcap: Softcap = None,
     logit_scale: Scale = 1.0,
+    teacher_grad: bool = False,
     inplace_backward: bool = False,
     return_parts: bool = False,
 ) -> Tensor | KDLossOutput:
@@ -96,7 +97,8 @@ def kd_loss(
         ce = F.cross_entropy(student, rows(labels), reduction="none")
         loss = loss + (1 - alpha) * ce
     if teacher_logits is not None and not (isinstance(alpha, float | int) and alpha == 0):
-        teacher = rows(teacher_logits.detach()[..., :V].reshape(-1, V)).to(dtype)
+        teacher_logits = teacher_logits if teacher_grad else teacher_logits.detach()
+        teacher = rows(teacher_logits[..., :V].reshape(-1, V)).to(dtype)
         teacher = mapped(teacher, scales[1], softcaps[1])
         kl = kl_divergence(student, teacher, temperature)
         loss = loss + alpha * temperature**2 * kl
@@ -125,6 +127,7 @@ def linear_kd_loss(
     vocab_size: int | None = None,
     logit_softcap: Softcap = None,
     logit_scale: Scale = 1.0,
+    teacher_grad: bool = False,
     logits_dtype: torch.dtype | None = None,
     workspace_bytes: int | None = None,
     return_parts: bool = False,
@@ -142,7 +145,7 @@ def linear_kd_loss(
 
     teacher_logits = None
     if teacher_hidden is not None and teacher_weight is not None:
-        with torch.no_grad():
+        with torch.set_grad_enabled(teacher_grad and torch.is_grad_enabled()):
             teacher_logits = logits(teacher_hidden, teacher_weight, teacher_bias)
     return kd_loss(
         logits(student_hidden, student_weight, student_bias),
@@ -157,5 +160,6 @@ def linear_kd_loss(
         vocab_size=vocab_size,
         logit_softcap=logit_softcap,
         logit_scale=logit_scale,
+        teacher_grad=teacher_grad,
         return_parts=return_parts,
     )

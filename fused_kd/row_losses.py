@@ -76,7 +76,7 @@ def gradient_arguments(
     kl_weight: Tensor,  # [N]
     options: KDOptions,
 ) -> tuple[Any, ...]:
-    """What `ops.logit_gradient` and `ops.logit_gradient_` take; terms that are only logged have no gradient."""
+    """What the gradient's operators take from the student on; terms that are only logged have no gradient."""
     return (
         student, teacher if options.kl_in_loss else None, labels if options.ce_in_loss else None, statistics,
         ce_weight.to(options.dtype), kl_weight.to(options.dtype), options.temperature, options.vocab_size,

@@ -1,6 +1,7 @@
-"""Under torch.compile: kd_loss is one graph and equal to the last bit, linear_kd_loss breaks it and gives the same."""
+"""Under torch.compile and torch.export both losses are one graph, equal to eager mode, and keep no more alive."""
 
 import functools
+import io
 import shutil
 
 import pytest
@@ -12,6 +13,7 @@ from fused_kd.logit_map import IDENTITY_MAP, LogitMap
 from .oracle import relative_error
 
 N, V = 6, 501
+H_S, H_T = 16, 24
 BACKEND = "inductor" if shutil.which("g++") or shutil.which("clang++") else "aot_eager"
 compile_ = functools.partial(torch.compile, backend=BACKEND)
 
@@ -25,7 +27,16 @@ def fresh_compiler():
 
 def gradients(function, *leaves):
     value = function(*leaves)
-    return [value.detach(), *torch.autograd.grad(value, leaves)]
+    found = torch.autograd.grad(value, leaves, allow_unused=True)  # unused: a teacher that is a constant
+    return [value.detach(), *(gradient for gradient in found if gradient is not None)]
+
+
+def equal_to_the_last_bit(function, *leaves, **options):
+    """Gradients, and the value but for the order in which the compiler adds rows."""
+    (value, *ours), (eager_value, *eager) = (
+        gradients(f, *leaves) for f in (compile_(function, fullgraph=True, **options), function)
+    )
+    return relative_error(value, eager_value.double()) < 2e-7 and all(map(torch.equal, ours, eager))
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
@@ -34,57 +45,164 @@ def gradients(function, *leaves):
     [
         {},
         {"temperature": 3.0, "reduction": "none"},
-        {"alpha": 1.0, "reduction": "sum", "vocab_size": 400},
+        {"alpha": 1.0, "reduction": "sum", "vocab_size": 400, "teacher_grad": True},
         {"alpha": 0.0, "logit_softcap": 5.0, "logit_scale": (0.5, 1.0)},
         {"num_items": 10, "return_parts": True, "inplace_backward": True},
+        {"inplace_backward": True, "teacher_grad": True},
     ],
 )
 def test_kd_loss_is_one_graph(options, dynamic):
-    teacher, labels = torch.randn(2, N, V), torch.randint(400, (2, N))
+    labels = torch.randint(400, (2, N))
     labels[0, 3] = -100
 
-    def loss(hidden):
-        result = kd_loss(3 * hidden.tanh(), teacher[:, : hidden.shape[1]], labels[:, : hidden.shape[1]], **options)
+    def loss(hidden, teacher):
+        teacher = 2 * teacher if options.get("teacher_grad") else teacher.detach()
+        result = kd_loss(3 * hidden.tanh(), teacher, labels[:, : hidden.shape[1]], **options)
         return (result.loss + 0 * result.kl if options.get("return_parts") else result).sum()
 
     compiled = compile_(loss, fullgraph=True, dynamic=dynamic)
     for rows in (N, N - 2):
-        hidden = torch.randn(2, rows, V, requires_grad=True)
-        for ours, eager in zip(gradients(compiled, hidden), gradients(loss, hidden), strict=True):
+        leaves = [torch.randn(2, rows, V, requires_grad=True) for _ in range(2)]
+        for ours, eager in zip(gradients(compiled, *leaves), gradients(loss, *leaves), strict=True):
             assert relative_error(ours, eager.double()) < 1e-6  # the compiler's own tanh
 
 
 def test_kd_loss_is_equal_to_the_last_bit():
-    student, teacher = torch.randn(N, V, requires_grad=True), torch.randn(N, V)
-    labels = torch.randint(V, (N,))
-
-    def loss(student):
-        return kd_loss(student, teacher, labels, temperature=2.0)
-
-    pairs = zip(gradients(compile_(loss, fullgraph=True), student), gradients(loss, student), strict=True)
-    assert all(torch.equal(ours, eager) for ours, eager in pairs)
+    teacher, labels = torch.randn(N, V), torch.randint(V, (N,))
+    student = torch.randn(N, V, requires_grad=True)
+    assert equal_to_the_last_bit(lambda student: kd_loss(student, teacher, labels, temperature=2.0), student)
 
 
-@pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_linear_kd_loss_breaks_the_graph_and_is_right(reduction):
-    hidden, weight = torch.randn(N, 16, requires_grad=True), torch.randn(V, 16, requires_grad=True)
-    teacher = torch.randn(N, 24), torch.randn(V, 24)
-    labels = torch.randint(V, (N,))
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"temperature": 3.0, "reduction": "none", "logits_dtype": torch.float32},
+        {"alpha": 1.0, "reduction": "sum", "vocab_size": 400, "logit_softcap": 5.0},
+        {"workspace_bytes": 10_240, "teacher_grad": True},
+    ],
+)
+def test_linear_kd_loss_is_one_graph_and_equal_to_the_last_bit(options, dynamic):
+    weight, teacher_weight, bias = (torch.randn(*shape, requires_grad=True) for shape in ((V, H_S), (V, H_T), (V,)))
+    labels = torch.randint(400, (N,))
+
+    def loss(hidden, weight, bias, *teacher):
+        if not options.get("teacher_grad"):
+            teacher = [tensor.detach() for tensor in teacher]
+        return linear_kd_loss(hidden, weight, *teacher, labels[: hidden.shape[0]], student_bias=bias, **options).sum()
+
+    for rows in (N, N - 2):
+        hidden, teacher_hidden = torch.randn(rows, H_S, requires_grad=True), torch.randn(rows, H_T, requires_grad=True)
+        assert equal_to_the_last_bit(loss, hidden, weight, bias, teacher_hidden, teacher_weight, dynamic=dynamic)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_linear_kd_loss_under_autocast_is_one_graph(dtype):
+    leaves = torch.randn(N, H_S, requires_grad=True), torch.randn(V, H_S, requires_grad=True)
+    teacher, labels = (torch.randn(N, H_T), torch.randn(V, H_T)), torch.randint(V, (N,))
 
     def loss(hidden, weight):
-        return linear_kd_loss(2 * hidden.tanh(), weight, *teacher, labels, temperature=2.0, reduction=reduction).sum()
+        with torch.autocast("cpu", dtype=dtype):
+            return linear_kd_loss(hidden, weight, *teacher, labels, temperature=2.0)
 
-    pairs = zip(gradients(compile_(loss), hidden, weight), gradients(loss, hidden, weight), strict=True)
-    assert all(relative_error(ours, eager.double()) < 2e-6 for ours, eager in pairs)
+    assert equal_to_the_last_bit(loss, *leaves)
 
 
+def test_a_compiled_teacher_that_requires_grad_is_warned_of():
+    student, teacher = torch.randn(N, V, requires_grad=True), torch.randn(N, V, requires_grad=True)
+    with pytest.warns(UserWarning, match="teacher_logits requires grad"):
+        compile_(lambda s, t: kd_loss(s, t, alpha=1.0))(student, teacher).backward()
+    assert teacher.grad is None
+
+
+class Step(torch.nn.Module):
+    """Two heads and the loss."""
+
+    def __init__(self, from_logits):
+        super().__init__()
+        self.student, self.teacher = torch.nn.Linear(H_S, V, bias=False), torch.nn.Linear(H_T, V, bias=False)
+        self.from_logits = from_logits
+
+    def forward(self, hidden, teacher_hidden, labels):
+        hidden = hidden.tanh()
+        if self.from_logits:
+            with torch.no_grad():
+                teacher_logits = self.teacher(teacher_hidden)
+            return kd_loss(self.student(hidden), teacher_logits, labels, temperature=2.0)
+        heads = hidden, self.student.weight, teacher_hidden, self.teacher.weight
+        return linear_kd_loss(*heads, labels, temperature=2.0)
+
+
+def step_inputs(rows):
+    return torch.randn(rows, H_S), torch.randn(rows, H_T), torch.randint(V, (rows,))
+
+
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("from_logits", [True, False])
+def test_export_of_the_forward_pass(from_logits, strict):
+    step, rows = Step(from_logits), torch.export.Dim("rows", min=1, max=4096)
+    shapes = ({0: rows}, {0: rows}, {0: rows})
+    program = torch.export.export(step, step_inputs(N), dynamic_shapes=shapes, strict=strict)
+    file = io.BytesIO()
+    torch.export.save(program, file)
+    file.seek(0)
+    loaded = torch.export.load(file).module()
+    for inputs in (step_inputs(N), step_inputs(3 * N)):
+        assert torch.equal(loaded(*inputs), step(*inputs))
+
+
+@pytest.mark.parametrize("from_logits", [True, False])
+def test_the_compiler_keeps_no_more_logits_alive_than_eager_mode(from_logits):
+    step, inputs = Step(from_logits), step_inputs(4 * N)
+
+    def saved(function):
+        """Shapes of the tensors of at least N V elements that wait for backward."""
+        kept = {}
+
+        def pack(tensor):
+            if tensor.numel() >= 4 * N * V:
+                kept[tensor.untyped_storage().data_ptr()] = tensor.numel()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            function(*inputs)
+        return sorted(kept.values())
+
+    assert saved(compile_(step, fullgraph=True)) == saved(step) == ([4 * N * V] * 2 if from_logits else [])
+
+
+@pytest.mark.parametrize("teacher_grad", [False, True])
 @pytest.mark.parametrize("maps", [(IDENTITY_MAP, IDENTITY_MAP), (LogitMap(0.5, 4.0), LogitMap(2.0))])
-def test_operators_pass_opcheck(maps):
+def test_operators_pass_opcheck(maps, teacher_grad):
     student, teacher = torch.randn(2, 3, 11), torch.randn(1, 6, 9)
     weights, labels = torch.rand(6), torch.randint(9, (6,))
     arguments = teacher, weights, weights, 2.0, True, *map(list, maps)
     torch.library.opcheck(ops.row_statistics, (student[..., :9], *arguments))
     statistics = ops.row_statistics(student[..., :9], *arguments)
-    arguments = student, teacher, labels, statistics, weights, weights, 2.0, 9, *map(list, maps)
+    arguments = student, teacher, labels, statistics, weights, weights, 2.0, 9, *map(list, maps), teacher_grad
     torch.library.opcheck(ops.logit_gradient, arguments)
     torch.library.opcheck(ops.logit_gradient_, arguments)
+
+
+@pytest.mark.parametrize(
+    "needed", [(True,) * 6, (True, True, False) * 2, (False, True, True, False, False, False), (False,) * 6]
+)
+def test_the_linear_operator_passes_opcheck(needed):
+    heads = [torch.randn(*shape) for shape in ((4, 3), (9, 3), (9,), (4, 5), (9, 5), (9,))]
+    weights = torch.rand(4, dtype=torch.float64)
+    arguments = (
+        *heads,
+        torch.randint(8, (4,)),
+        weights,
+        weights,
+        2.0,
+        8,
+        True,
+        True,
+        torch.float32,
+        [1.0, 4.0],
+        [2.0, 4.0],
+    )
+    options = list(needed), torch.float32, torch.float32, None, 2048
+    torch.library.opcheck(torch.ops.fused_kd.linear_row_losses, (*arguments, *options))

@@ -24,6 +24,8 @@ LIMITS = {
 # Two tanh more, of 20 instructions each.  The statistics are then bound by arithmetic, at 1.7 times the time that memory
 # takes on an H100; a sweep of its own for the softcap would cost 8 bytes a pair on top of 4, three times that time.
 SOFTCAP = Limits(instructions=40, mufu=4, mufu_squared=4, bytes=0)
+# One multiply-add and three multiplications or choices more, and one array more to write.
+TEACHER_GRAD = Limits(instructions=7, mufu=0, mufu_squared=0, bytes=2)
 WIDEST_ACCESS = 16  # bytes, on all the targets
 
 
@@ -51,11 +53,13 @@ def _wide_violations(variant: Variant, profile: Profile) -> Iterator[Violation]:
 
     yield from _at_least("narrowest load, bytes", profile.load_width, widest(variant.student, variant.teacher))
     if variant.kernel == "logit_gradient":
-        yield from _at_least("narrowest store, bytes", profile.store_width, widest(variant.student))
+        written = (variant.student, variant.teacher) if variant.teacher_grad else (variant.student,)
+        yield from _at_least("narrowest store, bytes", profile.store_width, widest(*written))
     if variant.target.startswith("sm_") and variant.dtypes == "bf16/bf16":
         limits = LIMITS[variant.kernel]
-        if variant.logit_map == "softcap":
-            limits = Limits(*map(sum, zip(limits, SOFTCAP, strict=True)))
+        for given, more in ((variant.logit_map == "softcap", SOFTCAP), (variant.teacher_grad, TEACHER_GRAD)):
+            if given:
+                limits = Limits(*map(sum, zip(limits, more, strict=True)))
         mufu = limits.mufu if variant.temperature_name == "other" else limits.mufu_squared
         yield from _at_most("instructions a pair", profile.instructions, limits.instructions)
         yield from _at_most("MUFU a pair", profile.kinds["mufu"], mufu)

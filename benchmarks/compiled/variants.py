@@ -58,6 +58,7 @@ class Variant:
     terms: str
     layout: str
     logit_map: str = MAPS[0]
+    teacher_grad: bool = False
 
     @property
     def temperature_name(self) -> str:
@@ -70,6 +71,7 @@ class Variant:
     @property
     def name(self) -> str:
         options = f"{self.dtypes} T={self.temperature_name} {self.terms} {self.layout} {self.logit_map}"
+        options += " teacher_grad" * self.teacher_grad
         return f"{self.kernel} {self.target} {options}"
 
 
@@ -92,6 +94,10 @@ def _variants(kernel: str, target: str) -> Iterator[Variant]:
     for logit_map in MAPS[1:]:
         for T in TEMPERATURES if thorough else TEMPERATURES[-1:]:
             yield Variant(kernel, target, "bf16", "bf16", T, "ce+kl", "dense", logit_map)
+    if kernel == "logit_gradient":
+        for layout, dtype in (("dense", "bf16"), ("odd", "bf16"), ("dense", "fp32")):
+            for T in TEMPERATURES if thorough else TEMPERATURES[-1:]:
+                yield Variant(kernel, target, dtype, dtype, T, "ce+kl", layout, teacher_grad=True)
     for layout in ("mixed", "transposed", "small"):
         if layout != "small" or target == "gfx942":
             yield Variant(kernel, target, "bf16", "bf16", TEMPERATURES[-1], "ce+kl", layout)
@@ -113,12 +119,14 @@ def call_arguments(variant: Variant) -> dict[str, Pointer | int | float]:
     N, V, need_ce = layout.rows, layout.vocabulary, TERMS[variant.terms][0]
     T = temperature_arguments(variant.temperature)
     dtypes = {"student": variant.student, "teacher": variant.teacher, "gradient": variant.student}
+    dtypes["teacher_gradient"] = variant.teacher if variant.teacher_grad else variant.student
     pointers = {f"{name}_ptr": Pointer(dtype, N * V * SIZES[dtype]) for name, dtype in dtypes.items()}
     strides = {
         "student": (layout.student_stride, layout.column_stride),
         "teacher": (layout.teacher_stride, layout.column_stride),
         "gradient": (layout.student_stride if layout.column_stride == 1 else V, 1),  # contiguous, like the student
     }
+    strides["teacher_gradient"] = strides["gradient"]
     arguments: dict[str, Pointer | int | float] = {
         **pointers,
         "labels_ptr": Pointer("i64", 8 * N) if need_ce else Pointer("fp32", 4 * N),
@@ -154,8 +162,9 @@ def launch(variant: Variant) -> Any:
     from fused_kd.kernels.launch import plan
 
     layout = LAYOUTS[variant.layout]
-    sizes = [SIZES[variant.student]] + [SIZES[variant.teacher]] * (variant.kernel == "row_statistics")
-    itemsize = min(sizes)
+    student, teacher = SIZES[variant.student], SIZES[variant.teacher]
+    written = max(student, teacher) if variant.teacher_grad else student
+    itemsize = min(student, teacher) if variant.kernel == "row_statistics" else written
     return plan(layout.rows, layout.vocabulary, itemsize, PROCESSORS, warp_size(variant.target))
 
 
@@ -212,6 +221,7 @@ def _constants(variant: Variant) -> dict[str, int | bool]:
     return {
         "NEED_CE": need_ce,
         "NEED_KL": need_kl,
+        "TEACHER_GRAD": variant.teacher_grad,
         "SQUARINGS": temperature_arguments(variant.temperature).squarings,
         "LANES": plan.lanes,
         "K": plan.columns,

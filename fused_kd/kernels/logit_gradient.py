@@ -9,7 +9,13 @@ and, where z = f(x) is a map of the head's output x (a scale, a softcap), that t
 The three normalisers are folded into one factor each, so an element costs its exponentials and one multiply-add for
 each of them.  An element is read before it is written, by the same thread: the gradient may take the student's place.
 
-Traffic, bf16: 6 bytes a pair, the floor.  Special-function work: 3 exponentials a pair, 2 where T is 1, 2 or 4.
+Where the teacher learns too (TEACHER_GRAD), its gradient comes from the same loads and the same exponential.  The
+log-ratio of an element less KL, which is their q-weighted mean, needs no logarithm, since KL = c / e + log(d_T / e):
+
+    dL/dy[j] = w_kl / T  e^{(y_j - m_t)/T} / e  (((y_j - m_t) - (z_j - m_s)) / T - c / e)
+
+Traffic, bf16: 6 bytes a pair, the floor; 8 with the teacher's gradient.  Special-function work: 3 exponentials a pair, 2
+where T is 1, 2 or 4.
 """
 
 import torch
@@ -22,62 +28,108 @@ from .launch import Launch, default_launch, is_wide, map_arguments, temperature_
 
 
 @triton.jit
-def tile_gradient(
-    z, y,  # [K, LANES]
+def student_gradient(
+    u, q,  # [K, LANES]: z - m_s; e^{(y - m_t)/T}, 0 without a teacher
     is_label,  # [K, LANES]
-    m_s, m_t,
     w_ce, p_1_scale, p_T_scale, q_scale,  # w_ce; w_ce / d_1, w_kl / (T d_T), w_kl / (T e)
     exp2_scale,
-    student_factor, student_cap,
-    NEED_CE: tl.constexpr, NEED_KL: tl.constexpr, SQUARINGS: tl.constexpr, STUDENT_MAP: tl.constexpr,
+    NEED_CE: tl.constexpr, NEED_KL: tl.constexpr, SQUARINGS: tl.constexpr,
 ):  # fmt: skip
-    at_1, at_T = exponentials(z - m_s, exp2_scale, SQUARINGS)
-    gradient = tl.zeros_like(z)
+    at_1, at_T = exponentials(u, exp2_scale, SQUARINGS)
+    gradient = tl.zeros_like(u)
     if NEED_KL:
-        gradient = p_T_scale * at_T - q_scale * tl.exp2((y - m_t) * exp2_scale)
+        gradient = p_T_scale * at_T - q_scale * q
     if NEED_CE:
         gradient += p_1_scale * at_1 - tl.where(is_label, w_ce, 0.0)
-    if STUDENT_MAP != IDENTITY:
-        gradient *= slope_at(z, student_factor, student_cap, STUDENT_MAP)
     return gradient
 
 
 @triton.jit
-def sweep_gradient(
-    student_row, teacher_row, gradient_row,  # pointers to the rows' first columns
-    student_stride_column, teacher_stride_column, gradient_stride_column,
-    low, high, label,
-    m_s, m_t, w_ce, p_1_scale, p_T_scale, q_scale, exp2_scale,
-    student_factor, student_cap, teacher_factor, teacher_cap,
-    NEED_CE: tl.constexpr, NEED_KL: tl.constexpr, SQUARINGS: tl.constexpr, LANES: tl.constexpr, K: tl.constexpr,
-    WIDE: tl.constexpr, STUDENT_MAP: tl.constexpr, TEACHER_MAP: tl.constexpr,
+def teacher_gradient(
+    u, v, q,  # [K, LANES]: z - m_s, y - m_t, e^{v/T}
+    q_scale,  # w_kl / (T e)
+    inverse_T,
+    mean_log_ratio,  # c / e, as the log-ratios less log(d_T / e)
 ):  # fmt: skip
-    """Writes the gradient of columns low to high of one row."""
+    """Without teacher mass it is 0, also where v - u is infinite or inf - inf (masked tokens)."""
+    return q_scale * q * tl.where(q > 0, (v - u) * inverse_T - mean_log_ratio, 0.0)
+
+
+@triton.jit
+def write_tile(
+    student_row, teacher_row, gradient_row, teacher_gradient_row,  # pointers to the rows' first columns
+    student_stride_column, teacher_stride_column, gradient_stride_column, teacher_gradient_stride_column,
+    column, high, label,  # column: [K, LANES]
+    m_s, m_t, w_ce, p_1_scale, p_T_scale, q_scale, mean_log_ratio, exp2_scale, inverse_T,
+    student_factor, student_cap, teacher_factor, teacher_cap,
+    NEED_CE: tl.constexpr, NEED_KL: tl.constexpr, TEACHER_GRAD: tl.constexpr, SQUARINGS: tl.constexpr,
+    STUDENT_MAP: tl.constexpr, TEACHER_MAP: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """Reads the logits of a tile and writes their gradients."""
+    z, y = load_pair(
+        student_row, teacher_row, column, high, student_stride_column, student_factor, student_cap,
+        teacher_stride_column, teacher_factor, teacher_cap, NEED_KL, STUDENT_MAP, TEACHER_MAP, MASKED,
+    )  # fmt: skip
+    u = z - m_s
+    v = y - m_t
+    q = tl.zeros_like(v)
+    if NEED_KL:
+        q = tl.exp2(v * exp2_scale)
+    gradient = student_gradient(
+        u, q, column == label, w_ce, p_1_scale, p_T_scale, q_scale, exp2_scale, NEED_CE, NEED_KL, SQUARINGS
+    )
+    if STUDENT_MAP != IDENTITY:
+        gradient *= slope_at(z, student_factor, student_cap, STUDENT_MAP)
+    store_tile(gradient_row, column, gradient_stride_column, high, gradient, MASKED)
+    if TEACHER_GRAD:
+        gradient = teacher_gradient(u, v, q, q_scale, inverse_T, mean_log_ratio)
+        if TEACHER_MAP != IDENTITY:
+            gradient *= slope_at(y, teacher_factor, teacher_cap, TEACHER_MAP)
+        store_tile(teacher_gradient_row, column, teacher_gradient_stride_column, high, gradient, MASKED)
+
+
+@triton.jit
+def store_tile(row_ptr, column, stride_column, high, values, MASKED: tl.constexpr):
+    pointers = row_ptr + column.to(tl.int64) * stride_column
+    values = values.to(row_ptr.dtype.element_ty)
+    if MASKED:
+        tl.store(pointers, values, mask=column < high)
+    else:
+        tl.store(pointers, values)
+
+
+@triton.jit
+def sweep_gradient(
+    student_row, teacher_row, gradient_row, teacher_gradient_row,  # pointers to the rows' first columns
+    student_stride_column, teacher_stride_column, gradient_stride_column, teacher_gradient_stride_column,
+    low, high, label,
+    m_s, m_t, w_ce, p_1_scale, p_T_scale, q_scale, mean_log_ratio, exp2_scale, inverse_T,
+    student_factor, student_cap, teacher_factor, teacher_cap,
+    NEED_CE: tl.constexpr, NEED_KL: tl.constexpr, TEACHER_GRAD: tl.constexpr, SQUARINGS: tl.constexpr,
+    LANES: tl.constexpr, K: tl.constexpr, WIDE: tl.constexpr, STUDENT_MAP: tl.constexpr, TEACHER_MAP: tl.constexpr,
+):  # fmt: skip
+    """Writes the gradients of columns low to high of one row."""
     TILE: tl.constexpr = LANES * K
-    dtype = gradient_row.dtype.element_ty
     column = tile_columns(LANES, K, WIDE)
     whole = low + (high - low) // TILE * TILE
     for start in range(low, whole, TILE):
-        z, y = load_pair(
-            student_row, teacher_row, start + column, high, student_stride_column, student_factor, student_cap,
-            teacher_stride_column, teacher_factor, teacher_cap, NEED_KL, STUDENT_MAP, TEACHER_MAP, False,
+        write_tile(
+            student_row, teacher_row, gradient_row, teacher_gradient_row,
+            student_stride_column, teacher_stride_column, gradient_stride_column, teacher_gradient_stride_column,
+            start + column, high, label,
+            m_s, m_t, w_ce, p_1_scale, p_T_scale, q_scale, mean_log_ratio, exp2_scale, inverse_T,
+            student_factor, student_cap, teacher_factor, teacher_cap,
+            NEED_CE, NEED_KL, TEACHER_GRAD, SQUARINGS, STUDENT_MAP, TEACHER_MAP, False,
         )  # fmt: skip
-        gradient = tile_gradient(
-            z, y, column == label - start, m_s, m_t, w_ce, p_1_scale, p_T_scale, q_scale, exp2_scale,
-            student_factor, student_cap, NEED_CE, NEED_KL, SQUARINGS, STUDENT_MAP,
-        )  # fmt: skip
-        tl.store(gradient_row + (start + column).to(tl.int64) * gradient_stride_column, gradient.to(dtype))
     if whole < high:
-        z, y = load_pair(
-            student_row, teacher_row, whole + column, high, student_stride_column, student_factor, student_cap,
-            teacher_stride_column, teacher_factor, teacher_cap, NEED_KL, STUDENT_MAP, TEACHER_MAP, True,
+        write_tile(
+            student_row, teacher_row, gradient_row, teacher_gradient_row,
+            student_stride_column, teacher_stride_column, gradient_stride_column, teacher_gradient_stride_column,
+            whole + column, high, label,
+            m_s, m_t, w_ce, p_1_scale, p_T_scale, q_scale, mean_log_ratio, exp2_scale, inverse_T,
+            student_factor, student_cap, teacher_factor, teacher_cap,
+            NEED_CE, NEED_KL, TEACHER_GRAD, SQUARINGS, STUDENT_MAP, TEACHER_MAP, True,
         )  # fmt: skip
-        gradient = tile_gradient(
-            z, y, column == label - whole, m_s, m_t, w_ce, p_1_scale, p_T_scale, q_scale, exp2_scale,
-            student_factor, student_cap, NEED_CE, NEED_KL, SQUARINGS, STUDENT_MAP,
-        )  # fmt: skip
-        pointers = gradient_row + (whole + column).to(tl.int64) * gradient_stride_column
-        tl.store(pointers, gradient.to(dtype), mask=whole + column < high)
 
 
 @triton.jit
@@ -92,21 +144,28 @@ def sweep_zeros(
         tl.store(pointers, zeros, mask=start + column < high)
 
 
-@triton.jit(do_not_specialize=["student_rows_inner", "teacher_rows_inner", "gradient_rows_inner", "N"])
+@triton.jit(
+    do_not_specialize=[
+        "student_rows_inner", "teacher_rows_inner", "gradient_rows_inner", "teacher_gradient_rows_inner", "N",
+    ]
+)  # fmt: skip
 def logit_gradient_kernel(
     student_ptr, teacher_ptr,  # [outer, inner, V]
     labels_ptr,  # [N]; read where NEED_CE
     statistics_ptr,  # [6, N]
     ce_weight_ptr, kl_weight_ptr,  # [N]; a row with both 0 is not read
     gradient_ptr,  # [outer, inner, V]; may be the student
+    teacher_gradient_ptr,  # [outer, inner, V], written where TEACHER_GRAD; may be the teacher
     student_rows_inner, student_stride_outer, student_stride_inner, student_stride_column,
     teacher_rows_inner, teacher_stride_outer, teacher_stride_inner, teacher_stride_column,
     gradient_rows_inner, gradient_stride_outer, gradient_stride_inner, gradient_stride_column,
+    teacher_gradient_rows_inner, teacher_gradient_stride_outer, teacher_gradient_stride_inner,
+    teacher_gradient_stride_column,
     N, V, columns_per_split,
     exp2_scale, inverse_T,
     student_factor, student_cap, teacher_factor, teacher_cap,  # see `logits_of`
-    NEED_CE: tl.constexpr, NEED_KL: tl.constexpr, SQUARINGS: tl.constexpr, LANES: tl.constexpr, K: tl.constexpr,
-    WIDE: tl.constexpr, STUDENT_MAP: tl.constexpr, TEACHER_MAP: tl.constexpr,
+    NEED_CE: tl.constexpr, NEED_KL: tl.constexpr, TEACHER_GRAD: tl.constexpr, SQUARINGS: tl.constexpr,
+    LANES: tl.constexpr, K: tl.constexpr, WIDE: tl.constexpr, STUDENT_MAP: tl.constexpr, TEACHER_MAP: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
     low = tl.program_id(1) * columns_per_split
@@ -114,10 +173,17 @@ def logit_gradient_kernel(
     student_row = student_ptr + row_offset(row, student_rows_inner, student_stride_outer, student_stride_inner)
     teacher_row = teacher_ptr + row_offset(row, teacher_rows_inner, teacher_stride_outer, teacher_stride_inner)
     gradient_row = gradient_ptr + row_offset(row, gradient_rows_inner, gradient_stride_outer, gradient_stride_inner)
+    teacher_gradient_row = teacher_gradient_ptr
+    if TEACHER_GRAD:
+        teacher_gradient_row += row_offset(
+            row, teacher_gradient_rows_inner, teacher_gradient_stride_outer, teacher_gradient_stride_inner
+        )
     w_ce = tl.load(ce_weight_ptr + row)
     w_kl = tl.load(kl_weight_ptr + row) * inverse_T
     if (w_ce == 0) & (w_kl == 0):
         sweep_zeros(gradient_row, gradient_stride_column, low, high, LANES, K, WIDE)
+        if TEACHER_GRAD:
+            sweep_zeros(teacher_gradient_row, teacher_gradient_stride_column, low, high, LANES, K, WIDE)
     else:
         label = -1
         if NEED_CE:
@@ -127,12 +193,16 @@ def logit_gradient_kernel(
         d_T = tl.load(statistics_ptr + 2 * N + row)
         m_t = tl.load(statistics_ptr + 3 * N + row)
         e = tl.load(statistics_ptr + 4 * N + row)
+        mean_log_ratio = 0.0
+        if TEACHER_GRAD:
+            mean_log_ratio = tl.load(statistics_ptr + 5 * N + row) / e
         sweep_gradient(
-            student_row, teacher_row, gradient_row,
-            student_stride_column, teacher_stride_column, gradient_stride_column,
-            low, high, label, m_s, m_t, w_ce, w_ce / d_1, w_kl / d_T, w_kl / e, exp2_scale,
+            student_row, teacher_row, gradient_row, teacher_gradient_row,
+            student_stride_column, teacher_stride_column, gradient_stride_column, teacher_gradient_stride_column,
+            low, high, label,
+            m_s, m_t, w_ce, w_ce / d_1, w_kl / d_T, w_kl / e, mean_log_ratio, exp2_scale, inverse_T,
             student_factor, student_cap, teacher_factor, teacher_cap,
-            NEED_CE, NEED_KL, SQUARINGS, LANES, K, WIDE, STUDENT_MAP, TEACHER_MAP,
+            NEED_CE, NEED_KL, TEACHER_GRAD, SQUARINGS, LANES, K, WIDE, STUDENT_MAP, TEACHER_MAP,
         )  # fmt: skip
 
 
@@ -145,27 +215,38 @@ def logit_gradient(
     kl_weight: torch.Tensor,  # [N], float32
     temperature: float,
     gradient: torch.Tensor,  # [outer, inner, V], written; may be the student
+    teacher_gradient: torch.Tensor | None = None,  # [outer', inner', V], written; may be the teacher
     student_map: LogitMap = IDENTITY_MAP,
     teacher_map: LogitMap = IDENTITY_MAP,
     launch: Launch | None = None,
 ) -> None:
     """Launches the kernel."""
+    gradients = [gradient] if teacher_gradient is None else [gradient, teacher_gradient]
     # K by what is written: a float32 gradient stored 8 columns a thread would be regrouped through shared memory.
-    launch = launch or default_launch(student, student.element_size())
+    launch = launch or default_launch(student, max(tensor.element_size() for tensor in gradients))
     outer, inner, V = student.shape
     N = outer * inner
     T, s, t = temperature_arguments(temperature), map_arguments(student_map), map_arguments(teacher_map)
     second = student if teacher is None else teacher
-    written = gradient
-    if not isinstance(logit_gradient_kernel, triton.JITFunction) and gradient.dtype == torch.bfloat16:
-        written = torch.empty(gradient.shape)  # Triton's interpreter truncates to bfloat16 where GPUs round to nearest
+    written = [_roundable(tensor) for tensor in gradients]
+    of_student, of_teacher = written[0], written[-1]
     logit_gradient_kernel[(N, launch.splits)](
-        student, second, ce_weight if labels is None else labels, statistics, ce_weight, kl_weight, written,
-        inner, *student.stride(), second.shape[1], *second.stride(), written.shape[1], *written.stride(),
+        student, second, ce_weight if labels is None else labels, statistics, ce_weight, kl_weight,
+        of_student, of_teacher,
+        inner, *student.stride(), second.shape[1], *second.stride(),
+        of_student.shape[1], *of_student.stride(), of_teacher.shape[1], *of_teacher.stride(),
         N, V, launch.columns_per_split, T.exp2_scale, T.inverse, s.factor, s.cap, t.factor, t.cap,
-        NEED_CE=labels is not None, NEED_KL=teacher is not None, SQUARINGS=T.squarings, LANES=launch.lanes,
-        K=launch.columns, WIDE=is_wide(student, second, written), STUDENT_MAP=s.kind, TEACHER_MAP=t.kind,
-        **launch.options,
+        NEED_CE=labels is not None, NEED_KL=teacher is not None, TEACHER_GRAD=teacher_gradient is not None,
+        SQUARINGS=T.squarings, LANES=launch.lanes, K=launch.columns, WIDE=is_wide(student, second, *written),
+        STUDENT_MAP=s.kind, TEACHER_MAP=t.kind, **launch.options,
     )  # fmt: skip
-    if written is not gradient:
-        gradient.copy_(written)
+    for target, source in zip(gradients, written, strict=True):
+        if source is not target:
+            target.copy_(source)
+
+
+def _roundable(gradient: torch.Tensor) -> torch.Tensor:
+    """What the kernel writes: Triton's interpreter truncates to bfloat16 where GPUs round to nearest."""
+    if isinstance(logit_gradient_kernel, triton.JITFunction) or gradient.dtype != torch.bfloat16:
+        return gradient
+    return torch.empty(gradient.shape)

@@ -1,0 +1,217 @@
+"""Nothing waits for the device: proved without one on fake CUDA tensors, and with one by a CUDA graph.
+
+Fake tensors have no values: whatever reads one raises.  The operators run down to their kernels, which are stubs here.
+"""
+
+from contextlib import nullcontext
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fused_kd import kd_loss, linear_kd_loss, linear_operator, ops
+from fused_kd import statistics as stats
+from fused_kd.autograd import KDLossFunction, LinearKDLossFunction, LinearKDRowLossesFunction
+
+N, V, H_S, H_T = 40, 137, 8, 12
+CHUNKED = 16 * 2 * 192 * 4
+
+
+class WithoutCuda(TorchFunctionMode):
+    """`tensor[...]`, `~`, `copy_` and `out=`, for which PyTorch needs a build with CUDA, fake tensors or not."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = dict(kwargs or {})
+        if (out := kwargs.pop("out", None)) is not None:
+            result = func(*args, **kwargs)
+            assert (result.shape, result.dtype, result.device) == (out.shape, out.dtype, out.device)
+            return out
+        if func is torch.Tensor.__invert__:
+            return torch.bitwise_not(*args)
+        if func is torch.Tensor.__getitem__:
+            return self.view(*args)
+        if func is torch.Tensor.__setitem__ and not isinstance(args[2], torch.Tensor):
+            return self.view(*args[:2]).fill_(args[2])
+        if func in (torch.Tensor.__setitem__, torch.Tensor.copy_):  # there are no values to be copied
+            target = self.view(*args[:2]) if func is torch.Tensor.__setitem__ else args[0]
+            assert target.device == args[-1].device
+            assert target.shape == torch.broadcast_shapes(target.shape, args[-1].shape)
+            return target
+        return func(*args, **kwargs)
+
+    @staticmethod
+    def view(tensor, index):
+        index = index if isinstance(index, tuple) else (index,)
+        dim = 0
+        for i, item in enumerate(index):
+            if item is None:
+                tensor = tensor.unsqueeze(dim)
+            elif item is Ellipsis:
+                dim = tensor.dim() - sum(other is not None for other in index[i + 1 :]) - 1
+            elif isinstance(item, slice):
+                tensor = torch.ops.aten.slice(tensor, dim, item.start, item.stop, item.step or 1)
+            else:
+                tensor, dim = tensor.select(dim, item), dim - 1
+            dim += 1
+        return tensor
+
+
+class CopiesBetweenDevices(TorchDispatchMode):
+    """Names of the operators that move data to or from the device, and of all others."""
+
+    def __init__(self):
+        super().__init__()
+        self.found, self.seen = [], set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        tensors = [x for x in (*args, result) if isinstance(x, torch.Tensor)]
+        if len({tensor.device for tensor in tensors if tensor.dim()}) > 1 or "lift" in str(func):
+            self.found.append(str(func))
+        self.seen.add(func.overloadpacket.__name__)
+        return result
+
+
+@pytest.fixture
+def fake_device(monkeypatch):
+    """Kernels of three splits, which the operator merges; and operators that fake tensors do not keep outside."""
+
+    def row_statistics(student, teacher, ce_weight, *arguments):
+        return ce_weight.new_empty(3, 6, ce_weight.numel())
+
+    stub = SimpleNamespace(row_statistics=row_statistics, logit_gradient=lambda *arguments: None)
+    monkeypatch.setattr(ops, "_backend", lambda *arguments: stub)
+    monkeypatch.setattr(ops, "_device_of", lambda tensor: nullcontext())
+    for name in ("row_statistics", "logit_gradient", "logit_gradient_"):
+        monkeypatch.setattr(ops, name, getattr(ops, f"_{name}"))
+    operators = SimpleNamespace(linear_row_losses=linear_operator._linear_row_losses)
+    monkeypatch.setattr(linear_operator, "torch", SimpleNamespace(ops=SimpleNamespace(fused_kd=operators)))
+    with FakeTensorMode(), WithoutCuda():
+        yield torch.device("cuda", 0)
+
+
+def inputs(device, dtype):
+    given = {"dtype": dtype, "device": device}
+    return SimpleNamespace(
+        logits=torch.randn(N, V, **given), teacher_logits=torch.randn(N, V, **given),
+        heads=[torch.randn(*shape, **given) for shape in ((N, H_S), (V, H_S), (N, H_T), (V, H_T))],
+        bias=torch.randn(V, **given), labels=torch.randint(V, (N,), device=device),
+        row=torch.rand(N, device=device), count=torch.ones((), device=device),
+    )  # fmt: skip
+
+
+class Context(SimpleNamespace):
+    def save_for_backward(self, *tensors):
+        self.saved_tensors = tensors
+
+    def set_materialize_grads(self, value):
+        pass
+
+
+def apply_by_hand(function, teacher_grad, found):
+    """Forward and backward, one after the other: recording a graph needs a build with CUDA, fake tensors or not."""
+
+    def apply(*inputs):
+        if hasattr(
+            inputs[-1], "needed"
+        ):  # a linear function, whose inputs require no gradient as long as none is recorded
+            inputs = *inputs[:-1], inputs[-1]._replace(needed=(True,) * 3 + (teacher_grad,) * 2 + (False,))
+        output = function.forward(*inputs)
+        is_tensor = [isinstance(value, torch.Tensor) for value in inputs]
+        is_tensor[1] &= teacher_grad or function is not KDLossFunction
+        context = Context(needs_input_grad=is_tensor)
+        function.setup_context(context, inputs, output)
+        found.append(function.backward(context, torch.ones_like(output[0]), *[None] * (len(output) - 1)))
+        return output
+
+    return apply
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("teacher_grad", [False, True])
+@torch.no_grad()
+def test_nothing_reads_a_value_or_moves_between_devices(fake_device, dtype, reduction, teacher_grad, monkeypatch):
+    gradients = []
+    for function in (KDLossFunction, LinearKDLossFunction, LinearKDRowLossesFunction):
+        monkeypatch.setattr(function, "apply", apply_by_hand(function, teacher_grad, gradients))
+    given = inputs(fake_device, dtype)
+    options = {
+        "token_weights": given.row, "alpha": given.row, "reduction": reduction, "return_parts": True,
+        "num_items": given.count if reduction == "mean" else None, "temperature": 3.0, "teacher_grad": teacher_grad,
+    }  # fmt: skip
+    with CopiesBetweenDevices() as copies:
+        for inplace in (False, True):
+            kd_loss(given.logits, given.teacher_logits, given.labels, inplace_backward=inplace, **options)
+        options |= {"student_bias": given.bias, "workspace_bytes": CHUNKED}
+        for logits_dtype in (None, torch.float32):
+            linear_kd_loss(*given.heads, given.labels, logits_dtype=logits_dtype, **options)
+    assert copies.found == []
+    assert {"mm", "addmm", "amax"} <= copies.seen  # the heads, and the merge of splits
+    for found, wanted in zip(
+        gradients, [[True, teacher_grad]] * 2 + [[True] * 3 + [teacher_grad] * 2] * 2, strict=True
+    ):
+        assert [gradient is not None for gradient in found[: len(wanted)]] == wanted
+        assert found[0].device == fake_device
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("mistake", ["read", "copy to the host", "constant from the host"])
+def test_a_mistake_would_be_seen(fake_device, mistake, monkeypatch):
+    given = inputs(fake_device, torch.float32)
+    wrong = {
+        "read": lambda statistics: statistics[0] * statistics.sum().item(),
+        "copy to the host": lambda statistics: statistics[0].cpu().to(statistics.device),
+        "constant from the host": lambda statistics: statistics[0] * torch.ones(N).to(statistics.device),
+    }[mistake]
+    monkeypatch.setattr(stats, "kl_divergence", wrong)
+    with CopiesBetweenDevices() as copies:
+        if mistake == "read":
+            with pytest.raises(Exception, match="_local_scalar_dense"):
+                kd_loss(given.logits, given.teacher_logits.detach(), given.labels)
+        else:
+            kd_loss(given.logits, given.teacher_logits.detach(), given.labels)
+            assert copies.found
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("from_logits", [True, False])
+def test_a_cuda_graph_replays_on_new_data(from_logits):
+    """Capture raises at the first synchronisation; the replay has to follow what changes: labels, ignored rows, values."""
+    generator = torch.Generator("cuda").manual_seed(0)
+
+    def fresh(*shape):
+        return torch.randn(*shape, device="cuda", generator=generator)
+
+    shapes = [(512, 32_000)] * 2 if from_logits else [(512, 256), (32_000, 256), (512, 384), (32_000, 384)]
+    static = [fresh(*shape).requires_grad_(i < len(shapes) // 2) for i, shape in enumerate(shapes)]
+    labels = torch.randint(32_000, (512,), device="cuda", generator=generator)
+    function = kd_loss if from_logits else linear_kd_loss
+    leaves = static[: len(shapes) // 2]
+
+    def step():
+        loss = function(*static, labels, temperature=2.0)
+        return [loss, *torch.autograd.grad(loss, leaves)]
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    with torch.no_grad():
+        for tensor in static:
+            tensor.copy_(fresh(*tensor.shape))
+        labels.copy_(labels.flip(0))
+        labels[:100] = -100
+    graph.replay()
+    torch.cuda.synchronize()
+    for ours, expected in zip(captured, step(), strict=True):
+        assert torch.equal(ours, expected)

@@ -1,0 +1,122 @@
+"""torch.func, higher derivatives: what works is right, what does not says so."""
+
+import pytest
+import torch
+
+from fused_kd import kd_loss, linear_kd_loss
+
+B, N, V, H_S, H_T = 3, 4, 50, 8, 6
+
+
+def from_logits(student, teacher, labels, **options):
+    return kd_loss(student, teacher, labels, temperature=3.0, **options).sum()
+
+
+def from_hidden(hidden, weight, teacher_hidden, labels, **options):
+    teacher_weight = torch.linspace(-1, 1, V * H_T).sin().reshape(V, H_T)
+    return linear_kd_loss(hidden, weight, teacher_hidden, teacher_weight, labels, temperature=3.0, **options).sum()
+
+
+LABELS = torch.arange(B * N).reshape(B, N)
+
+
+def samples(loss):
+    """Inputs, their batch dimensions, and those to differentiate."""
+    if loss is from_logits:
+        return (torch.randn(B, N, V), torch.randn(B, N, V), LABELS), (0, 0, 0), (0,)
+    return (torch.randn(B, N, H_S), torch.randn(V, H_S), torch.randn(B, N, H_T), LABELS), (0, None, 0, 0), (0, 1)
+
+
+both = pytest.mark.parametrize("loss", [from_logits, from_hidden])
+reductions = pytest.mark.parametrize("reduction", ["mean", "none"])
+
+
+def bind(loss, **options):
+    return lambda *inputs: loss(*inputs, **options)
+
+
+@both
+@reductions
+def test_grad_is_that_of_backward(loss, reduction):
+    inputs, _, argnums = samples(loss)
+    loss = bind(loss, reduction=reduction)
+    leaves = [inputs[i].clone().requires_grad_() for i in argnums]
+    loss(*leaves, *inputs[len(leaves) :]).backward()
+    found = torch.func.grad(loss, argnums)(*inputs)
+    assert all(torch.equal(ours, leaf.grad) for ours, leaf in zip(found, leaves, strict=True))
+
+
+@both
+@reductions
+def test_vmap_is_a_loop_over_samples(loss, reduction):
+    inputs, in_dims, argnums = samples(loss)
+    loss = bind(loss, reduction=reduction)
+    for function in (loss, torch.func.grad(loss, argnums)):
+        batched = torch.func.vmap(function, in_dims)(*inputs)
+        for i in range(B):
+            one = function(*(x if dim is None else x.select(dim, i) for x, dim in zip(inputs, in_dims, strict=True)))
+            pairs = [(batched, one)] if isinstance(one, torch.Tensor) else zip(batched, one, strict=True)
+            assert all(torch.allclose(many[i], single, rtol=1e-6, atol=1e-8) for many, single in pairs)
+
+
+def test_vmap_over_another_dimension_and_an_unbatched_teacher():
+    student, teacher = torch.randn(N, B, V), torch.randn(N, V)
+    found = torch.func.vmap(from_logits, (1, None, 0))(student, teacher, LABELS)
+    for i in range(B):
+        assert torch.allclose(found[i], from_logits(student[:, i], teacher, LABELS[i]))
+
+
+def test_inplace_backward_under_transforms_writes_over_nothing():
+    (student, teacher, labels), _, _ = samples(from_logits)
+    before = student.clone()
+    found = torch.func.grad(bind(lambda s, *rest, **o: from_logits(2 * s, *rest, **o), inplace_backward=True))(
+        student, teacher, labels
+    )
+    expected = torch.func.grad(lambda s: from_logits(2 * s, teacher, labels))(student)
+    assert torch.equal(found, expected)
+    assert torch.equal(student, before)
+
+
+@both
+@reductions
+def test_a_second_derivative_is_refused(loss, reduction):
+    """Also where only the gradient's dependence on the inputs, not on the upstream gradient, would be lost: a penalty."""
+    inputs, _, argnums = samples(loss)
+    loss = bind(loss, reduction=reduction)
+    leaves = [inputs[i].clone().requires_grad_() for i in argnums]
+    value = loss(*leaves, *inputs[len(leaves) :])
+    for gradient in torch.autograd.grad(value, leaves, create_graph=True):
+        assert gradient.requires_grad
+        with pytest.raises(NotImplementedError, match="expected one backward pass"):
+            (value + gradient.square().sum()).backward(retain_graph=True)
+
+
+@both
+def test_a_second_derivative_by_transforms_is_refused(loss):
+    inputs, _, _ = samples(loss)
+    penalty = lambda *inputs: torch.func.grad(loss)(*inputs).square().sum()  # noqa: E731
+    with pytest.raises(NotImplementedError, match="expected one backward pass"):
+        torch.func.grad(penalty)(*inputs)
+    for transform in (torch.func.hessian, torch.func.jacfwd):  # forward mode
+        with pytest.raises(NotImplementedError, match="forward mode"):
+            transform(loss)(*inputs)
+
+
+def test_the_second_derivative_of_a_gradient_of_alpha_is_refused():
+    (student, teacher, labels), _, _ = samples(from_logits)
+    student.requires_grad_()
+    alpha = torch.full((B, N), 0.5, requires_grad=True)
+    loss = kd_loss(student, teacher, labels, alpha=alpha)
+    (gradient,) = torch.autograd.grad(loss, alpha, create_graph=True)
+    with pytest.raises(NotImplementedError, match="expected one backward pass"):
+        gradient.sum().backward()
+
+
+def test_an_operator_by_itself_refuses_to_be_differentiated():
+    student = torch.randn(1, 4, V, requires_grad=True)
+    weights = torch.ones(4)
+    statistics = torch.ops.fused_kd.row_statistics(
+        student, None, weights, weights, 1.0, True, [1.0, torch.inf], [1.0, torch.inf]
+    )
+    with pytest.raises(NotImplementedError, match="an operator by itself"):
+        statistics.sum().backward()
