@@ -161,9 +161,24 @@ def _check_positive(name: str, value: object, expected: str) -> None:
         raise ValueError(f"{name}: expected {expected}, got {value}")
 
 
-def _check_float_tensor(name: str, tensor: Tensor | None, meaning: str) -> Tensor:
+def _check_plain_tensor(name: str, tensor: object) -> Tensor:
+    """No DTensor: it is one rank's part of a tensor, and the operators take what they get for the whole."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name}: expected a tensor, got {_what(tensor)}")
+    placements = getattr(tensor, "placements", None)  # of a DTensor only, whose class need not be imported to know it
+    if placements is not None:
+        remedy = "pass its full_tensor()"
+        if name in ("student_weight", "student_bias"):  # the gradient of full_tensor() would be that of one rank's rows
+            remedy = (
+                "compute the loss inside the forward of the module that fully_shard wraps, where its parameters are "
+                "whole"
+            )
+        raise TypeError(f"{name}: expected a plain tensor, got a DTensor with placements {placements}; {remedy}")
+    return tensor
+
+
+def _check_float_tensor(name: str, tensor: Tensor | None, meaning: str) -> Tensor:
+    tensor = _check_plain_tensor(name, tensor)
     if tensor.dtype not in LOGIT_DTYPES:
         raise TypeError(
             f"{name}: expected dtype float32, bfloat16, float16 or float64, got {tensor.dtype}; pass {meaning}"
@@ -263,8 +278,7 @@ def check_alpha(
 
 
 def check_row_shape(name: str, tensor: Tensor, student: Tensor) -> None:
-    if not isinstance(tensor, Tensor):
-        raise TypeError(f"{name}: expected a tensor, got {_what(tensor)}")
+    _check_plain_tensor(name, tensor)
     if tensor.shape != student.shape[:-1]:
         raise ValueError(
             f"{name}: expected one value a row, shape {tuple(student.shape[:-1])}, got {tuple(tensor.shape)}"

@@ -5,9 +5,11 @@ imported here under TRITON_INTERPRET=1, and a test asks for the backend that it 
 """
 
 import os
+from collections.abc import Iterator
 
 import pytest
 import torch
+import torch.distributed as dist
 
 HAS_CUDA = torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1"
 if not HAS_CUDA:
@@ -38,3 +40,13 @@ def kernel_device(monkeypatch: pytest.MonkeyPatch) -> torch.device:
 @pytest.fixture(autouse=True)
 def seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def process_group() -> Iterator[None]:
+    """A group of this process alone."""
+    if not dist.is_available() or not dist.is_gloo_available():
+        pytest.skip("PyTorch without gloo")
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()

@@ -22,9 +22,9 @@ def model(width: int):
     )  # fmt: skip
 
 
-def test_training_steps_run_and_agree():
+def test_training_steps_run_and_agree(process_group):
     steps = [block for block in BLOCKS if "loss.backward()" in block]
-    assert len(steps) == 2  # from hidden states, from logits
+    assert len(steps) == 3  # from hidden states, from logits, under DDP
     losses, gradients = [], []
     for step in steps:
         student, teacher = model(16), model(32)
@@ -39,8 +39,9 @@ def test_training_steps_run_and_agree():
         exec(step, names)
         losses.append(names["loss"].item())
         gradients.append(torch.cat([parameter.grad.flatten() for parameter in student.parameters()]))
-    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
-    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-7)
+    for loss, gradient in zip(losses[1:], gradients[1:], strict=True):
+        assert loss == pytest.approx(losses[0], rel=1e-6)
+        torch.testing.assert_close(gradient, gradients[0], rtol=1e-4, atol=1e-7)
 
 
 def test_examples_print_what_they_show():
