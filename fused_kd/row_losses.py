@@ -37,8 +37,10 @@ def row_values(
     options: KDOptions,
 ) -> RowValues:
     real, dtype = student[..., : options.vocab_size], options.dtype
+    # Whether a row counts, not how much: a weight of 1e-50 is 0 in float32, but the row has a value all the same.
+    counted = (ce_weight != 0).to(dtype), (kl_weight != 0).to(dtype)
     statistics = ops.row_statistics(
-        real, teacher, ce_weight.to(dtype), kl_weight.to(dtype), options.temperature, labels is not None,
+        real, teacher, *counted, options.temperature, labels is not None,
         options.student_map, options.teacher_map,
     )  # fmt: skip
     ce = kl = torch.zeros_like(ce_weight)
