@@ -49,7 +49,14 @@ def row_weights(
         row = torch.where(names_a_class | ignored, row, torch.nan)
     if isinstance(alpha, Tensor):
         alpha = torch.where((alpha >= 0) & (alpha <= 1), alpha.double(), torch.nan)
-    return RowWeights(row, row * (1 - alpha), row * (alpha * temperature**2))
+    return RowWeights(row, _product(row, 1 - alpha), _product(row, alpha * temperature**2))
+
+
+def _product(row: Tensor, factor: float | Tensor) -> Tensor:
+    """row * factor; where the factor is 0 the term is not there, and neither is its gradient to `row`, were it infinite."""
+    if isinstance(factor, Tensor):
+        return torch.where(factor == 0, row.detach(), row) * factor
+    return (row if factor else row.detach()) * factor
 
 
 def counted_rows(weights: RowWeights) -> Tensor | None:
