@@ -36,8 +36,10 @@ def merge(
     merged_maxima = maxima.amax(0)
     ds, dt = (maxima - merged_maxima).unbind(1)  # [S, N] each, <= 0
     b = torch.exp(dt / temperature)
+    # No teacher mass adds nothing, also where the maxima are so far apart that their difference is infinite.
+    moved = torch.where(parts[:, E] == 0, 0.0, parts[:, E] * ((dt - ds) / temperature))
     # An infinite c (teacher mass where the student has none) must not meet a factor that underflowed to zero.
-    c = torch.where(b > 0, b * (parts[:, C] + parts[:, E] * ((dt - ds) / temperature)), 0.0)
+    c = torch.where(b > 0, b * (parts[:, C] + moved), 0.0)
     sums = [parts[:, D_1] * torch.exp(ds), parts[:, D_T] * torch.exp(ds / temperature), parts[:, E] * b, c]
     d_1, d_T, e, c = torch.stack(sums).sum(1)
     return torch.stack([merged_maxima[0], d_1, d_T, merged_maxima[1], e, c])
