@@ -76,13 +76,6 @@ def test_no_row_counts(device, reduction):
     assert not gradient.isnan().any()
 
 
-def test_no_rows_at_all(device):
-    student, teacher, labels = make(device, shape=(0,))
-    loss, gradient = value_and_gradient(kd_loss, student, teacher, labels)
-    assert loss == 0
-    assert gradient.shape == (0, V)
-
-
 def test_without_labels_all_rows_count(device):
     student, teacher, _ = make(device)
     assert_matches_oracle(kd_loss, student, teacher, None, alpha=1.0, temperature=2.0)
@@ -220,62 +213,6 @@ def test_softcap_at_every_size_of_logits(device, scale):
         for dtype in (torch.float32, torch.float64)
     )
     assert relative_error(gradient, oracle) <= max(2 * relative_error(eager, oracle), 4 * EPSILON)
-
-
-def test_a_softcap_makes_masked_tokens_finite(device):
-    """As in PyTorch: c tanh(-inf) is -c."""
-    student, teacher, labels = make(device)
-    student[:, 10:20] = teacher[:, 5:15] = -torch.inf
-    assert_matches_oracle(kd_loss, student, teacher, labels, logit_softcap=4.0)
-
-
-def test_masked_tokens_have_no_probability(device):
-    student, teacher, labels = make(device)
-    student[:, 10:20] = teacher[:, 10:20] = -torch.inf
-    teacher[:, 20:30] = -torch.inf
-    labels[:] = 50
-    assert_matches_oracle(kd_loss, student, teacher, labels, temperature=2.0)
-    _, gradient = value_and_gradient(kd_loss, student, teacher, labels)
-    assert not gradient[:, 10:20].any()
-
-
-def test_teacher_mass_where_the_student_has_none_is_infinite(device):
-    student, teacher, labels = make(device)
-    student[1, 5] = -torch.inf
-    loss = kd_loss(student, teacher, labels, alpha=1.0, reduction="none")
-    assert loss[1] == torch.inf
-    assert loss.isfinite().sum() == N - 1
-
-
-@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
-def test_nan_and_infinity_give_nan_in_their_row_only(device, bad):
-    student, teacher, labels = make(device)
-    student[2, 7] = bad
-    loss, gradient = value_and_gradient(kd_loss, student, teacher, labels, reduction="none")
-    assert loss.isnan().tolist() == [False, False, True, False, False, False]
-    assert gradient[2].isnan().all()
-    assert gradient.isnan().any(1).sum() == 1
-
-
-@pytest.mark.parametrize("temperature", [0.05, 1000.0])
-@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e4])
-def test_extremes(device, temperature, scale):
-    student, teacher, labels = make(device)
-    student, teacher = scale * student, scale * teacher
-    loss, gradient = value_and_gradient(kd_loss, student, teacher, labels, temperature=temperature)
-    _, oracle = value_and_gradient(
-        reference.kd_loss, student.double(), teacher.double(), labels, temperature=temperature
-    )
-    assert loss.isfinite()
-    _, eager = value_and_gradient(reference.kd_loss, student, teacher, labels, temperature=temperature)
-    assert relative_error(gradient, oracle) <= max(2 * relative_error(eager, oracle), 1e-6)
-
-
-def test_a_student_equal_to_its_teacher(device):
-    student, _, _ = make(device)
-    loss, gradient = value_and_gradient(kd_loss, student, student.clone(), None, alpha=1.0, temperature=2.0)
-    assert abs(loss) < 1e-6
-    assert gradient.abs().max() < 1e-7
 
 
 @pytest.mark.parametrize("inplace", [False, True])
