@@ -21,6 +21,11 @@ BLOCK_ELEMENTS = 2**20
 
 LOG2_E = math.log2(math.e)
 
+# How PyTorch cuts an elementwise operation: equal shares for the threads, but of so many elements at least, and within a
+# share two vectors of 512 bits at a time.
+SHARE_ELEMENTS = 2**15
+VECTOR_ELEMENTS = 32
+
 
 def row_statistics(
     student: Tensor,  # [outer, inner, V]
@@ -41,21 +46,21 @@ def row_statistics(
         torch.amax(z, 1, out=out[stats.M_S])
         torch.sub(z, out[stats.M_S, :, None], out=u)
         if teacher is None:
-            out[stats.D_1] = _exponential(u, 1.0, out=q).sum(1)
+            out[stats.D_1] = _sum(_exponential(u, 1.0, out=q))
             continue
         at_T = _exponential(u, temperature, out=q)
-        out[stats.D_T] = at_T.sum(1)
+        out[stats.D_T] = _sum(at_T)
         if need_ce:
-            out[stats.D_1] = _exponential_at_1(u, at_T, temperature, out=v).sum(1)
+            out[stats.D_1] = _sum(_exponential_at_1(u, at_T, temperature, out=v))
         y = _load(teacher, first, last, teacher_map, v)
         torch.amax(y, 1, out=out[stats.M_T])
         torch.sub(y, out[stats.M_T, :, None], out=v)
         _exponential(v, temperature, out=q)
-        out[stats.E] = q.sum(1)
+        out[stats.E] = _sum(q)
         difference = v.sub_(u)
-        c = torch.mul(q, difference, out=u).sum(1)
+        c = _sum(torch.mul(q, difference, out=u))
         if c.isnan().any():  # masked tokens: without teacher mass an infinite difference counts for nothing
-            c = torch.mul(q, difference.masked_fill_(q == 0, 0.0), out=u).sum(1)
+            c = _sum(torch.mul(q, difference.masked_fill_(q == 0, 0.0), out=u))
         out[stats.C] = c / temperature
     return result[None]
 
@@ -118,8 +123,26 @@ def logit_gradient(
 
 
 def _exponential(u: Tensor, temperature: float, out: Tensor) -> Tensor:
-    """e^{u / T}."""
-    return torch.mul(u, LOG2_E / temperature, out=out).exp2_()
+    """e^{u / T}, of a value the same bits wherever it stands; `out` is a block of one of the buffers."""
+    torch.mul(u, LOG2_E / temperature, out=out)
+    _in_whole_vectors(out).exp2_()
+    return out
+
+
+def _in_whole_vectors(block: Tensor) -> Tensor:
+    """The block, flat, with as much of what follows it in its buffer as makes every thread's share whole vectors.
+
+    What a share has beyond its last whole vector goes to a scalar exp2, which rounds one value in about fifty otherwise:
+    results would depend on the number of threads and on a row's place.
+    """
+    n = block.numel()
+    multiple = VECTOR_ELEMENTS * min(torch.get_num_threads(), -(-n // SHARE_ELEMENTS))
+    return block.as_strided((-(-n // multiple) * multiple,), (1,))
+
+
+def _sum(block: Tensor) -> Tensor:  # [rows]
+    """Of each row, on one thread each: a single row PyTorch would cut into as many parts as there are threads."""
+    return block.sum(1) if block.shape[0] > 1 else block.expand(2, -1).sum(1)[:1]
 
 
 def _exponential_at_1(u: Tensor, at_T: Tensor, temperature: float, out: Tensor) -> Tensor:
@@ -132,10 +155,11 @@ def _exponential_at_1(u: Tensor, at_T: Tensor, temperature: float, out: Tensor) 
 
 
 def _buffers(like: Tensor, dtype: torch.dtype, count: int = 3) -> Tensor:
-    """`[count, rows, V]`: buffers of a block's size."""
+    """`[count, rows, V]`: buffers of a block's size, each with some room behind it for `_in_whole_vectors`."""
     outer, inner, vocabulary = like.shape
-    rows = BLOCK_ELEMENTS // vocabulary
-    return torch.empty(count, max(1, min(rows, outer * inner)), vocabulary, dtype=dtype)
+    rows = max(1, min(BLOCK_ELEMENTS // vocabulary, outer * inner))
+    room = VECTOR_ELEMENTS * torch.get_num_threads()
+    return torch.empty(count, rows * vocabulary + room, dtype=dtype)[:, :-room].view(count, rows, vocabulary)
 
 
 def _blocks(counted: Tensor, rows: int, *tensors: Tensor | None) -> Iterator[tuple[int, int]]:
