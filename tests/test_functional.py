@@ -260,13 +260,6 @@ def test_double_backward_is_refused(device):
         gradient.sum().backward()
 
 
-def test_two_calls_give_the_same_bits(device):
-    arguments = make(device, torch.bfloat16)
-    first, second = (value_and_gradient(kd_loss, *arguments, temperature=3.0) for _ in range(2))
-    assert torch.equal(first[0], second[0])
-    assert torch.equal(first[1], second[1])
-
-
 def test_inputs_are_not_modified(device):
     student, teacher, labels = make(device)
     before = [t.clone() for t in (student, teacher, labels)]

@@ -414,11 +414,10 @@ def test_the_teacher_is_a_constant():
     assert not linear_kd_loss(given.hidden.detach(), given.weight.detach(), *given[2:5]).requires_grad
 
 
-def test_inputs_are_not_modified_and_two_calls_give_the_same_bits(device):
+def test_inputs_are_not_modified(device):
     given = make(device, torch.bfloat16)
     before = [tensor.detach().clone() for tensor in given]
-    first, second = (run(linear_kd_loss, given, workspace_bytes=CHUNKED) for _ in range(2))
-    assert all(torch.equal(first[name], second[name]) for name in first)
+    run(linear_kd_loss, given, workspace_bytes=CHUNKED)
     assert all(torch.equal(a, b) for a, b in zip(given, before, strict=True))
 
 
