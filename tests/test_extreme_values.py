@@ -161,7 +161,7 @@ def test_the_largest_logits(device, dtype, alpha, temperature):
     assert gradient.isfinite().all()
 
 
-@pytest.mark.parametrize(("dtype", "temperature"), zip(DTYPES, [0.05, 2.0, 3.0], strict=True))
+@pytest.mark.parametrize(("dtype", "temperature"), list(zip(DTYPES, [0.05, 2.0, 3.0], strict=True)))
 def test_subnormal_logits(device, dtype, temperature):
     student, teacher, labels = make(device)
     student, teacher = ((torch.finfo(dtype).smallest_normal / 10 * z.double()).to(dtype) for z in (student, teacher))

@@ -63,6 +63,12 @@ def test_identity_survives_columns_that_are_all_masked():
     assert torch.isnan(stats.kl_divergence(of_columns(masked, masked, 2.0))).all()
 
 
+def test_identity_survives_maxima_further_apart_than_float32_reaches():
+    lowest = torch.finfo(torch.float32).min
+    whole = of_columns(torch.tensor([[1e38, 0.0]]), torch.tensor([[lowest, lowest]]), 2.0)
+    assert torch.equal(stats.merge(torch.stack([stats.identity(1), whole]), 2.0), whole)
+
+
 def test_an_infinite_divergence_survives_a_merge_and_never_becomes_nan():
     student, teacher = logits(0, 1.0)
     student[0, 3] = -torch.inf
