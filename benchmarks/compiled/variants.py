@@ -252,6 +252,11 @@ def ptx(variant: Variant) -> str:
     return str(compile_variant(variant).asm["ptx"])
 
 
+def ttir(variant: Variant) -> str:
+    """Triton's first representation, where a pointer and the offset that is added to it still have their types."""
+    return str(compile_variant(variant).asm["ttir"])
+
+
 def measure(variant: Variant) -> Profile:
     plan = launch(variant)
     compiled = compile_variant(variant)
