@@ -163,17 +163,17 @@ def test_threads_of_a_head(dtype, reduction):
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_chunks_of_a_head(device, dtype, reduction):
     """float32: value 0.7, hidden states 4.8, weight 2.3 epsilons; bfloat16: weight 270, 0.003%, of 1 000 rows."""
-    heads = Heads(device, dtype, rows=12)
+    heads = Heads(device, dtype, rows=8)
     whole = heads.run(reduction=reduction)
-    for chunk in (1, 5, 7):
+    for chunk in (1, 5):
         assert max(errors(heads.run(reduction=reduction, chunk=chunk), whole)) <= BOUNDS[dtype]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_orders_and_places_of_rows_of_a_head(device, dtype):
     """float32: value 0.6, hidden states 7.2, weight 2.8 epsilons; bfloat16: weight 340, 0.004%, of 1 000 rows."""
-    heads = Heads(device, dtype, rows=12)
+    heads = Heads(device, dtype, rows=8)
     loss, hidden, weight = heads.run()
-    order = torch.randperm(12, device=device)
+    order = torch.randperm(8, device=device)
     assert max(errors(heads.run(order), (loss[order], hidden[order], weight))) <= BOUNDS[dtype]
     assert max(errors(heads.run(slice(3, 8))[:2], (loss[3:8], hidden[3:8]))) <= BOUNDS[dtype]

@@ -14,7 +14,7 @@ from fused_kd import kd_loss, linear_kd_loss, reference
 
 from .oracle import EPSILON, relative_error, value_and_gradient
 
-N, V = 6, 1237
+N, V = 4, 1237
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 TEMPERATURES = [0.05, 1.0, 2.0, 3.0, 1000.0]
 
@@ -85,7 +85,7 @@ def the_label(student, teacher, labels):
 def a_whole_row(student, teacher, labels):
     student[1] = -torch.inf
     teacher[2] = -torch.inf
-    student[4] = teacher[4] = -torch.inf
+    student[3] = teacher[3] = -torch.inf
 
 
 # (rows of infinite loss, rows of NaN) where alpha is 0, 0.5, 1
@@ -94,8 +94,8 @@ MASKS = {
     more_columns_of_the_teacher: [([], [])] * 3,
     a_column_of_the_student: [([], []), ([1], []), ([1], [])],
     all_columns_but_one: [([], []), ([2], []), ([2], [])],
-    the_label: [([0, 1, 2, 3, 4, 5], []), ([0, 1, 2, 3, 4, 5], []), ([2], [])],
-    a_whole_row: [([], [1, 4]), ([], [1, 2, 4]), ([], [1, 2, 4])],
+    the_label: [([0, 1, 2, 3], []), ([0, 1, 2, 3], []), ([2], [])],
+    a_whole_row: [([], [1, 3]), ([], [1, 2, 3]), ([], [1, 2, 3])],
 }
 
 
@@ -138,7 +138,7 @@ def test_nan_and_infinity_give_nan_in_their_row_only(device, bad, of_teacher):
     student, teacher, labels = make(device)
     (teacher if of_teacher else student)[2, 7] = bad
     loss, gradient = assert_rows_match(student, teacher, labels)
-    assert loss.isnan().tolist() == gradient.isnan().all(1).tolist() == [False, False, True, False, False, False]
+    assert loss.isnan().tolist() == gradient.isnan().all(1).tolist() == [False, False, True, False]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -146,7 +146,7 @@ def test_nan_and_infinity_give_nan_in_their_row_only(device, bad, of_teacher):
 @pytest.mark.filterwarnings("ignore:overflow:RuntimeWarning")  # numpy's, under the interpreter
 def test_the_largest_logits(device, dtype, alpha, temperature):
     """A loss beyond float32 is infinite, and may be so where V times a difference of logits is: 1e33 is far from that."""
-    student, teacher, labels = make(device, dtype)
+    student, teacher, labels = make(device, dtype, rows=6)
     largest = torch.finfo(dtype).max
     student[0], teacher[0] = largest * student[0].sign(), largest * teacher[0].sign()
     student[1] = teacher[1] = largest * student[1].sign()
@@ -167,7 +167,7 @@ def test_subnormal_logits(device, dtype, temperature):
     student, teacher = ((torch.finfo(dtype).smallest_normal / 10 * z.double()).to(dtype) for z in (student, teacher))
     assert student.any()
     loss, _ = assert_rows_match(student, teacher, labels, temperature=temperature)
-    torch.testing.assert_close(loss, torch.full_like(loss, 0.5 * math.log(V)))
+    torch.testing.assert_close(loss, torch.full_like(loss, 0.5 * math.log(V)), rtol=1e-5, atol=0)  # all but uniform
 
 
 @pytest.mark.parametrize("dtype", DTYPES[:2])
@@ -234,8 +234,8 @@ def test_labels_at_both_ends_of_the_vocabulary(device, vocabulary, padding):
 
 
 WEIGHTS = {
-    "float32": torch.tensor([1e-38, 1e-45, 1.0, 3e38, 0.0, 1e30]),
-    "float64": torch.tensor([1e-300, 1e-50, 1.0, 0.0, 1e-30, 1e-10], dtype=torch.float64),
+    "float32": torch.tensor([1e-38, 0.0, 1.0, 3e38]),
+    "float64": torch.tensor([1e-300, 1e-50, 1.0, 1e-10], dtype=torch.float64),
 }
 
 
@@ -279,8 +279,8 @@ def test_an_infinite_term_of_weight_zero_adds_nothing(device, as_tensor, return_
     )  # fmt: skip
     loss = result.loss if return_parts else result
     if return_parts:
-        assert result.kl.isposinf().tolist() == [True, False, True, False, False, False]
-        assert result.ce.isposinf().tolist() == [False, True, True, False, False, False]
+        assert result.kl.isposinf().tolist() == [True, False, True, False]
+        assert result.ce.isposinf().tolist() == [False, True, True, False]
         assert not result.kl.isnan().any()
     expected = reference.kd_loss(
         student.double(), teacher, None if alpha == 1 else labels, alpha=alpha, temperature=2.0, reduction="none",
