@@ -371,7 +371,7 @@ def test_token_weights_of_extreme_sizes_and_a_head(device):
 @pytest.mark.parametrize("temperature", [1.0, 1000.0])
 def test_a_head_equal_to_its_teachers(device, temperature):
     heads = Heads(device)
-    heads.teacher_hidden, heads.teacher_weight = heads.hidden, heads.weight
+    heads.teacher_hidden, heads.teacher_weight = heads.hidden.detach(), heads.weight.detach()
     loss, hidden, *_ = heads.run(linear_kd_loss, alpha=1.0, temperature=temperature, reduction="none")
     assert (loss.abs() <= 1e-6 * temperature**2).all()
     assert hidden.norm() <= 4 * EPSILON * temperature * heads.weight.norm()

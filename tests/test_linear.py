@@ -324,13 +324,6 @@ def test_gradcheck(reduction, alpha):
     assert torch.autograd.gradcheck(loss, (given.hidden, given.weight, given.bias))
 
 
-def test_double_backward_is_refused():
-    given = make("cpu")
-    (gradient,) = torch.autograd.grad(linear_kd_loss(*given[:5]), given.hidden, create_graph=True)
-    with pytest.raises(NotImplementedError, match="fused_kd has no second derivatives"):
-        gradient.sum().backward()
-
-
 # --- beside the rest of PyTorch
 
 

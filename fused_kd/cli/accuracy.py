@@ -207,7 +207,7 @@ def measure(case: Case, device: torch.device) -> Errors:
 
 def relative_error(value: Tensor, oracle: Tensor) -> float:
     """|value - oracle| / |oracle|, Euclidean norms in float64."""
-    return float((value.double() - oracle).norm() / oracle.norm())
+    return float((value.detach().double() - oracle).norm() / oracle.norm())
 
 
 def _term_scale(case: Case, given: Inputs) -> Tensor:
