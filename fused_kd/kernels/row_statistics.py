@@ -41,7 +41,7 @@ def rescale(m_s, d_1, d_T, m_t, e, c, M_s, M_t, exp2_scale, inverse_T, SQUARINGS
     a_1, a_T = exponentials(m_s - M_s, exp2_scale, SQUARINGS)
     b = tl.exp2((m_t - M_t) * exp2_scale)
     # No teacher mass adds nothing, also where the maxima are so far apart that their difference is infinite.
-    c += tl.where(e == 0, 0.0, e * (((m_t - M_t) - (m_s - M_s)) * inverse_T))
+    c += e * tl.where(e == 0, 0.0, ((m_t - M_t) - (m_s - M_s)) * inverse_T)
     return scaled(d_1, a_1), scaled(d_T, a_T), scaled(e, b), scaled(c, b)
 
 
