@@ -123,21 +123,25 @@ def logit_gradient(
 
 
 def _exponential(u: Tensor, temperature: float, out: Tensor) -> Tensor:
-    """e^{u / T}, of a value the same bits wherever it stands; `out` is a block of one of the buffers."""
-    torch.mul(u, LOG2_E / temperature, out=out)
-    _in_whole_vectors(out).exp2_()
-    return out
+    """e^{u / T}; of a value the same bits wherever it stands."""
+    return _exp2_(torch.mul(u, LOG2_E / temperature, out=out))
 
 
-def _in_whole_vectors(block: Tensor) -> Tensor:
-    """The block, flat, with as much of what follows it in its buffer as makes every thread's share whole vectors.
+def _exp2_(block: Tensor) -> Tensor:
+    """In place, by whole vectors only.
 
-    What a share has beyond its last whole vector goes to a scalar exp2, which rounds one value in about fifty otherwise:
-    results would depend on the number of threads and on a row's place.
+    What a thread's share has beyond its last whole vector goes to a scalar exp2, which rounds one value in about fifty
+    otherwise: results would depend on the number of threads and on a row's place.  So a part that threads can share in
+    whole vectors is left to them, and the rest is padded.
     """
-    n = block.numel()
-    multiple = VECTOR_ELEMENTS * min(torch.get_num_threads(), -(-n // SHARE_ELEMENTS))
-    return block.as_strided((-(-n // multiple) * multiple,), (1,))
+    flat, n = block.view(-1), block.numel()
+    shares = min(torch.get_num_threads(), -(-n // SHARE_ELEMENTS))
+    whole = max(n - n % (VECTOR_ELEMENTS * shares), (shares - 1) * SHARE_ELEMENTS)
+    flat[:whole].exp2_()
+    if whole < n:
+        rest = flat[whole:]
+        rest.copy_(torch.nn.functional.pad(rest, (0, -rest.numel() % VECTOR_ELEMENTS)).exp2_()[: rest.numel()])
+    return block
 
 
 def _sum(block: Tensor) -> Tensor:  # [rows]
@@ -155,11 +159,10 @@ def _exponential_at_1(u: Tensor, at_T: Tensor, temperature: float, out: Tensor) 
 
 
 def _buffers(like: Tensor, dtype: torch.dtype, count: int = 3) -> Tensor:
-    """`[count, rows, V]`: buffers of a block's size, each with some room behind it for `_in_whole_vectors`."""
+    """`[count, rows, V]`: buffers of a block's size."""
     outer, inner, vocabulary = like.shape
-    rows = max(1, min(BLOCK_ELEMENTS // vocabulary, outer * inner))
-    room = VECTOR_ELEMENTS * torch.get_num_threads()
-    return torch.empty(count, rows * vocabulary + room, dtype=dtype)[:, :-room].view(count, rows, vocabulary)
+    rows = BLOCK_ELEMENTS // vocabulary
+    return torch.empty(count, max(1, min(rows, outer * inner)), vocabulary, dtype=dtype)
 
 
 def _blocks(counted: Tensor, rows: int, *tensors: Tensor | None) -> Iterator[tuple[int, int]]:
