@@ -1,6 +1,7 @@
 """Checks of a user's arguments: the argument's name, what was expected, what came, what to do."""
 
 import math
+import reprlib
 from typing import Any
 
 import torch
@@ -10,17 +11,23 @@ from .logit_map import LogitMap, Scale, Softcap
 
 LOGIT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 LABEL_DTYPES = (torch.int32, torch.int64)
+REAL_DTYPES = (*LOGIT_DTYPES, torch.uint8, torch.int8, torch.int16, *LABEL_DTYPES)
 REDUCTIONS = ("mean", "sum", "none")
+SMALLEST, LARGEST = 1e-18, 1e18  # of a number in the formula: float32 holds its square and its inverse
 
 
 def is_number(value: object) -> bool:
     return isinstance(value, float | int) and not isinstance(value, bool)
 
 
+def _is_integer(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
 def _what(value: object) -> str:
     if isinstance(value, Tensor):
         return f"a tensor of shape {tuple(value.shape)} and {value.dtype}"
-    return f"{value!r} ({type(value).__name__})"
+    return f"{reprlib.repr(value)} ({type(value).__name__})"  # a list of a million numbers is not printed
 
 
 def readable(tensor: Tensor) -> bool:
@@ -71,8 +78,8 @@ def check_heads(
 
 def _check_head(who: str, hidden: Tensor | None, weight: Tensor | None, bias: Tensor | None) -> None:
     hidden = _check_float_tensor(f"{who}_hidden", hidden, "hidden states")
-    if hidden.dim() == 0:
-        raise ValueError(f"{who}_hidden: expected shape [..., H], got {tuple(hidden.shape)}")
+    if hidden.dim() == 0 or hidden.shape[-1] == 0:
+        raise ValueError(f"{who}_hidden: expected shape [..., H] with H >= 1, got {tuple(hidden.shape)}")
     _check_device_type(f"{who}_hidden", hidden)
     weight = _check_float_tensor(f"{who}_weight", weight, "the weight of the output head")
     if weight.dim() != 2 or weight.shape[0] == 0:
@@ -113,6 +120,8 @@ def check_linear_options(
     logits_dtype: torch.dtype | None,
     workspace_bytes: int | None,
 ) -> None:
+    if not isinstance(logits_dtype, torch.dtype | None):
+        raise TypeError(f"logits_dtype: expected None or a torch.dtype, got {_what(logits_dtype)}")
     for hidden in (student_hidden, teacher_hidden):
         if hidden is None or logits_dtype is None:
             continue
@@ -123,7 +132,7 @@ def check_linear_options(
             )
     if workspace_bytes is None:
         return
-    if not isinstance(workspace_bytes, int) or isinstance(workspace_bytes, bool):
+    if not _is_integer(workspace_bytes):
         raise TypeError(f"workspace_bytes: expected a number of bytes, got {_what(workspace_bytes)}")
     if workspace_bytes < 1:
         raise ValueError(f"workspace_bytes: expected at least 1, got {workspace_bytes}")
@@ -154,17 +163,21 @@ def _pair(name: str, value: Any) -> tuple[Any, Any]:
     return tuple(value)
 
 
-def _check_positive(name: str, value: object, expected: str) -> None:
+def _check_positive(name: str, value: Any, expected: str, hint: str = "") -> None:
     if not is_number(value):
-        raise TypeError(f"{name}: expected {expected}, got {_what(value)}")
-    if not 0 < value < math.inf:  # type: ignore[operator]
-        raise ValueError(f"{name}: expected {expected}, got {value}")
+        raise TypeError(f"{name}: expected {expected}, got {_what(value)}{hint}")
+    if not 0 < value < math.inf:
+        raise ValueError(f"{name}: expected {expected}, got {_what(value)}")
+    if not SMALLEST <= value <= LARGEST:
+        raise ValueError(f"{name}: expected a number from {SMALLEST} to {LARGEST}, got {_what(value)}")
 
 
 def _check_plain_tensor(name: str, tensor: object) -> Tensor:
-    """No DTensor: it is one rank's part of a tensor, and the operators take what they get for the whole."""
+    """Dense, and no DTensor: that is one rank's part of a tensor, and the operators take what they get for the whole."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name}: expected a tensor, got {_what(tensor)}")
+    if tensor.layout != torch.strided or tensor.is_nested:
+        raise TypeError(f"{name}: expected a dense tensor, got a nested one or one of layout {tensor.layout}")
     placements = getattr(tensor, "placements", None)  # of a DTensor only, whose class need not be imported to know it
     if placements is not None:
         remedy = "pass its full_tensor()"
@@ -209,7 +222,9 @@ def _vocabulary(name: str, widths: list[int], vocab_size: int | None) -> int:
                 f"the same vocabulary, pass vocab_size= its real size"
             )
         return widths[0]
-    if not isinstance(vocab_size, int) or not 1 <= vocab_size <= min(widths):
+    if not _is_integer(vocab_size):
+        raise TypeError(f"vocab_size: expected an integer from 1 to {min(widths)}, got {_what(vocab_size)}")
+    if not 1 <= vocab_size <= min(widths):
         raise ValueError(f"vocab_size: expected an integer from 1 to {min(widths)}, got {_what(vocab_size)}")
     return vocab_size
 
@@ -219,33 +234,48 @@ def check_device(name: str, tensor: Tensor, student: Tensor) -> None:
         raise ValueError(f"{name}: expected a tensor on the student's device {student.device}, got {tensor.device}")
 
 
-def check_options(
-    temperature: float, ignore_index: int, reduction: str, num_items: int | float | Tensor | None
-) -> None:
-    if not is_number(temperature):
-        raise TypeError(
-            f"temperature: expected a Python number, got {_what(temperature)}; reading it from a tensor would "
-            f"synchronise with the device"
-        )
-    if not 0 < temperature < math.inf:
-        raise ValueError(f"temperature: expected a finite number above 0, got {temperature}")
-    if not isinstance(ignore_index, int):
+def check_flags(**flags: bool) -> None:
+    for name, value in flags.items():
+        if not isinstance(value, bool):
+            raise TypeError(f"{name}: expected True or False, got {_what(value)}")
+
+
+def check_options(temperature: float, ignore_index: int, reduction: str) -> None:
+    _check_positive(
+        "temperature",
+        temperature,
+        "a finite number above 0",
+        "; pass a Python number: reading it from a tensor would synchronise with the device",
+    )
+    if not _is_integer(ignore_index):
         raise TypeError(f"ignore_index: expected an integer, got {_what(ignore_index)}")
-    if reduction not in REDUCTIONS:
-        raise ValueError(f"reduction: expected 'mean', 'sum' or 'none', got {reduction!r}")
+    if not isinstance(reduction, str) or reduction not in REDUCTIONS:
+        raise ValueError(f"reduction: expected 'mean', 'sum' or 'none', got {_what(reduction)}")
+
+
+def check_num_items(
+    num_items: int | float | Tensor | None,
+    reduction: str,
+    student: Tensor,  # logits or hidden states
+) -> None:
     if num_items is None:
         return
     if reduction != "mean":
         raise ValueError(
             f"num_items: expected reduction='mean', whose divisor it replaces, got reduction={reduction!r}"
         )
-    if isinstance(num_items, Tensor):
-        if num_items.numel() != 1:
-            raise ValueError(f"num_items: expected a number or a tensor of one element, got {_what(num_items)}")
-    elif not is_number(num_items):
-        raise TypeError(f"num_items: expected a number or a tensor of one element, got {_what(num_items)}")
-    elif not num_items > 0:
-        raise ValueError(f"num_items: expected a number above 0, got {num_items}")
+    if not isinstance(num_items, Tensor):
+        _check_positive("num_items", num_items, "a finite number above 0 or a tensor of one element")
+        return
+    _check_plain_tensor("num_items", num_items)
+    if num_items.dtype not in REAL_DTYPES:
+        raise TypeError(f"num_items: expected real numbers, got {num_items.dtype}")
+    if num_items.numel() != 1:
+        raise ValueError(f"num_items: expected a number or a tensor of one element, got {_what(num_items)}")
+    if num_items.device.type != "cpu":
+        check_device("num_items", num_items, student)
+    if readable(num_items) and not 0 <= num_items.item() < math.inf:  # 0 of a batch in which no row counts
+        raise ValueError(f"num_items: expected a finite number, at least 0, got {num_items.item()}")
 
 
 def check_alpha(
@@ -256,15 +286,15 @@ def check_alpha(
     teacher_name: str,
 ) -> None:
     if isinstance(alpha, Tensor):
-        if not alpha.is_floating_point():
-            raise TypeError(f"alpha: expected a number or a floating-point tensor, got {_what(alpha)}")
         check_row_shape("alpha", alpha, student)
+        if alpha.dtype not in LOGIT_DTYPES:
+            raise TypeError(f"alpha: expected a number or a floating-point tensor, got {_what(alpha)}")
         if readable(alpha) and not bool(((alpha >= 0) & (alpha <= 1)).all()):
             raise ValueError(f"alpha: expected values in [0, 1], got {alpha.min().item()} to {alpha.max().item()}")
     elif not is_number(alpha):
         raise TypeError(f"alpha: expected a number or a floating-point tensor, got {_what(alpha)}")
     elif not 0 <= alpha <= 1:
-        raise ValueError(f"alpha: expected a number in [0, 1], got {alpha}")
+        raise ValueError(f"alpha: expected a number in [0, 1], got {_what(alpha)}")
     if labels is None and (isinstance(alpha, Tensor) or alpha < 1):
         raise ValueError(
             f"labels: expected a tensor, got None with alpha={_what(alpha)}; without labels there is no cross-entropy "
@@ -290,6 +320,11 @@ def check_labels(labels: Tensor, student: Tensor, vocabulary: int, ignore_index:
     check_row_shape("labels", labels, student)
     if labels.dtype not in LABEL_DTYPES:
         raise TypeError(f"labels: expected class ids of dtype int64 or int32, got {labels.dtype}")
+    held = torch.iinfo(labels.dtype)
+    if not held.min <= ignore_index <= held.max:  # PyTorch would compare labels with what is left of it
+        raise ValueError(
+            f"ignore_index: expected an integer that labels of {labels.dtype} can hold, got {_what(ignore_index)}"
+        )
     if readable(labels):
         wrong = ((labels < 0) | (labels >= vocabulary)) & (labels != ignore_index)
         if bool(wrong.any()):
@@ -301,7 +336,7 @@ def check_labels(labels: Tensor, student: Tensor, vocabulary: int, ignore_index:
 
 def check_token_weights(token_weights: Tensor, student: Tensor) -> None:
     check_row_shape("token_weights", token_weights, student)
-    if token_weights.is_complex():
+    if token_weights.dtype not in (*REAL_DTYPES, torch.bool):
         raise TypeError(f"token_weights: expected real numbers, got {token_weights.dtype}")
 
 

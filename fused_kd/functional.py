@@ -80,6 +80,7 @@ def kd_loss(
     """
     V = checks.check_logits(student_logits, teacher_logits, vocab_size)
     maps = checks.logit_maps(logit_scale, logit_softcap)
+    checks.check_flags(teacher_grad=teacher_grad, inplace_backward=inplace_backward, return_parts=return_parts)
     if inplace_backward:
         checks.check_inplace_backward(student_logits)
     terms = _terms(
@@ -162,6 +163,7 @@ def linear_kd_loss(
     teacher_head = teacher_hidden, teacher_weight, teacher_bias
     V = checks.check_heads(student_head, teacher_head, vocab_size)
     maps = checks.logit_maps(logit_scale, logit_softcap)
+    checks.check_flags(teacher_grad=teacher_grad, return_parts=return_parts)
     checks.check_linear_options(student_hidden, teacher_hidden, logits_dtype, workspace_bytes)
     terms = _terms(
         student_hidden, teacher_hidden, "teacher_hidden", labels, V, maps,
@@ -262,7 +264,8 @@ def _terms(
     num_items: int | float | Tensor | None,
     return_parts: bool,
 ) -> _Terms:
-    checks.check_options(temperature, ignore_index, reduction, num_items)
+    checks.check_options(temperature, ignore_index, reduction)
+    checks.check_num_items(num_items, reduction, student)
     checks.check_alpha(alpha, student, teacher, labels, teacher_name)
     if labels is not None:
         checks.check_labels(labels, student, V, ignore_index)

@@ -26,10 +26,10 @@ def kl_divergence(
     """KL(softmax(z_t / T) || softmax(z_s / T)) of each row, in nats, with 0 log 0 = 0."""
     log_p = F.log_softmax(student_logits / temperature, dim=-1)
     log_q = F.log_softmax(teacher_logits / temperature, dim=-1)
-    kl = F.kl_div(log_p, log_q, reduction="none", log_target=True)
-    if bool(log_q.isneginf().any()):
-        kl = kl.masked_fill(log_q.isneginf(), 0.0)
-    return kl.sum(-1)
+    massless = log_q.isneginf()
+    if bool(massless.any()):
+        log_p, log_q = log_p.masked_fill(massless, 0.0), log_q.masked_fill(massless, 0.0)
+    return F.kl_div(log_p, log_q, reduction="none", log_target=True).sum(-1)
 
 
 def mapped(x: Tensor, scale: float, softcap: float | None) -> Tensor:
@@ -68,7 +68,7 @@ def kd_loss(
     shape, V = student_logits.shape[:-1], vocab_size or student_logits.shape[-1]
     dtype = torch.promote_types(student_logits.dtype, torch.float32)
     softcaps, scales = _pair(logit_softcap), _pair(logit_scale)
-    student = mapped(student_logits[..., :V].reshape(-1, V).to(dtype), scales[0], softcaps[0])
+    student = student_logits[..., :V].reshape(-1, V).to(dtype)
     N = student.shape[0]
 
     weight = torch.ones(N, dtype=dtype, device=student.device)
@@ -85,12 +85,12 @@ def kd_loss(
     def reduce(row_values: Tensor) -> Tensor:
         weighted = rows(weight) * row_values
         if reduction == "none":
-            return torch.zeros(N, dtype=dtype, device=student.device).masked_scatter(counted, weighted).reshape(shape)
+            return weighted.new_zeros(N).masked_scatter(counted, weighted).reshape(shape)
         if reduction == "sum" or not bool(counted.any()):
             return weighted.sum()
         return weighted.sum() / (weight.sum() if num_items is None else num_items)
 
-    student = rows(student)
+    student = mapped(rows(student), scales[0], softcaps[0])
     alpha = rows(alpha.reshape(N)) if isinstance(alpha, Tensor) else alpha
     loss, kl, ce = torch.zeros_like(student[:, 0]), None, None
     if labels is not None:

@@ -43,7 +43,13 @@ def row_weights(
         row = torch.where(ignored, 0.0, row)
     if reduction == "mean":
         divisor = row.sum() if num_items is None else num_items
-        row = row / (torch.where(divisor == 0, 1.0, divisor) if isinstance(divisor, Tensor) else divisor)
+        if isinstance(num_items, Tensor):
+            divisor = num_items.reshape(()).double()
+            divisor = torch.where((divisor >= 0) & (divisor < math.inf), divisor, torch.nan)
+        if isinstance(divisor, Tensor):  # 0 where no row counts; a row that does would be divided by it
+            row = torch.where((divisor == 0) & (row != 0), torch.nan, row)
+            divisor = torch.where(divisor == 0, 1.0, divisor)
+        row = row / divisor
     if labels is not None:
         names_a_class = (labels >= 0) & (labels < vocabulary)
         row = torch.where(names_a_class | ignored, row, torch.nan)

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 import torch.distributed as dist
+from hypothesis import HealthCheck, settings
 
 HAS_CUDA = torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1"
 if not HAS_CUDA:
@@ -17,6 +18,15 @@ if not HAS_CUDA:
 import fused_kd.kernels  # noqa: E402, F401
 
 os.environ.pop("TRITON_INTERPRET", None)
+
+# Drawn cases are the same in every run; --hypothesis-profile=thorough draws others, and many more.
+_PATIENT = {
+    "deadline": None,  # a test that takes `device` runs all its cases on that one device
+    "suppress_health_check": [HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.data_too_large],
+}
+settings.register_profile("ci", max_examples=100, derandomize=True, **_PATIENT)
+settings.register_profile("thorough", max_examples=3000, **_PATIENT)
+settings.load_profile("ci")
 
 KERNELS = "cuda" if HAS_CUDA else "interpreter"
 

@@ -30,7 +30,9 @@ CASES = [
     ((S.to("meta"), S.to("meta"), L), {}, ValueError, "student_logits: expected a tensor on the CPU or a CUDA device"),
     ((S, S, L.to("meta")), {}, ValueError, "labels: expected a tensor on the student's device cpu, got meta"),
     ((S, S, L), {"vocab_size": 11}, ValueError, "vocab_size: expected an integer from 1 to 10, got 11"),
-    ((S, S, L), {"vocab_size": 2.0}, ValueError, "vocab_size: expected an integer"),
+    ((S, S, L), {"vocab_size": True}, TypeError, "vocab_size: expected an integer from 1 to 10, got True"),
+    ((S.to_sparse(), S, L), {}, TypeError, "student_logits: expected a dense tensor, got .*sparse"),
+    ((S, S, L), {"vocab_size": 2.0}, TypeError, "vocab_size: expected an integer"),
     ((S, S, L[:1]), {}, ValueError, r"labels: expected one value a row, shape \(2, 3\), got \(1, 3\)"),
     ((S, S, L.float()), {}, TypeError, "labels: expected class ids of dtype int64 or int32, got torch.float32"),
     ((S, S, L + 10), {}, IndexError, "labels: expected class ids from 0 to 9 or ignore_index=-100, got 10"),
@@ -47,11 +49,29 @@ CASES = [
     ((S, S, L), {"temperature": 0}, ValueError, "temperature: expected a finite number above 0, got 0"),
     ((S, S, L), {"temperature": -1.0}, ValueError, "temperature: expected a finite number above 0, got -1.0"),
     ((S, S, L), {"temperature": float("inf")}, ValueError, "temperature: expected a finite number above 0, got inf"),
-    ((S, S, L), {"temperature": torch.tensor(2.0)}, TypeError, "temperature: expected a Python number"),
+    (
+        (S, S, L),
+        {"temperature": 1e200},
+        ValueError,
+        "temperature: expected a number from 1e-18 to 1e[+]?18, got 1e[+]?200",
+    ),
+    ((S, S, L), {"temperature": torch.tensor(2.0)}, TypeError, "temperature: expected a finite .*pass a Python number"),
     ((S, S, L), {"reduction": "avg"}, ValueError, "reduction: expected 'mean', 'sum' or 'none', got 'avg'"),
     ((S, S, L), {"ignore_index": None}, TypeError, "ignore_index: expected an integer"),
-    ((S, S, L), {"num_items": 0}, ValueError, "num_items: expected a number above 0, got 0"),
-    ((S, S, L), {"num_items": "4"}, TypeError, "num_items: expected a number or a tensor of one element"),
+    (
+        (S, S, L.int()),
+        {"ignore_index": 2**40},
+        ValueError,
+        "ignore_index: expected an integer that labels of torch.int32",
+    ),
+    ((S, S, L), {"num_items": torch.tensor(-1)}, ValueError, "num_items: expected a finite number, at least 0, got -1"),
+    ((S, S, L), {"num_items": 0}, ValueError, "num_items: expected a finite number above 0 .*got 0"),
+    (
+        (S, S, L),
+        {"num_items": "4"},
+        TypeError,
+        "num_items: expected a finite number above 0 or a tensor of one element",
+    ),
     ((S, S, L), {"num_items": torch.ones(2)}, ValueError, "num_items: .* a tensor of one element"),
     ((S, S, L), {"num_items": 4, "reduction": "sum"}, ValueError, "num_items: expected reduction='mean'"),
     ((S, S, L), {"token_weights": torch.ones(3)}, ValueError, "token_weights: expected one value a row"),
@@ -95,7 +115,12 @@ HEADS = (H, W, TH, TW)
 LINEAR_CASES = [
     ((H.long(), W, TH, TW, L), {}, TypeError, "student_hidden: expected dtype float32, .* got torch.int64"),
     ((None, W, TH, TW, L), {}, TypeError, "student_hidden: expected a tensor, got None"),
-    ((torch.tensor(1.0), W, TH, TW, L), {}, ValueError, r"student_hidden: expected shape \[..., H\], got \(\)"),
+    (
+        (torch.tensor(1.0), W, TH, TW, L),
+        {},
+        ValueError,
+        r"student_hidden: expected shape \[..., H\] with H >= 1, got \(\)",
+    ),
     ((H, W[:, :3], TH, TW, L), {}, ValueError, r"student_weight: expected shape \[V, 4\] .*, got \(10, 3\)"),
     ((H, TW, TH, TW, L), {}, ValueError, r"student_weight: expected shape \[V, 4\] .*, got \(10, 6\)"),
     ((H, W, TH, W, L), {}, ValueError, r"teacher_weight: expected shape \[V, 6\] .*, got \(10, 4\)"),
@@ -159,8 +184,8 @@ def test_invalid_call_of_the_linear_loss(arguments, options, error, message):
     assert all(torch.equal(a, b) for a, b in zip(HEADS, before, strict=True))
 
 
-def test_a_label_that_cannot_be_raised_gives_nan(monkeypatch):
-    """Where labels are not to be read (a GPU, torch.compile), the row of a wrong one is NaN, in value and gradient."""
+def test_what_cannot_be_raised_gives_nan(monkeypatch):
+    """Where values are not to be read (a GPU, torch.compile), what a wrong one counts for is NaN."""
     from fused_kd import checks
 
     monkeypatch.setattr(checks, "readable", lambda tensor: False)
@@ -173,9 +198,14 @@ def test_a_label_that_cannot_be_raised_gives_nan(monkeypatch):
         loss = kd_loss(student, S, reduction="none", **given)
         assert loss.isnan().sum() == 1
         assert loss[where].isnan()
+    for num_items in (-1.0, torch.nan, torch.inf):
+        assert kd_loss(student, S, L, num_items=torch.tensor(num_items)).isnan()
 
 
-def test_cuda_tensors_without_triton_name_the_package(monkeypatch):
+@pytest.mark.parametrize(
+    ("missing", "message"), [("triton", "pip install triton"), ("triton.language", "triton.language")]
+)
+def test_cuda_tensors_without_triton_name_the_package(missing, message, monkeypatch):
     import sys
 
     from fused_kd import ops
@@ -183,9 +213,10 @@ def test_cuda_tensors_without_triton_name_the_package(monkeypatch):
     for name in [name for name in sys.modules if name.startswith("fused_kd.kernels")]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.delattr("fused_kd.kernels")
-    monkeypatch.setitem(sys.modules, "triton", None)
-    with pytest.raises(ModuleNotFoundError, match="pip install triton"):
+    monkeypatch.setitem(sys.modules, missing, None)
+    with pytest.raises(ModuleNotFoundError, match=message) as raised:
         ops._kernels()
+    assert ("pip install" in str(raised.value)) == (missing == "triton")  # a broken Triton is not a missing one
 
 
 def test_importing_the_package_needs_no_triton():

@@ -119,6 +119,24 @@ def test_num_items_makes_parts_add_up_to_the_whole(device):
         torch.testing.assert_close(sum(parts), whole, rtol=1e-6, atol=0)
 
 
+def test_num_items_of_any_one_element(device):
+    student, teacher, labels = make(device)
+    labels[0] = -100
+    expected = value_and_gradient(kd_loss, student, teacher, labels, num_items=3)
+    for num_items in (torch.tensor(3), torch.tensor([3.0]), torch.tensor([[3]], dtype=torch.int32)):
+        found = value_and_gradient(kd_loss, student, teacher, labels, num_items=num_items.to(device))
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def test_the_mean_of_a_divisor_of_zero(device):
+    """0 where no row counts; where rows count it is no number that could be taken for a mean."""
+    student, teacher, labels = make(device)
+    zero, weights = torch.zeros((), device=device), torch.tensor([1.0, -1.0, 0.0, 0.0, 0.0, 0.0], device=device)
+    for options in ({"num_items": zero}, {"token_weights": weights}):
+        assert not kd_loss(student, teacher, labels, **options).isfinite()
+        assert kd_loss(student, teacher, torch.full_like(labels, -100), **options) == 0
+
+
 @pytest.mark.parametrize("parts_alpha", [0.0, 0.4, 1.0])
 def test_parts(device, parts_alpha):
     student, teacher, labels = make(device)

@@ -324,6 +324,15 @@ def test_gradcheck(reduction, alpha):
     assert torch.autograd.gradcheck(loss, (given.hidden, given.weight, given.bias))
 
 
+def test_a_pytorch_that_does_not_say_whether_the_graph_is_kept(monkeypatch):
+    """What is saved has to survive the first backward then, as if there were a second one."""
+    monkeypatch.delattr(torch._C._autograd, "_get_current_graph_task_keep_graph")
+    given = make("cpu")
+    loss = linear_kd_loss(*given[:5])
+    first, second = (torch.autograd.grad(3 * loss, given.weight, retain_graph=keep) for keep in (True, False))
+    assert torch.equal(first[0], second[0])
+
+
 # --- beside the rest of PyTorch
 
 
@@ -533,6 +542,15 @@ def test_memory_is_what_the_plan_says(dtype, trained, chunk):
     plan = linear.plan(256, 8000, H_S, H_T, dtype=dtype, weight_grad=trained, workspace_bytes=bound)
     measured = peak(given, workspace_bytes=bound)
     assert 0.95 * plan.peak_bytes <= measured <= 1.1 * plan.peak_bytes + 600_000  # 3 blocks of 128 KB, 256 rows' values
+
+
+def test_plan_under_autocast():
+    dtypes = {"dtype": torch.float32, "teacher_dtype": torch.float32, "autocast_dtype": torch.bfloat16}
+    buffers = linear.plan(100, 1000, H_S, H_T, **dtypes).buffers
+    assert buffers["weights in the autocast dtype"] == 1000 * (H_S + H_T) * 2
+    assert buffers["teacher logits"] == 100 * linear.row_stride(1000) * 2
+    half_teacher = linear.plan(100, 1000, H_S, H_T, **dtypes | {"teacher_dtype": torch.bfloat16}).buffers
+    assert half_teacher["weights in the autocast dtype"] == 1000 * H_S * 2
 
 
 @pytest.mark.usefixtures("small_blocks")

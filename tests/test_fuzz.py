@@ -1,0 +1,356 @@
+"""Calls of every kind at once: valid ones against the float64 oracle, spoiled ones against what the errors promise.
+
+`pytest tests/test_fuzz.py --hypothesis-profile=thorough` draws thousands instead of a hundred each.
+"""
+
+import contextlib
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from fused_kd import cpu, kd_loss, linear_kd_loss, reference
+from fused_kd.kernels.launch import Launch
+from fused_kd.rows import as_rows
+
+from .spoils import Spoil, kd_spoils, linear_kd_spoils
+from .strategies import Call, kd_calls, linear_kd_calls
+
+# An error may be twice eager's plus a few epsilons of the terms.  The terms, not the result: of a small difference of
+# large terms nothing computed in float32 knows more.
+EAGER_ERRORS = 2
+EPSILONS = 4
+
+REFERENCES = reference.kd_loss, reference.linear_kd_loss
+PARTS = ("hidden", "weight", "bias")
+
+
+@contextlib.contextmanager
+def cut(tile: dict[str, int]) -> Iterator[None]:
+    """Blocks of the CPU operators and tiles of the kernels so small that few columns make many of them."""
+
+    def launch(student: Tensor, itemsize: int) -> Launch:
+        lanes = max(32, tile["lanes"]) if student.is_cuda else tile["lanes"]
+        columns = 16 // itemsize
+        whole = lanes * columns
+        columns_per_split = -(-student.shape[2] // (whole * tile["splits"])) * whole
+        return Launch(lanes, columns, max(1, lanes // 32), tile["splits"], columns_per_split)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cpu, "BLOCK_ELEMENTS", tile["block_elements"])
+        for name in ("row_statistics", "logit_gradient"):
+            patch.setattr(sys.modules[f"fused_kd.kernels.{name}"], "default_launch", launch)
+        yield
+
+
+def dtypes(*given: Tensor | None) -> set[torch.dtype]:
+    return {tensor.dtype for tensor in given if tensor is not None}
+
+
+def tensors(call: Call) -> dict[str, Tensor]:
+    return {name: value for name, value in call.arguments.items() if isinstance(value, Tensor)}
+
+
+def copies(call: Call) -> dict[str, Tensor]:
+    return {name: tensor.detach().clone() for name, tensor in tensors(call).items()}
+
+
+def assert_unmodified(call: Call, before: dict[str, Tensor], *, but: str | None = None) -> None:
+    for name, tensor in tensors(call).items():
+        if name != but:
+            torch.testing.assert_close(tensor.detach(), before[name], rtol=0, atol=0, equal_nan=True)
+
+
+def of_oracle(call: Call, dtype: torch.dtype | None) -> dict[str, Any]:
+    """The arguments in another dtype (None: the heads' and logits' own), as the reference takes them."""
+    result = dict(call.arguments) | call.clean
+    for name, value in result.items():
+        if not isinstance(value, Tensor):
+            continue
+        if name == "num_items":
+            result[name] = value.item()
+        elif name in ("alpha", "token_weights"):
+            result[name] = value.detach().to(dtype or torch.float32)
+        elif name != "labels":
+            result[name] = value.detach().to(dtype or value.dtype)
+        if name in call.arguments and call.arguments[name].requires_grad:
+            result[name].requires_grad_()
+    if dtype is not None:
+        result.pop("logits_dtype", None)
+    return result
+
+
+def run(loss: Callable[..., Any], arguments: dict[str, Any], upstream: Tensor) -> dict[str, Tensor | None]:
+    """Loss, parts and every gradient that is asked for, by name."""
+    output = loss(**arguments)
+    value, *parts = output if arguments["return_parts"] else (output,)
+    if parts and parts[0] is None and loss in REFERENCES:  # they leave KL out for a number alpha = 0
+        parts[0] = loss(**arguments | {"alpha": torch.zeros(arguments["labels"].shape)}).kl
+    wanted = {name: x for name, x in arguments.items() if isinstance(x, Tensor) and x.requires_grad}
+    gradients = [torch.zeros_like(x) for x in wanted.values()]
+    if value.requires_grad:
+        gradients = torch.autograd.grad(value, list(wanted.values()), upstream.to(value.dtype), materialize_grads=True)
+    return {
+        "loss": value.detach(),
+        **dict(zip(("kl", "ce"), parts, strict=False)),
+        **dict(zip(wanted, gradients, strict=True)),
+    }
+
+
+def pair(value: Any) -> tuple[Any, Any]:
+    return value if isinstance(value, tuple) else (value, value)
+
+
+class Terms:
+    """How large the terms are that add up, or cancel, to a row's loss and to its gradient, `[N]` each in float64.
+
+    Everything is an error already: epsilons times a size, to first order, of arithmetic whose every step rounds once.
+    """
+
+    def __init__(
+        self,
+        call: Call,
+        student: Tensor,  # [N, V], a head's output, in float64
+        teacher: Tensor | None,
+        epsilon: float,  # of the arithmetic
+        student_error: Tensor | float = 0.0,  # of a head's output, [N]
+        teacher_error: Tensor | float = 0.0,
+    ) -> None:
+        given = call.arguments
+        N, T = student.shape[0], float(given["temperature"])
+        self.counted, weight = self._rows(given, N)
+
+        def logits(x: Tensor, error: Tensor | float, which: int) -> tuple[Tensor, Tensor]:
+            """The logits, and their error after a map that is not the identity."""
+            scale, cap = pair(given["logit_scale"])[which], pair(given["logit_softcap"])[which]
+            z = reference.mapped(torch.where(self.counted[:, None], x, 0.0), scale, cap)
+            size = torch.where(z.isinf(), 0.0, z).abs().amax(1)
+            return z, scale * error + epsilon * size * (scale != 1 or cap is not None)
+
+        z, z_error = logits(student, student_error, 0)
+        labels = given["labels"]
+        ce = ce_gradient = ce_size = torch.zeros(N, dtype=torch.float64)
+        if labels is not None:
+            label = labels.reshape(N).long().where(self.counted, 0)
+            u = z - z.amax(1, keepdim=True)
+            ce = epsilon * (1 - u.gather(1, label[:, None])[:, 0].nan_to_num(0.0, 0.0, 0.0)) + 2 * z_error
+            p = z.softmax(1).norm(dim=1)
+            ce_size, ce_gradient = 1 + p, epsilon + (epsilon + 2 * z_error) * p
+        kl = kl_gradient = kl_size = of_teacher = of_teacher_size = torch.zeros_like(ce)
+        if teacher is not None:
+            y, y_error = logits(teacher, teacher_error, 1)
+            p, q = (z / T).softmax(1), (y / T).softmax(1)
+            far = ((z - z.amax(1, keepdim=True)).abs() + (y - y.amax(1, keepdim=True)).abs()) / T
+            far = (1 + far).where(q > 0, 0.0)  # of log q - log p
+            mean = (q * far).sum(1)
+            kl = (epsilon + 2 * y_error / T) * mean + 2 * z_error / T
+            of_teacher_size = (q * (far + mean[:, None])).norm(dim=1)
+            p, q = p.norm(dim=1), q.norm(dim=1)
+            kl_size, kl_gradient = p + q, (epsilon + 2 * z_error / T) * p + (epsilon + 2 * y_error / T) * q
+            of_teacher = (epsilon + 2 * y_error / T) * of_teacher_size + q * (kl + 2 * (z_error + y_error) / T)
+        alpha = given["alpha"]
+        alpha = alpha.detach().double().reshape(N) if isinstance(alpha, Tensor) else float(alpha)
+        upstream = call.upstream.double().abs()
+        upstream = upstream.reshape(N) if given["reduction"] == "none" else upstream
+        self.ce, self.kl = weight * ce, weight * kl
+        row = (1 - alpha) * ce + alpha * T**2 * kl
+        self.loss = weight * row
+        # Less where the map is flat, but of its slope 1 - tanh^2 nothing is left there either.
+        slope, teacher_slope = pair(given["logit_scale"])
+        self.teacher_gradient = teacher_slope * upstream * weight * alpha * T * of_teacher
+        self.teacher_gradient_size = teacher_slope * upstream * weight * alpha * T * of_teacher_size
+        self.gradient = slope * upstream * weight * ((1 - alpha) * ce_gradient + alpha * T * kl_gradient)
+        self.gradient_size = slope * upstream * weight * ((1 - alpha) * ce_size + alpha * T * kl_size)
+        self.alpha = upstream * weight * (ce + T**2 * kl)
+        unit = weight / self.token_weight
+        self.token_weights = upstream * unit.nan_to_num(0.0) * row
+        if given["reduction"] == "mean" and given.get("num_items") is None:  # the weight is in the divisor too
+            total = self.token_weight.sum()
+            self.token_weights = self.token_weights + upstream * self.loss.sum() / (total if total > 0 else 1.0)
+
+    def _rows(self, given: dict[str, Any], N: int) -> tuple[Tensor, Tensor]:
+        weight = given.get("token_weights")
+        weight = torch.ones(N).double() if weight is None else weight.detach().reshape(N).double()
+        if given["labels"] is not None:
+            weight = weight.where(given["labels"].reshape(N) != given["ignore_index"], 0.0)
+        self.token_weight = weight
+        counted = weight != 0
+        if given["reduction"] == "mean" and counted.any():
+            items = given.get("num_items")
+            weight = weight / (weight.sum() if items is None else float(items))
+        return counted, weight
+
+
+def norms(values: Tensor, like: Tensor) -> Tensor:
+    """Of each row, where the bound is one a row."""
+    if like.dim() == 0:
+        return values.norm()
+    return values.norm(dim=-1) if values.dim() > like.dim() else values.abs()
+
+
+def assert_close(name: str, ours: Tensor, eager: Tensor, oracle: Tensor, term: Tensor) -> None:
+    info = torch.finfo(ours.dtype)
+    rounding = info.eps * norms(oracle, term) + info.smallest_normal * info.eps * max(1, ours.numel()) ** 0.5
+    allowed = EAGER_ERRORS * norms(eager.double() - oracle, term) + EPSILONS * term + rounding
+    error = norms(ours.double() - oracle, term)
+    assert (error <= allowed).all(), f"{name}: error {error.tolist()}, allowed {allowed.tolist()}"
+
+
+def assert_as_the_oracle(
+    ours: dict[str, Tensor | None],
+    eager: dict[str, Tensor | None],
+    oracle: dict[str, Tensor | None],
+    terms: dict[str, Tensor],
+) -> None:
+    assert ours.keys() == oracle.keys()
+    for name, exact in oracle.items():
+        if exact is None:
+            assert ours[name] is None
+            continue
+        assert_close(name, ours[name], eager[name], exact, terms[name])
+
+
+def sizes(terms: Terms, arguments: dict[str, Any], shape: torch.Size) -> dict[str, Tensor]:
+    """The bound of what both losses give, one a row or of a sum."""
+    reduced = {name: getattr(terms, name) for name in ("loss", "kl", "ce")}
+    if arguments["reduction"] != "none":
+        reduced = {name: term.sum() for name, term in reduced.items()}
+    found = reduced | {"alpha": terms.alpha, "token_weights": terms.token_weights}
+    return {name: term.reshape(shape) if term.dim() else term for name, term in found.items()}
+
+
+def float64_too(device: torch.device) -> bool:
+    """Whether the backend computes in float64: the CPU operators, since the kernels do not."""
+    return device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1"
+
+
+# --- valid calls
+
+
+@given(data=st.data())
+def test_kd_loss_of_any_valid_call(device, data):
+    with device:
+        assert_kd_loss_is_the_oracles(data.draw(kd_calls(float64=float64_too(device)), label="call"))
+
+
+def assert_kd_loss_is_the_oracles(call: Call) -> None:
+    arguments, before = call.arguments, copies(call)
+    student, teacher = arguments["student_logits"], arguments["teacher_logits"]
+    V, shape = arguments["vocab_size"] or student.shape[-1], student.shape[:-1]
+    dtype = torch.float64 if torch.float64 in dtypes(student, teacher) else torch.float32
+    results = [run(reference.kd_loss, of_oracle(call, of), call.upstream) for of in (dtype, torch.float64)]
+    with cut(call.tile):
+        ours = run(kd_loss, arguments, call.upstream)
+    assert ours["loss"].dtype == dtype
+    assert ours["student_logits"].dtype == student.dtype
+
+    student_output, teacher_output = (
+        before[name][..., :V].double().reshape(-1, V) if name in before else None
+        for name in ("student_logits", "teacher_logits")
+    )
+    terms = Terms(call, student_output, teacher_output, torch.finfo(dtype).eps)
+    bounds = sizes(terms, arguments, shape) | {
+        "student_logits": terms.gradient.reshape(shape),
+        "teacher_logits": terms.teacher_gradient.reshape(shape),
+    }
+    assert_as_the_oracle(ours, *results, bounds)
+    for name in ours.keys() & {"student_logits", "teacher_logits"}:
+        assert not ours[name][..., V:].any()
+        assert not ours[name][~terms.counted.reshape(shape)].any()
+    # Rows that two strides cannot address are copied, and the gradient takes the place of the copy.
+    in_place = arguments["inplace_backward"] and as_rows(student).data_ptr() == student.data_ptr()
+    if in_place:
+        assert torch.equal(ours["student_logits"], student)
+    assert_unmodified(call, before, but="student_logits" if in_place else None)
+
+
+@given(data=st.data())
+def test_linear_kd_loss_of_any_valid_call(device, data):
+    with device:
+        assert_linear_kd_loss_is_the_oracles(data.draw(linear_kd_calls(float64=float64_too(device)), label="call"))
+
+
+def assert_linear_kd_loss_is_the_oracles(call: Call) -> None:
+    arguments, before = call.arguments, copies(call)
+    hidden, weight = arguments["student_hidden"], arguments["student_weight"]
+    V, shape = arguments["vocab_size"] or weight.shape[0], hidden.shape[:-1]
+    dtype = torch.float64 if torch.float64 in dtypes(hidden, arguments["teacher_hidden"]) else torch.float32
+    epsilon = torch.finfo(dtype).eps
+    results = [run(reference.linear_kd_loss, of_oracle(call, of), call.upstream) for of in (None, torch.float64)]
+    with cut(call.tile):
+        ours = run(linear_kd_loss, arguments, call.upstream)
+    assert ours["loss"].dtype == dtype
+
+    def head(who: str) -> tuple[Tensor | None, Tensor | float]:
+        """A head's output, and the rounding that its dtype brings; sums round in float32."""
+        if call.clean[f"{who}_hidden"] is None:
+            return None, 0.0
+        x, w, b = (None if t is None else t.double() for t in (call.clean[f"{who}_{part}"] for part in PARTS))
+        x, w, b = x.reshape(-1, x.shape[-1]), w[:V], (0.0 if b is None else b[:V])
+        z, sums = x @ w.T + b, x.abs() @ w.abs().T + abs(b)
+        logits = torch.finfo(arguments["logits_dtype"] or call.clean[f"{who}_hidden"].dtype).eps
+        return z, (logits * z.abs() + epsilon * sums).amax(1)
+
+    (student_output, student_error), (teacher_output, teacher_error) = head("student"), head("teacher")
+    terms = Terms(call, student_output, teacher_output, epsilon, student_error, teacher_error)
+    bounds = sizes(terms, arguments, shape)
+    for who, error, size in (
+        ("student", terms.gradient, terms.gradient_size),
+        ("teacher", terms.teacher_gradient, terms.teacher_gradient_size),
+    ):
+        if call.clean[f"{who}_hidden"] is None:
+            continue
+        x, w = call.clean[f"{who}_hidden"], call.clean[f"{who}_weight"].double()
+        logit_gradient = error + torch.finfo(x.dtype).eps * size  # rounded before it is multiplied
+        bounds |= {
+            f"{who}_hidden": (logit_gradient * torch.linalg.matrix_norm(w, 2)).reshape(shape),
+            f"{who}_weight": (logit_gradient * x.double().reshape(-1, x.shape[-1]).norm(dim=1)).sum(),
+            f"{who}_bias": logit_gradient.sum(),
+        }
+    assert_as_the_oracle(ours, *results, bounds)
+    learns = ("student", "teacher") if arguments["teacher_grad"] else ("student",)
+    for name in (f"{who}_{part}" for who in learns for part in PARTS):
+        assert (name in ours) == (arguments[name] is not None and arguments[name].requires_grad)
+        if name in ours:
+            assert ours[name].dtype == arguments[name].dtype
+            uncounted = ours[name][~terms.counted.reshape(shape)] if name.endswith("hidden") else ours[name][V:]
+            assert not uncounted.any()
+    assert_unmodified(call, before)
+
+
+# --- calls that are valid but for one argument
+
+
+def assert_refused(loss: Callable[..., Any], call: Call, spoil: Spoil, value: Any) -> None:
+    with pytest.raises(spoil.error) as raised:
+        loss(**call.arguments | {spoil.name: value})
+    message = str(raised.value)
+    name, _, said = message.partition(": ")
+    assert name == spoil.name or name in spoil.named, message
+    assert re.search("expected .*, got ", said), message
+    assert len(message) < 400
+
+
+@given(data=st.data())
+def test_kd_loss_refuses(data):
+    call = data.draw(kd_calls(float64=True), label="call")
+    before = copies(call)
+    for spoil in kd_spoils(call):
+        assert_refused(kd_loss, call, spoil, data.draw(spoil.values, label=spoil.name))
+    assert_unmodified(call, before)
+
+
+@given(data=st.data())
+def test_linear_kd_loss_refuses(data):
+    call = data.draw(linear_kd_calls(float64=True), label="call")
+    before = copies(call)
+    for spoil in linear_kd_spoils(call):
+        assert_refused(linear_kd_loss, call, spoil, data.draw(spoil.values, label=spoil.name))
+    assert_unmodified(call, before)
