@@ -5,21 +5,16 @@ Run `python benchmarks/static_profile.py --help` in an environment where fused_k
 
 import argparse
 import json
-import multiprocessing
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TypeVar
 
 from compiled.bounds import Violation, violations
 from compiled.profile import Profile
-from compiled.variants import KERNELS, TARGETS, Variant, all_variants, measure, prepare_worker
+from compiled.variants import KERNELS, TARGETS, Variant, all_variants, measure
+from compiled.workers import in_workers
 from rich.console import Console
-from rich.progress import track
 from rich.table import Table
-
-Result = TypeVar("Result")
 
 DESCRIPTION = """\
 Compiles every variant of the Triton kernels (dtypes, temperatures, terms of the loss, memory layouts, softcap or scale)
@@ -68,20 +63,6 @@ def chosen_variants(options: argparse.Namespace) -> list[Variant]:
         )
 
     return [variant for variant in all_variants() if chosen(variant)]
-
-
-def in_workers(
-    task: Callable[[Variant], Result], variants: Sequence[Variant], workers: int
-) -> dict[Variant, Result | BaseException]:
-    """Runs in fresh processes; a variant that fails does not keep the others from their figures."""
-    # Spawned, so that a worker decides by itself how Triton is imported (`prepare_worker`).
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(min(workers, len(variants)), context, initializer=prepare_worker) as pool:
-        variant_of = {pool.submit(task, variant): variant for variant in variants}
-        done = as_completed(variant_of)
-        for _ in track(done, "compiling", len(variants), console=Console(stderr=True), transient=True):
-            pass
-    return {variant: future.exception() or future.result() for future, variant in variant_of.items()}
 
 
 def table(profiles: dict[Variant, Profile]) -> Table:

@@ -4,7 +4,6 @@ A variant is named by what changes its code: dtypes, T, the terms of the loss, a
 arguments, which it compiles in: an integer that is 1, and whether integers and addresses are multiples of 16.
 """
 
-import os
 import subprocess
 import tempfile
 from collections.abc import Iterator
@@ -15,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from . import amdgcn, sass
 from .profile import Profile, profile
 
-if TYPE_CHECKING:  # triton and fused_kd.kernels are imported where a worker needs them, after `prepare_worker`
+if TYPE_CHECKING:  # triton and fused_kd.kernels are imported where a worker needs them, see `workers`
     from triton.compiler import ASTSource
 
 KERNELS = ("row_statistics", "logit_gradient")
@@ -229,11 +228,6 @@ def _constants(variant: Variant) -> dict[str, int | bool]:
         "STUDENT_MAP": _map_arguments(variant).kind,
         "TEACHER_MAP": _map_arguments(variant).kind,
     }
-
-
-def prepare_worker() -> None:
-    """Before Triton is imported: under its interpreter there would be nothing to compile."""
-    os.environ.pop("TRITON_INTERPRET", None)
 
 
 def compile_variant(variant: Variant) -> Any:

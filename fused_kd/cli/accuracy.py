@@ -226,10 +226,15 @@ def _rounding(ours: Tensor, oracle: Tensor, eager_error: Tensor, term_scale: Ten
     eager's largest error in the row, or twice one float32 epsilon of the terms that cancel.
     """
     rounded = oracle.float().to(ours.dtype)
-    info = torch.finfo(ours.dtype)
-    unit = torch.exp2(oracle.abs().clamp_min(info.tiny).log2().floor()) * info.eps
-    allowed = unit + RATIO_BOUND * torch.maximum(eager_error.amax(1), EPSILON * term_scale)[:, None]
+    float32_error = torch.maximum(eager_error.amax(1), EPSILON * term_scale)[:, None]
+    allowed = unit_in_last_place(oracle, ours.dtype) + RATIO_BOUND * float32_error
     return float((ours != rounded).double().mean()), bool(((ours.double() - oracle).abs() > allowed).any())
+
+
+def unit_in_last_place(value: Tensor, dtype: torch.dtype) -> Tensor:
+    """The distance between neighbours in dtype at a value's size."""
+    info = torch.finfo(dtype)
+    return torch.exp2(value.abs().clamp_min(info.tiny).log2().floor()) * info.eps
 
 
 def _has_new_nan(value: Tensor, oracle: Tensor) -> bool:

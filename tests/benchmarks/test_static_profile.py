@@ -1,10 +1,8 @@
 """The static profile: its readers on listings small enough to count by hand, and its bounds on what Triton compiles."""
 
 import json
-import multiprocessing
 import re
 import sys
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 pytest.importorskip("triton")
 pytest.importorskip("rich")
 static_profile: Any = pytest.importorskip("static_profile")
-from compiled import amdgcn, bounds, sass, variants  # noqa: E402
+from compiled import amdgcn, bounds, sass, variants, workers  # noqa: E402
 from compiled.profile import profile  # noqa: E402
 
 ONE = "row_statistics sm_90 bf16/bf16 T=2 ce+kl dense identity"
@@ -179,7 +177,7 @@ def _as_tritons_jit_specialises(variant: variants.Variant) -> list[tuple[Any, An
 @pytest.mark.parametrize("layout", ["dense", "odd", "transposed"])
 def test_specialisation_is_that_of_tritons_jit(layout: str):
     variant = variants.Variant("logit_gradient", "sm_90", "bf16", "fp32", 3.0, "ce+kl", layout, "softcap")
-    (pairs,) = static_profile.in_workers(_as_tritons_jit_specialises, [variant], workers=1).values()
+    (pairs,) = workers.in_workers(_as_tritons_jit_specialises, [variant], workers=1).values()
     if isinstance(pairs, ImportError):
         pytest.skip(f"another Triton: {pairs}")
     for ours, theirs in pairs:
@@ -214,10 +212,8 @@ def test_a_sum_over_threads_rounds_alike_in_all_of_them():
         for temperature in (1.0, 2.0, 3.0)
         for layout in ("dense", "padded", "odd")
     ]
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, context, initializer=variants.prepare_worker) as pool:
-        codes = list(pool.map(variants.ptx, cases))
-    for case, code in zip(cases, codes, strict=True):
+    codes = workers.in_workers(variants.ptx, cases, workers=1)
+    for case, code in codes.items():
         shuffled = set(re.findall(r"shfl\.sync\.bfly\.b32\s+(%\w+)", code))
         addends = set(re.findall(r"fma\.rn\.f32\s+%\w+, %\w+, %\w+, (%\w+);", code))
         assert len(shuffled) > 10

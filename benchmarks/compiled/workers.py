@@ -1,0 +1,39 @@
+"""Fresh processes for work that depends on how Triton is imported: it decides there whether kernels are interpreted."""
+
+import multiprocessing
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from typing import TypeVar
+
+from rich.console import Console
+from rich.progress import track
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+def compiled() -> None:
+    """In a worker, before Triton is imported: under its interpreter there would be nothing to compile."""
+    os.environ.pop("TRITON_INTERPRET", None)
+
+
+def interpreted() -> None:
+    os.environ["TRITON_INTERPRET"] = "1"
+
+
+def in_workers(
+    task: Callable[[Item], Result],
+    items: Sequence[Item],
+    workers: int,
+    prepare: Callable[[], None] = compiled,
+    doing: str = "compiling",
+) -> dict[Item, Result | BaseException]:
+    """Runs in fresh processes; an item that fails does not keep the others from their results."""
+    # Spawned, so that a worker decides by itself how Triton is imported.
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(min(workers, len(items)), context, initializer=prepare) as pool:
+        item_of = {pool.submit(task, item): item for item in items}
+        for _ in track(as_completed(item_of), doing, len(items), console=Console(stderr=True), transient=True):
+            pass
+    return {item: future.exception() or future.result() for future, item in item_of.items()}
