@@ -1,0 +1,316 @@
+"""One case of `cases.py` launched: its inputs, the kernels interpreted and on a simulated chip, what they differ in.
+
+Whatever a launch may not touch is marked: between rows, and in rows that do not count, inputs are poisoned (the
+simulator reports a read of them) and compared afterwards, byte for byte; results are poisoned or NaN before they are
+written.
+"""
+
+import importlib
+import warnings
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fused_kd import cpu
+from fused_kd import statistics as stats
+from fused_kd.cli.accuracy import EPSILON, unit_in_last_place
+from fused_kd.logit_map import LogitMap
+
+from .cases import LAYOUTS, ROWS, Case, Placement
+from .variants import PROCESSORS, TERMS
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+# A cap that bends most of the logits, of standard deviation 3.
+LOGIT_MAPS = {"identity": LogitMap(), "scale": LogitMap(0.7), "softcap": LogitMap(1.5, 5.0)}
+RESULTS = ("statistics", "gradient", "teacher gradient")
+
+# Largest differences in float32 epsilons.  From the interpreter 2.9 measured: compiled code fuses multiply-adds and adds
+# over threads in another order.  exp2 may be numpy's in the simulator too; a GPU's own, to two units in the last place, is
+# then not in the figure.  From float64 4.3, but 14 for a gradient behind a softcap: where logits reach the cap, its slope
+# 1 - t^2 cancels, in the interpreter as well.
+BOUND = {"interpreter": 4.0, "float64": 6.0}
+BOUND_OF_SOFTCAP = 24.0  # from float64
+AGAINST = tuple(BOUND)
+MISROUNDED_BOUND = 0.001  # of 16-bit elements, one unit in the last place off; 0.06% measured
+WRITE_BLOCK = 1024
+POISON = 255  # every byte; a NaN in all the dtypes
+
+
+@dataclass(frozen=True)
+class Inputs:
+    student: Tensor  # [outer, inner, V]
+    teacher: Tensor  # [outer', inner', V]
+    labels: Tensor  # [N]
+    ce_weight: Tensor  # [N]
+    kl_weight: Tensor  # [N]
+    gradient: Tensor  # [outer, inner, V]; may be the student
+    teacher_gradient: Tensor | None  # [outer', inner', V]; may be the teacher
+
+    @property
+    def ignored(self) -> Tensor:  # [N]
+        return (self.ce_weight == 0) & (self.kl_weight == 0)
+
+    @property
+    def written(self) -> list[Tensor]:
+        return [self.gradient] if self.teacher_gradient is None else [self.gradient, self.teacher_gradient]
+
+    @property
+    def only_written(self) -> list[Tensor]:
+        return [view for view in self.written if view is not self.student and view is not self.teacher]
+
+
+class Difference(NamedTuple):
+    """Of a compiled kernel's result from another, in float32 epsilons; see `differences`."""
+
+    result: str  # of RESULTS
+    against: str  # of AGAINST
+    epsilons: float
+    bound: float
+    misrounded: float  # share of 16-bit elements that are not the other's, rounded; 0 for float32
+
+    @property
+    def within_bounds(self) -> bool:
+        return self.epsilons <= self.bound and self.misrounded <= MISROUNDED_BOUND  # and not NaN
+
+    def __str__(self) -> str:
+        return (
+            f"{self.result} differs from {self.against} by {self.epsilons:.3g} float32 epsilons, at most {self.bound:g}, "
+            f"and in {self.misrounded:.2%} of 16-bit elements, at most {MISROUNDED_BOUND:.2%}"
+        )
+
+
+@dataclass(frozen=True)
+class Outcome:
+    differences: tuple[Difference, ...]
+    findings: tuple[str, ...]
+
+
+def inputs(case: Case) -> Inputs:
+    generator = torch.Generator().manual_seed(zlib.crc32(case.name.encode()))
+    N, V = ROWS, case.vocabulary
+    need_ce, need_kl = TERMS[case.terms]
+
+    def weight(needed: bool, zeros: list[int]) -> Tensor:
+        return (torch.rand(N, generator=generator) + 0.5).index_fill_(0, torch.tensor(zeros), 0.0) * needed
+
+    # The second row counts for nothing, the next two for one of the terms.
+    ce_weight, kl_weight = weight(need_ce, [1, 2]), weight(need_kl, [1, 3])
+    labels = torch.randint(V, (N,), generator=generator)
+    labels[0], labels[-1] = 0, V - 1
+    labels[(ce_weight == 0) & (kl_weight == 0)] = -100
+    masked = torch.zeros(N, V, dtype=torch.bool)
+    if case.logits == "masked":
+        masked[:, 1::3] = True
+        masked[torch.arange(N), labels.clamp_min(0)] = False
+
+    def logits(dtype: str, placement: Placement) -> Tensor:
+        values = (3 * torch.randn(N, V, generator=generator)).masked_fill_(masked, -torch.inf)
+        view = empty(DTYPES[dtype], placement, V)
+        return view.copy_(values.view(view.shape))
+
+    dtypes, placements = case.dtypes.split("/"), LAYOUTS[case.layout]
+    student, teacher = map(logits, dtypes, placements)
+
+    def written(like: Tensor, dtype: str, placement: Placement) -> Tensor:
+        if case.gradients.endswith("in place"):
+            return like
+        return empty(DTYPES[dtype], Placement(placement.outer) if placement.transposed else placement, V)
+
+    gradients = [written(*arguments) for arguments in zip((student, teacher), dtypes, placements, strict=True)]
+    teacher_gradient = gradients[1] if case.gradients.startswith("both") else None
+    labels = labels.to({"i64": torch.int64, "i32": torch.int32}[case.labels])
+    return Inputs(student, teacher, labels, ce_weight, kl_weight, gradients[0], teacher_gradient)
+
+
+def empty(dtype: torch.dtype, placement: Placement, vocabulary: int) -> Tensor:
+    """Logits of that placement, poison still."""
+    shape = (placement.outer, ROWS // placement.outer, vocabulary)
+    strides = placement.strides(vocabulary)
+    last = sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
+    memory = torch.empty(placement.start + last + 1 + placement.gap, dtype=dtype)
+    memory.view(torch.uint8).fill_(POISON)
+    return memory.as_strided(shape, strides, placement.start)
+
+
+def memory_of(view: Tensor) -> Tensor:
+    """Everything that was allocated for a view, flat."""
+    return view.as_strided((view.untyped_storage().nbytes() // view.element_size(),), (1,), 0)
+
+
+def outside(view: Tensor, rows: Tensor) -> Tensor:
+    """Of its memory, a mask of the elements that are in none of the rows (a mask, [N]) of a view."""
+    inside = torch.zeros(memory_of(view).shape, dtype=torch.bool)
+    of_view = inside.as_strided(view.shape, view.stride(), view.storage_offset())
+    of_view.copy_(rows.view(*view.shape[:2], 1).expand(view.shape))
+    return ~inside
+
+
+def poison(given: Inputs, mark: Callable[[Tensor], Any]) -> None:
+    """Marks what no launch may read: all of the memory, of which the logits that count are then written by a kernel."""
+    for view in (given.student, given.teacher):
+        memory = memory_of(view)
+        logits = memory.clone()
+        places = (~outside(view, ~given.ignored)).nonzero().flatten()
+        mark(memory)
+        write_kernel[(triton.cdiv(places.numel(), WRITE_BLOCK),)](memory, logits, places, places.numel(), WRITE_BLOCK)
+    for view in given.only_written:
+        mark(memory_of(view))
+
+
+@triton.jit(do_not_specialize=["number"])
+def write_kernel(memory_ptr, values_ptr, places_ptr, number, BLOCK: tl.constexpr):
+    index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    mask = index < number
+    place = tl.load(places_ptr + index, mask=mask, other=0)
+    tl.store(memory_ptr + place, tl.load(values_ptr + place, mask=mask, other=0.0), mask=mask)
+
+
+def launch(case: Case, itemsize: int) -> Any:
+    """The plan for so many rows and columns, but for the splits."""
+    from fused_kd.kernels.launch import plan
+
+    whole = plan(ROWS, case.vocabulary, itemsize, PROCESSORS)
+    tile = whole.lanes * whole.columns
+    return whole._replace(splits=case.splits, columns_per_split=-(-case.vocabulary // (case.splits * tile)) * tile)
+
+
+def run(case: Case, given: Inputs) -> dict[str, Tensor]:
+    """Results of both kernels: statistics [S, 6, N], gradients [N, V]."""
+    from fused_kd import kernels
+
+    need_ce, need_kl = TERMS[case.terms]
+    maps = LOGIT_MAPS[case.student_map], LOGIT_MAPS[case.teacher_map]
+    teacher, labels = given.teacher if need_kl else None, given.labels if need_ce else None
+    weights = given.ce_weight, given.kl_weight
+    read = [tensor.element_size() for tensor in (given.student, teacher) if tensor is not None]
+    written = read if given.teacher_gradient is not None else read[:1]
+    torch.use_deterministic_algorithms(True)  # what PyTorch allocates is NaN until it is written
+    parts = kernels.row_statistics(
+        given.student, teacher, *weights, case.temperature, need_ce, *maps, launch(case, min(read))
+    )
+    torch.use_deterministic_algorithms(False)
+    kernels.logit_gradient(
+        given.student, teacher, labels, stats.merge(parts, case.temperature), *weights, case.temperature,
+        given.gradient, given.teacher_gradient, *maps, launch(case, max(written)),
+    )  # fmt: skip
+    return _named(parts, given.gradient, given.teacher_gradient)
+
+
+def formula(case: Case) -> dict[str, Tensor]:
+    """The results in float64, by the CPU operators, of logits that are rounded to the case's dtypes."""
+    given = inputs(case)
+    need_ce, need_kl = TERMS[case.terms]
+    maps = LOGIT_MAPS[case.student_map], LOGIT_MAPS[case.teacher_map]
+    student, teacher = given.student.double(), given.teacher.double()
+    weights = given.ce_weight.double(), given.kl_weight.double()
+    gradient = torch.empty_like(student)
+    teacher_gradient = None if given.teacher_gradient is None else torch.empty_like(teacher)
+    logits = (student, teacher if need_kl else None)
+    parts = cpu.row_statistics(*logits, *weights, case.temperature, need_ce, *maps)
+    cpu.logit_gradient(
+        *logits,
+        given.labels if need_ce else None,
+        parts[0],
+        *weights,
+        case.temperature,
+        gradient,
+        teacher_gradient,
+        *maps,
+    )
+    # The maximum of no columns is the lowest finite number, of another dtype here.
+    return _named(parts.clamp_min(torch.finfo(torch.float32).min), gradient, teacher_gradient)
+
+
+def _named(parts: Tensor, gradient: Tensor, teacher_gradient: Tensor | None) -> dict[str, Tensor]:
+    results = {"statistics": parts, "gradient": gradient.flatten(0, 1)}
+    return results if teacher_gradient is None else {**results, "teacher gradient": teacher_gradient.flatten(0, 1)}
+
+
+def interpret(folder: Path, case: Case) -> None:
+    """In a worker under the interpreter: leaves what `simulate` compares with."""
+    _prepare_process()
+    given = inputs(case)
+    poison(given, lambda memory: memory.view(torch.uint8).fill_(POISON))
+    torch.save({"interpreter": run(case, given), "float64": formula(case)}, _file(folder, case))
+
+
+def simulate(folder: Path, item: tuple[Case, str]) -> Outcome:
+    """In a worker that compiles: a case on a chip."""
+    _prepare_process()
+    case, chip = item
+    file = _file(folder, case)
+    expected = torch.load(file) if file.exists() else {}
+    given = inputs(case)
+    with importlib.import_module("simgpu").device(chip, check_races=True, check_init=True, cache_model=False) as device:
+        poison(given, device.poison)
+        views = [given.student, given.teacher, *given.only_written]
+        before = [_bytes(view).clone() for view in views]
+        try:
+            results = run(case, given)
+        except Exception as error:
+            return Outcome((), (f"{type(error).__name__}: {error}",))
+    findings = []
+    for view, bytes_before in zip(views, before, strict=True):
+        may_change = torch.tensor([any(view is written for written in given.written)]).expand(ROWS)
+        untouched = outside(view, may_change)
+        if not torch.equal(_bytes(view)[untouched], bytes_before[untouched]):
+            findings.append(f"bytes of {tuple(view.shape)} {view.dtype} changed that are in no row to write")
+    found = tuple(differences(case, results, expected))
+    return Outcome(found, (*findings, *(str(difference) for difference in found if not difference.within_bounds)))
+
+
+def _prepare_process() -> None:
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore", RuntimeWarning)  # of numpy in the interpreter: NaN in poisoned rows, infinities
+
+
+def _file(folder: Path, case: Case) -> Path:
+    return folder / f"{zlib.crc32(case.name.encode()):08x}.pt"
+
+
+def _bytes(view: Tensor) -> Tensor:
+    memory = memory_of(view)
+    return memory.view(torch.uint8).view(-1, memory.element_size())
+
+
+def differences(case: Case, results: dict[str, Tensor], expected: dict[str, dict[str, Tensor]]) -> Iterator[Difference]:
+    for against, others in expected.items():
+        is_capped = against == "float64" and "softcap" in (case.student_map, case.teacher_map)
+        for name, other in others.items():
+            bound = BOUND_OF_SOFTCAP if is_capped and name != "statistics" else BOUND[against]
+            result = results[name]
+            if name != "statistics":
+                yield Difference(name, against, _of_gradient(result, other), bound, _misrounded(result, other))
+                continue
+            if against == "float64":
+                result = stats.merge(result, case.temperature)[None]
+            yield Difference(name, against, _of_statistics(result, other), bound, misrounded=0.0)
+
+
+def _of_statistics(result: Tensor, other: Tensor) -> float:
+    """The largest of any number; c is a difference, of numbers that add up to about e."""
+    result, other = result.double(), other.double()
+    size = other.abs()
+    size[:, stats.C] += other[:, stats.E]
+    error = (result - other).abs()
+    return float(torch.where(error == 0, 0.0, error / size).max() / EPSILON)
+
+
+def _of_gradient(result: Tensor, other: Tensor) -> float:
+    """The largest of any row, norm-relative; of 16-bit elements, what is beyond one unit in the last place."""
+    error = (result.double() - other.double()).abs()
+    if result.element_size() == 2:
+        error = (error - unit_in_last_place(other.double(), result.dtype)).clamp_min(0)
+    error, size = error.norm(dim=1), other.double().norm(dim=1)
+    return float(torch.where(error == 0, 0.0, error / size).max() / EPSILON)
+
+
+def _misrounded(result: Tensor, other: Tensor) -> float:
+    return float((result != other.to(result.dtype)).double().mean()) if result.element_size() == 2 else 0.0

@@ -1,0 +1,153 @@
+"""Runs the compiled kernels without a GPU, on a simulator of its instructions, with every check that it has.
+
+Run `python benchmarks/compiled_kernels.py --help` in an environment where fused_kd is installed with its extra `bench`.
+"""
+
+import argparse
+import functools
+import importlib.util
+import itertools
+import os
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from compiled.cases import Case, covering_cases
+from compiled.workers import in_workers, interpreted
+from rich.console import Console
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from compiled.launches import Difference, Outcome
+
+CHIPS = ("a100", "h100", "h200", "b200")
+DEFAULT_CHIPS = ("a100", "h100", "b200")
+SIMULATOR = "simgpu"  # the module
+SIMULATOR_FOLDER = "FUSED_KD_SIMULATOR"  # the environment variable
+
+DESCRIPTION = f"""\
+Launches both Triton kernels as compiled for each chip, on a simulator that executes their PTX on the CPU, and reports
+accesses out of bounds, races, reads of memory that nothing has written, of rows that do not count or of what lies between
+rows, writes beyond a gradient's rows, and results that are not those of Triton's interpreter or of the formula in float64.
+Any two of the options (dtypes, temperature, terms, maps of the logits, memory layout, size, splits of a row, which
+gradients and where they are written, labels, masked logits) meet in at least one launch.
+
+{SIMULATOR_FOLDER} names the folder of the simulator, a module `{SIMULATOR}` with `device(chip, check_races=, check_init=,
+cache_model=)`, a context in which launches with CPU tensors are simulated, and whose `poison(tensor)` marks memory that may
+not be read.  Without it nothing is run.
+
+Columns of the table:
+  cases          in each of which one row of six counts for nothing, and two for one term of the loss
+  epsilons from  the largest difference from the interpreter, or float64, in float32 epsilons: of any of a row's
+                 statistics; of any row of a gradient, norm-relative, where in 16 bits a unit in the last place is free
+  not as         the largest share of 16-bit elements that are that unit off
+"""
+EPILOG = "Exit code: 0, also where there is no simulator; 1 for a finding; 2 for wrong arguments."
+
+
+def parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=DESCRIPTION, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--chip", action="append", choices=CHIPS, help=f"repeatable (default: {' '.join(DEFAULT_CHIPS)})"
+    )
+    extent = parser.add_mutually_exclusive_group()
+    extent.add_argument("--quick", action="store_true", help="few launches: every option in one, no matter with which")
+    extent.add_argument("--thorough", action="store_true", help="any three options meet in a launch (half an hour)")
+    parser.add_argument("--case", metavar="WORDS", help='only cases with these words, as in "fp32/fp32 T=2"')
+    parser.add_argument("--list", action="store_true", help="print the names of the cases and stop")
+    parser.add_argument("--workers", type=int, default=2, help="processes (default: 2)")
+    return parser
+
+
+def chosen_cases(options: argparse.Namespace) -> list[Case]:
+    cases = covering_cases(1 if options.quick else 3 if options.thorough else 2)
+    wanted = set((options.case or "").split())
+    return [case for case in cases if wanted <= set(case.name.split())]
+
+
+def run(cases: Sequence[Case], chips: Sequence[str], workers: int) -> "dict[tuple[Case, str], Outcome | BaseException]":
+    from compiled import launches  # imports Triton, which a worker may only after it is prepared
+
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        expected = in_workers(
+            functools.partial(launches.interpret, folder), cases, workers, prepare=interpreted, doing="interpreting"
+        )
+        launched = [(case, chip) for case in cases for chip in chips]
+        outcomes = in_workers(functools.partial(launches.simulate, folder), launched, workers, doing="simulating")
+    # The interpreter checks nothing: what a kernel does out of bounds may end its process.
+    return outcomes | {(case, "interpreter"): error for case, error in expected.items() if error is not None}
+
+
+def findings(outcome: "Outcome | BaseException") -> Sequence[str]:
+    if isinstance(outcome, BaseException):
+        return [f"{type(outcome).__name__}: {outcome}"]
+    return outcome.findings
+
+
+def table(outcomes: "dict[tuple[Case, str], Outcome | BaseException]", chips: Sequence[str]) -> Table:
+    """The largest differences on each chip."""
+    from compiled.launches import AGAINST, RESULTS
+
+    table = Table(box=None, header_style="bold", padding=(0, 2, 0, 0))
+    for name in ("chip", "result"):
+        table.add_column(name, no_wrap=True)
+    for name in ("cases", *(f"{figure} {against}" for against in AGAINST for figure in ("epsilons from", "not as"))):
+        table.add_column(name, justify="right", no_wrap=True)
+    for chip, result in itertools.product(chips, RESULTS):
+        found = {against: _differences(outcomes, chip, result, against) for against in AGAINST}
+        if cases := len(found[AGAINST[0]]):
+            figures = [
+                (f"{max(d.epsilons for d in ds):.2f}", f"{max(d.misrounded for d in ds):.3%}") for ds in found.values()
+            ]
+            table.add_row(chip, result, str(cases), *itertools.chain(*figures))
+    return table
+
+
+def _differences(
+    outcomes: "dict[tuple[Case, str], Outcome | BaseException]", chip: str, result: str, against: str
+) -> "list[Difference]":
+    return [
+        difference
+        for (_, on), outcome in outcomes.items()
+        if on == chip and not isinstance(outcome, BaseException)
+        for difference in outcome.differences
+        if (difference.result, difference.against) == (result, against)
+    ]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = parser().parse_args(arguments)
+    chips = options.chip or DEFAULT_CHIPS
+    cases = chosen_cases(options)
+    if not cases:
+        parser().error("no case has all of these words; see --list")
+    if options.list:
+        print("\n".join(case.name for case in cases))
+        return 0
+    folder = os.environ.get(SIMULATOR_FOLDER)
+    if not folder:
+        print(f"skipped: {SIMULATOR_FOLDER} names no simulator")
+        return 0
+    sys.path.append(folder)  # the workers' too
+    if importlib.util.find_spec(SIMULATOR) is None:
+        parser().error(f"{SIMULATOR_FOLDER}: no module {SIMULATOR} in {folder}")
+    outcomes = run(cases, chips, options.workers)
+    console = Console()
+    console = console if console.is_terminal else Console(width=140)  # a log has no width to fit
+    console.print(table(outcomes, chips))
+    for (case, chip), outcome in outcomes.items():
+        for finding in findings(outcome):
+            print(f"FINDING {chip} {case.name}: {finding}")
+    with_findings = sum(bool(findings(outcome)) for outcome in outcomes.values())
+    launches = 2 * len(cases) * len(chips)
+    print(f"{len(cases)} cases, both kernels, on {', '.join(chips)}: {launches} launches, {with_findings} findings")
+    return 1 if with_findings else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

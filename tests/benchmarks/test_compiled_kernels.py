@@ -1,0 +1,57 @@
+"""The simulated launches: what their cases cover, and the script where there is no simulator."""
+
+import itertools
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+
+pytest.importorskip("rich")
+compiled_kernels: Any = pytest.importorskip("compiled_kernels")
+from compiled import cases  # noqa: E402
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_options_meet_in_a_case(size: int):
+    met = {group for case in cases.covering_cases(size) for group in itertools.combinations(case.options, size)}
+    assert set(cases.groups(size)) <= met
+
+
+def test_only_what_cannot_be_launched_is_left_out():
+    pairs = {frozenset(pair) for pair in cases.groups(2)}
+    every = {
+        frozenset([(a, x), (b, y)])
+        for a, b in itertools.combinations(cases.OPTIONS, 2)
+        for x, y in itertools.product(cases.OPTIONS[a], cases.OPTIONS[b])
+    }
+    without_teacher = [("teacher_map", "scale"), ("teacher_map", "softcap"), ("gradients", "both")]
+    without_teacher += [("gradients", "both in place")]
+    infinite = frozenset([("teacher_map", "softcap"), ("logits", "masked")])
+    assert every - pairs == {frozenset([("terms", "ce"), option]) for option in without_teacher} | {infinite}
+
+
+def test_rows_of_a_layout_do_not_overlap():
+    for vocabulary, placement in itertools.product(
+        cases.OPTIONS["vocabulary"], itertools.chain(*cases.LAYOUTS.values())
+    ):
+        outer, inner, column = placement.strides(vocabulary)
+        shape = range(placement.outer), range(cases.ROWS // placement.outer), range(vocabulary)
+        places = [i * outer + j * inner + k * column for i, j, k in itertools.product(*shape)]
+        assert len(places) == len(set(places))
+
+
+def test_without_a_simulator_it_is_skipped(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    monkeypatch.delenv(compiled_kernels.SIMULATOR_FOLDER, raising=False)
+    assert compiled_kernels.main(["--quick"]) == 0
+    assert capsys.readouterr().out == "skipped: FUSED_KD_SIMULATOR names no simulator\n"
+
+
+def test_a_folder_without_the_simulator_is_wrong_use(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    monkeypatch.setenv(compiled_kernels.SIMULATOR_FOLDER, str(tmp_path))
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    with pytest.raises(SystemExit) as exit_:
+        compiled_kernels.main(["--quick"])
+    assert exit_.value.code == 2
