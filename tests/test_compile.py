@@ -188,8 +188,9 @@ def test_operators_pass_opcheck(maps, teacher_grad):
 @pytest.mark.parametrize(
     "needed", [(True,) * 6, (True, True, False) * 2, (False, True, True, False, False, False), (False,) * 6]
 )
-def test_the_linear_operator_passes_opcheck(needed):
-    heads = [torch.randn(*shape) for shape in ((4, 3), (9, 3), (9,), (4, 5), (9, 5), (9,))]
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_linear_operator_passes_opcheck(needed, dtype):
+    heads = [torch.randn(*shape, dtype=dtype) for shape in ((4, 3), (9, 3), (9,), (4, 5), (9, 5), (9,))]
     weights = torch.rand(4, dtype=torch.float64)
     arguments = (
         *heads,
@@ -204,5 +205,5 @@ def test_the_linear_operator_passes_opcheck(needed):
         [1.0, 4.0],
         [2.0, 4.0],
     )
-    options = list(needed), torch.float32, torch.float32, None, 2048
+    options = list(needed), dtype, dtype, None, 2048
     torch.library.opcheck(torch.ops.fused_kd.linear_row_losses, (*arguments, *options))

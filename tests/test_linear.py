@@ -13,7 +13,7 @@ from fused_kd import KDLossOutput, LinearKDLoss, checks, chunk_plan, linear, lin
 from fused_kd.cli.distillation.memory import peak_bytes
 from fused_kd.linear_operator import linear_row_losses
 from fused_kd.matmul import accumulate, project
-from fused_kd.row_losses import KDOptions
+from fused_kd.row_losses import KDOptions, row_values
 
 from .oracle import EPSILON, relative_error
 
@@ -508,6 +508,20 @@ def test_default_plan(rows, vocabulary, hidden):
     assert not any("weight" in name for name in frozen.buffers)
     only_loss = linear.plan(rows, vocabulary, hidden, 2 * hidden, weight_grad=False, hidden_grad=False)
     assert only_loss.peak_bytes == only_loss.workspace_bytes
+
+
+@pytest.mark.parametrize("asked", [("hidden", "weight"), ("hidden",), ()])
+def test_the_loss_runs_in_the_chunks_of_the_plan(asked, monkeypatch):
+    given = make("cpu", shape=(1500,), vocabulary=64)
+    for name in {"hidden", "weight", "bias"} - set(asked):
+        getattr(given, name).requires_grad_(False)
+    needed = {f"{name}_grad": name in asked for name in ("hidden", "weight")}
+    planned = linear.plan(1500, 64, H_S, H_T, dtype=torch.float32, **needed)
+    rows = []
+    monkeypatch.setattr(linear, "row_values", lambda z, *rest: rows.append(z.shape[1]) or row_values(z, *rest))
+    linear_kd_loss(*given[:5])
+    assert len(rows) == planned.chunks == (2 if "weight" in asked else 6)
+    assert rows[0] == planned.chunk_rows
 
 
 def peak(given: Given, **options) -> int:

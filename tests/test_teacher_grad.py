@@ -265,6 +265,15 @@ def test_memory_is_what_the_plan_says(dtype, chunk, monkeypatch):
     assert 0.95 * plan.peak_bytes <= measured <= 1.1 * plan.peak_bytes + 700_000  # 4 blocks of 128 KB, 256 rows' values
 
 
+def test_the_plan_of_one_chunk_keeps_the_logits_that_become_gradients():
+    """Without a teacher that learns its logits make room for the weight gradient; here they are needed to the end."""
+    options = {"hidden_grad": False, "dtype": torch.float32, "workspace_bytes": 10**9}
+    alone, both = (linear.plan(16, 8192, 64, 32, teacher_hidden_grad=learns, **options) for learns in (False, True))
+    weight, teacher_logits = 8192 * 64 * 4, alone.buffers["teacher logits"]
+    assert alone.peak_bytes == alone.workspace_bytes + weight - teacher_logits
+    assert both.peak_bytes == both.workspace_bytes + weight + 16 * 32 * 4
+
+
 def test_mutual_distillation_is_two_losses_at_once():
     """Two students that teach each other: one loss's gradient for both is that of the reference."""
     a, b, labels = logits("cpu")

@@ -91,6 +91,15 @@ def test_a_second_derivative_is_refused(loss, reduction):
             (value + gradient.square().sum()).backward(retain_graph=True)
 
 
+def test_a_second_derivative_of_a_loss_with_inplace_backward_is_refused():
+    (student, teacher, labels), _, _ = samples(from_logits)
+    student.requires_grad_()
+    loss = from_logits(2 * student, teacher, labels, inplace_backward=True)
+    (gradient,) = torch.autograd.grad(loss, student, create_graph=True)
+    with pytest.raises(NotImplementedError, match="expected one backward pass"):
+        gradient.square().sum().backward()
+
+
 @both
 def test_a_second_derivative_by_transforms_is_refused(loss):
     inputs, _, _ = samples(loss)
