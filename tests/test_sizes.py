@@ -1,9 +1,7 @@
 """Addresses beyond 2^31 elements, which N V passes in ordinary training, and sizes that no block or tile divides."""
 
-import multiprocessing
 import re
 import sys
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -16,6 +14,7 @@ from .oracle import EPSILON, relative_error, value_and_gradient
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 variants = pytest.importorskip("compiled.variants")
+workers = pytest.importorskip("compiled.workers")
 
 # Shape and strides.  Beyond 2^31 elements from the first logit lie a row whose stride passes that by itself; rows whose
 # numbers and strides are 32-bit integers but not their products, at multiples of 16 bytes and not; a dimension outside of
@@ -74,7 +73,7 @@ def test_many_rows_of_few_columns():
 
 # What the compiled kernels do: the interpreter's integers are Python's where a stride is one.
 
-LOGITS = ("%student_ptr", "%teacher_ptr", "%gradient_ptr")
+LOGITS = ("%student_ptr", "%teacher_ptr", "%gradient_ptr", "%teacher_gradient_ptr")
 
 
 def addresses(code: str) -> tuple[dict[str, list[str]], list[str]]:
@@ -111,21 +110,19 @@ def addresses(code: str) -> tuple[dict[str, list[str]], list[str]]:
 
 def test_every_address_of_a_logit_is_a_64_bit_offset():
     cases = [
-        variants.Variant(kernel, "sm_90", "bf16", "bf16", 3.0, "ce+kl", layout)
-        for kernel in variants.KERNELS
+        variants.Variant(kernel, "sm_90", "bf16", "bf16", 3.0, "ce+kl", layout, teacher_grad=teacher_grad)
+        for kernel, teacher_grad in (("row_statistics", False), ("logit_gradient", False), ("logit_gradient", True))
         for layout in ("dense", "odd", "transposed")
     ]
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, context, initializer=variants.prepare_worker) as pool:
-        codes = list(pool.map(variants.ttir, cases))
-    for case, code in zip(cases, codes, strict=True):
+    for case, code in workers.in_workers(variants.ttir, cases, workers=1).items():
+        assert isinstance(code, str), code
         offsets, narrow = addresses(code)
         assert not narrow, case.name
-        for pointer in LOGITS[: 3 if case.kernel == "logit_gradient" else 2]:
+        for pointer in LOGITS[: 2 if case.kernel == "row_statistics" else 4 if case.teacher_grad else 3]:
             row, *columns = offsets[pointer]
             assert row == "i64", (case.name, pointer)
             # Whole tiles and the part of one; of the gradient, the zeros of a row that does not count, too.
-            assert len(columns) == (3 if pointer == "%gradient_ptr" else 2), (case.name, pointer)
+            assert len(columns) == (3 if "gradient" in pointer else 2), (case.name, pointer)
             assert all(re.fullmatch(r"tensor<\d+x\d+xi64>", column) for column in columns), (case.name, pointer)
 
 
