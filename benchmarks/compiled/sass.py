@@ -88,7 +88,8 @@ def _compared_registers(body: Sequence[Instruction]) -> set[str]:
             continue
         if "ISETP" in match["opcode"]:
             return set(re.findall(r"\bU?R\d+\b", line.text))
-        deciding |= set(PREDICATE_NAME.findall(line.text))  # a copy, as from a uniform predicate
+        # A copy, as from a uniform predicate; what the copy's name stood for before it does not matter.
+        deciding = (deciding | set(PREDICATE_NAME.findall(line.text))) - {match["predicate"]}
     return set()
 
 

@@ -106,6 +106,20 @@ def test_sass_loads_that_wait_for_one_another_are_not_in_flight_together():
     assert sass.main_loop(serial).bytes_in_flight == 16
 
 
+def test_sass_loop_counter_is_found_behind_a_copy_of_its_predicate():
+    """P0 stands for another comparison before it takes over that of the counter."""
+    copied = sass_listing(
+        "LDG.E.128 R4, [R2.64]",
+        "UIADD3 UR4, UR4, 0x400, URZ",
+        "UISETP.GE.AND UP0, UPT, UR4, UR5, UPT",
+        "MUFU.EX2 R4, R4",
+        "ISETP.NE.U32.AND P0, PT, R21, UR10, PT",
+        "PLOP3.LUT P0, PT, PT, PT, UP0, 0x80, 0x0",
+        "@!P0 BRA 0x0",
+    )
+    assert sass.main_loop(copied).columns == 0x400
+
+
 AMDGCN = """\
 .LBB0_3:                                ; %.lr.ph
 	.loc	1 2 3
