@@ -4,12 +4,13 @@ To `torch.compile`, `torch.export`, fake tensors and flop counters it is opaque,
 its results and its cost.
 """
 
+import sys
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from . import linear, ops
 from .linear import Gradients, Head, LinearOptions
@@ -34,6 +35,8 @@ def linear_row_losses(
     options: LinearOptions,
 ) -> list[Tensor]:
     """CE and KL, `[N]` float64; a scalar; in units of it the gradients of sum_i w_ce CE + w_kl KL that are needed."""
+    if not torch.compiler.is_compiling():
+        _register_flops()
     kd, *rest = options
     result: list[Tensor] = torch.ops.fused_kd.linear_row_losses(*tensors, *kd, *rest)
     return result
@@ -84,7 +87,20 @@ def _(*arguments):  # type: ignore[no-untyped-def]
 ops.complete(LINEAR_ROW_LOSSES)
 
 
-@register_flop_formula(torch.ops.fused_kd.linear_row_losses)
+def _register_flops() -> None:
+    """At the first call that may be counted: PyTorch's flop counter imports Triton, which then could not be interpreted.
+
+    A counter that is active already has taken its copy of the formulas.
+    """
+    module, operator = sys.modules.get("torch.utils.flop_counter"), torch.ops.fused_kd.linear_row_losses
+    if module is None or operator in module.flop_registry:
+        return
+    module.register_flop_formula(operator)(_flops)
+    for mode in _get_current_dispatch_mode_stack():
+        registry = getattr(getattr(mode, "counter", None), "flop_registry", {})
+        registry[operator] = module.flop_registry[operator]
+
+
 def _flops(  # type: ignore[no-untyped-def]
     hidden, weight, bias, teacher_hidden, teacher_weight, *arguments, out_shape=None, **kwargs
 ) -> int:

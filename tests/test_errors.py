@@ -219,6 +219,15 @@ def test_cuda_tensors_without_triton_name_the_package(missing, message, monkeypa
     assert ("pip install" in str(raised.value)) == (missing == "triton")  # a broken Triton is not a missing one
 
 
+def test_importing_the_package_does_not_import_triton():
+    """Which decides as it is imported whether kernels are interpreted: `fused-kd check --backend interpreter`."""
+    import subprocess
+    import sys
+
+    code = "import sys, fused_kd; sys.exit(any(name.split('.')[0] == 'triton' for name in sys.modules))"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
 def test_importing_the_package_needs_no_triton():
     import subprocess
     import sys
