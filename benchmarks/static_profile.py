@@ -30,7 +30,7 @@ Columns of the table, counts a pair:
   B, load, store        bytes of global memory; bytes of the narrowest access
   sync                  barriers, shuffles, shared and local memory
 """
-NAMES = ("kernel", "target", "dtypes", "T", "terms", "layout", "map")
+NAMES = ("kernel", "target", "dtypes", "T", "terms", "layout", "map", "gradients")
 COUNTS = ("instr", "mufu", "fma", "alu", "conv", "B", "load", "store", "sync")
 NUMBERS = ("regs", "spill", "shared", "warps", "flight", *COUNTS)
 EPILOG = "Exit code: 0; 1 if a variant does not compile or, with --check, breaks a bound; 2 for wrong arguments."
@@ -78,6 +78,7 @@ def table(profiles: dict[Variant, Profile]) -> Table:
 
 def _row(v: Variant, p: Profile) -> Iterator[str]:
     yield from (v.kernel, v.target, v.dtypes, v.temperature_name, v.terms, v.layout, v.logit_map)
+    yield "-" if v.kernel == "row_statistics" else "both" if v.teacher_grad else "student"
     yield from map(str, (p.registers, p.spill, p.shared, p.resident_warps))
     yield f"{p.kilobytes_in_flight:.0f}"
     yield from (f"{value:.2f}" for value in (p.instructions, *(p.kinds[k] for k in ("mufu", "fma", "alu", "convert"))))

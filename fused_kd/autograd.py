@@ -12,15 +12,24 @@ import torch
 from torch import Tensor
 
 from . import ops
-from .linear import Heads, LinearOptions, scaled
+from .linear import LinearOptions, scaled
 from .linear_operator import linear_row_losses
 from .row_losses import KDOptions, gradient_arguments, row_values, weight_gradients, weighted_sum
 
+Backward = Callable[..., tuple[Tensor | None, ...]]
 
-def _check_first_order(of_saved: Sequence[Tensor | None]) -> None:
-    """A compiler, which refuses second derivatives by itself, shows a gradient of every output."""
-    if not torch.compiler.is_compiling() and any(gradient is not None for gradient in of_saved):
-        ops.refuse_derivative()
+
+def _first_order(backward: Backward) -> Backward:
+    """A backward pass of the first output's gradient, which refuses one of the others: those that it works with."""
+
+    @functools.wraps(backward)
+    def of_outputs(ctx: Any, upstream: Tensor | None, *of_saved: Tensor | None) -> tuple[Tensor | None, ...]:
+        # A compiler, which refuses second derivatives by itself, shows a gradient of every output.
+        if not torch.compiler.is_compiling() and any(gradient is not None for gradient in of_saved):
+            ops.refuse_derivative()
+        return (None,) * len(ctx.needs_input_grad) if upstream is None else backward(ctx, upstream)
+
+    return of_outputs
 
 
 class _Constant(torch.autograd.Function):
@@ -78,10 +87,8 @@ class KDLossFunction(torch.autograd.Function):
         ctx.set_materialize_grads(False)
 
     @staticmethod
-    def backward(ctx: Any, upstream: Tensor | None, *of_saved: Tensor | None) -> tuple[Tensor | None, ...]:
-        _check_first_order(of_saved)
-        if upstream is None:
-            return (None,) * len(ctx.needs_input_grad)
+    @_first_order
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         student, teacher, labels, statistics, ce_weight, kl_weight, ce, kl = ctx.saved_tensors
         student_gradient = teacher_gradient = None
         student_grad, teacher_grad = ctx.needs_input_grad[:2]
@@ -139,15 +146,13 @@ class LinearKDLossFunction(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         *heads, _, ce_weight, kl_weight, ctx.options = inputs
-        ctx.dtypes = _dtypes(tuple(heads), ctx.options)
+        ctx.dtypes = _dtypes(heads, ctx.options)
         ctx.save_for_backward(ce_weight, kl_weight, *output[1:])
         ctx.set_materialize_grads(False)
 
     @staticmethod
-    def backward(ctx: Any, upstream: Tensor | None, *of_saved: Tensor | None) -> tuple[Tensor | None, ...]:
-        _check_first_order(of_saved)
-        if upstream is None:
-            return (None,) * len(ctx.needs_input_grad)
+    @_first_order
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         ce_weight, kl_weight, ce, kl, unit, *saved = ctx.saved_tensors
         in_place = not torch.compiler.is_compiling() and not _graph_is_kept()
         gradients = scaled(saved, upstream * unit, ctx.dtypes, in_place=in_place)
@@ -176,19 +181,15 @@ class LinearKDRowLossesFunction(torch.autograd.Function):
         ctx.set_materialize_grads(False)
 
     @staticmethod
-    def backward(ctx: Any, upstream: Tensor | None, *of_saved: Tensor | None) -> tuple[Tensor | None, ...]:
-        _check_first_order(of_saved)
-        if upstream is None:
-            return (None,) * len(ctx.needs_input_grad)
+    @_first_order
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         *heads, labels, ce_weight, kl_weight, ce, kl = ctx.saved_tensors
         gradients: list[Tensor] = []
         if any(ctx.options.needed):
             weights = ce_weight * upstream, kl_weight * upstream
             operator = functools.partial(linear_row_losses, options=ctx.options)
             unit, *gradients = _in_backward(operator, *heads, labels, *weights)[2:]
-            gradients = scaled(
-                gradients, unit, _dtypes(tuple(heads), ctx.options), in_place=not torch.is_grad_enabled()
-            )
+            gradients = scaled(gradients, unit, _dtypes(heads, ctx.options), in_place=not torch.is_grad_enabled())
         of_weights = weight_gradients(ctx.needs_input_grad[7:9], upstream, ce_weight, kl_weight, ce, kl)
         return *_of_heads(gradients, ctx.options), None, *of_weights, None
 
@@ -197,7 +198,7 @@ def _without_gradients(options: LinearOptions) -> LinearOptions:
     return options._replace(needed=(False,) * len(options.needed))
 
 
-def _dtypes(heads: Heads, options: LinearOptions) -> list[torch.dtype]:
+def _dtypes(heads: Sequence[Tensor | None], options: LinearOptions) -> list[torch.dtype]:
     """Of the gradients that are asked for."""
     return [tensor.dtype for tensor, need in zip(heads, options.needed, strict=True) if need and tensor is not None]
 

@@ -74,17 +74,17 @@ def plan(
         ValueError: workspace_bytes is too small for one token; the message names what one takes.
     """
     student_grads = hidden_grad, weight_grad, bias_grad
-    sides = [_Side("", student_hidden_size, dtype, autocast_dtype or dtype, *student_grads)]
+    sides = [_Side("student", student_hidden_size, dtype, autocast_dtype or dtype, *student_grads)]
     if teacher_hidden_size is not None:
         teacher_dtype = teacher_dtype or dtype
         teacher_grads = teacher_hidden_grad, teacher_weight_grad, teacher_bias_grad
         products = autocast_dtype or teacher_dtype
-        sides.append(_Side("teacher ", teacher_hidden_size, teacher_dtype, products, *teacher_grads))
+        sides.append(_Side("teacher", teacher_hidden_size, teacher_dtype, products, *teacher_grads))
     row_bytes: dict[str, int] = {}
-    for side, name in zip(sides, ("student", "teacher"), strict=False):
-        row_bytes[f"{name} logits"] = row_stride(vocab_size) * (logits_dtype or side.products).itemsize
+    for side in sides:
+        row_bytes[f"{side.model} logits"] = row_stride(vocab_size) * (logits_dtype or side.products).itemsize
         if side.any_grad and logits_dtype not in (None, side.products):
-            row_bytes[f"{name} logits' gradient, rounded"] = vocab_size * side.products.itemsize
+            row_bytes[f"{side.model} logits' gradient, rounded"] = vocab_size * side.products.itemsize
     sum_bytes = [side.weight_grad * vocab_size * side.hidden_size * max(4, side.products.itemsize) for side in sides]
     chunk_rows = _chunk_rows(rows, vocab_size, sum(row_bytes.values()), sum(sum_bytes), workspace_bytes)
     workspace = {name: chunk_rows * size for name, size in row_bytes.items()}
@@ -117,13 +117,18 @@ def plan(
 class _Side(NamedTuple):
     """Student or teacher, for the plan."""
 
-    prefix: str  # of its gradients' names
+    model: str
     hidden_size: int
     dtype: torch.dtype
     products: torch.dtype  # what its products run in
     hidden_grad: bool
     weight_grad: bool
     bias_grad: bool
+
+    @property
+    def prefix(self) -> str:
+        """Of the names of its gradients: the student's are those that one expects."""
+        return "" if self.model == "student" else f"{self.model} "
 
     @property
     def any_grad(self) -> bool:

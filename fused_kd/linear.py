@@ -17,7 +17,7 @@ from .chunk_plan import Plan, plan, row_stride
 from .matmul import accumulate, project
 from .row_losses import KDOptions, gradient_arguments, row_values
 
-__all__ = ["Gradients", "Head", "Heads", "LinearOptions", "Plan", "gradient_unit", "plan", "scaled", "sweep"]
+__all__ = ["Gradients", "Head", "LinearOptions", "Plan", "gradient_unit", "plan", "scaled", "sweep"]
 
 
 class Head(NamedTuple):
@@ -42,10 +42,6 @@ class Head(NamedTuple):
         hidden = self.hidden[rows].to(self.weight.dtype)
         project(hidden, self.weight, self.bias, out[: hidden.shape[0]])
         return out[None, : hidden.shape[0]]
-
-
-# Hidden states [N, H], weight [V', H] and bias [V'] of the student, then of the teacher.
-Heads = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 
 
 class Gradients:
@@ -91,7 +87,7 @@ class Gradients:
 
 class LinearOptions(NamedTuple):
     kd: KDOptions
-    needed: tuple[bool, ...]  # which of the six tensors of the heads get a gradient
+    needed: tuple[bool, ...]  # gradients of hidden states, weight and bias of the student, then of the teacher
     dtype: torch.dtype  # of the student's products
     teacher_dtype: torch.dtype  # of the teacher's
     logits_dtype: torch.dtype | None  # None: the dtype of the products

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from . import linear, ops
 from .linear import Gradients, Head, LinearOptions
@@ -95,9 +94,11 @@ def _register_flops() -> None:
     module, operator = sys.modules.get("torch.utils.flop_counter"), torch.ops.fused_kd.linear_row_losses
     if module is None or operator in module.flop_registry:
         return
+    from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+
     module.register_flop_formula(operator)(_flops)
     for mode in _get_current_dispatch_mode_stack():
-        registry = getattr(getattr(mode, "counter", None), "flop_registry", {})
+        registry = getattr(getattr(mode, "counter", mode), "flop_registry", {})
         registry[operator] = module.flop_registry[operator]
 
 

@@ -124,22 +124,24 @@ def write_gradient(
         gradient[..., vocab_size:] = 0
 
 
-def _new_gradient(logits: Tensor | None, wanted: bool, student: Tensor) -> Tensor:
-    """Empty where it is not wanted: an operator has a fixed number of results."""
-    if logits is None or not wanted:
-        return student.new_empty(0)
+def _new_gradient(logits: Tensor) -> Tensor:
     return torch.empty_like(logits, memory_format=torch.contiguous_format)
+
+
+def _new_teacher_gradient(teacher: Tensor | None, wanted: bool, student: Tensor) -> Tensor:
+    """Empty where it is not wanted: an operator has a fixed number of results."""
+    return student.new_empty(0) if teacher is None or not wanted else _new_gradient(teacher)
 
 
 @implements(LOGIT_GRADIENT)
 def _logit_gradient(student: Tensor, teacher: Tensor | None, *arguments) -> tuple[Tensor, Tensor]:  # type: ignore[no-untyped-def]
-    gradient = _new_gradient(student, True, student)
+    gradient = _new_gradient(student)
     return gradient, _write_into(gradient, student, teacher, *arguments)
 
 
 @torch.library.register_fake(LOGIT_GRADIENT)
 def _(student, teacher, *arguments):  # type: ignore[no-untyped-def]
-    return _new_gradient(student, True, student), _new_gradient(teacher, arguments[-1], student)
+    return _new_gradient(student), _new_teacher_gradient(teacher, arguments[-1], student)
 
 
 @implements(LOGIT_GRADIENT_INPLACE)
@@ -149,13 +151,13 @@ def _logit_gradient_(student: Tensor, teacher: Tensor | None, *arguments) -> Ten
 
 @torch.library.register_fake(LOGIT_GRADIENT_INPLACE)
 def _(student, teacher, *arguments):  # type: ignore[no-untyped-def]
-    return _new_gradient(teacher, arguments[-1], student)
+    return _new_teacher_gradient(teacher, arguments[-1], student)
 
 
 def _write_into(gradient: Tensor, student: Tensor, teacher: Tensor | None, *arguments) -> Tensor:  # type: ignore[no-untyped-def]
     """The teacher's gradient, which is empty where it is not wanted."""
     *rest, teacher_grad = arguments
-    of_teacher = _new_gradient(teacher, teacher_grad, student)
+    of_teacher = _new_teacher_gradient(teacher, teacher_grad, student)
     write_gradient(gradient, of_teacher if teacher_grad else None, student, teacher, *rest)
     return of_teacher
 

@@ -1,5 +1,7 @@
 """torch.func, higher derivatives: what works is right, what does not says so."""
 
+from functools import partial
+
 import pytest
 import torch
 
@@ -31,26 +33,27 @@ both = pytest.mark.parametrize("loss", [from_logits, from_hidden])
 reductions = pytest.mark.parametrize("reduction", ["mean", "none"])
 
 
-def bind(loss, **options):
-    return lambda *inputs: loss(*inputs, **options)
+def recorded(loss, inputs, argnums):
+    """The loss with its graph, and the inputs to differentiate, which come first, as leaves."""
+    leaves = [inputs[i].clone().requires_grad_() for i in argnums]
+    return loss(*leaves, *inputs[len(leaves) :]), leaves
 
 
 @both
 @reductions
 def test_grad_is_that_of_backward(loss, reduction):
     inputs, _, argnums = samples(loss)
-    loss = bind(loss, reduction=reduction)
-    leaves = [inputs[i].clone().requires_grad_() for i in argnums]
-    loss(*leaves, *inputs[len(leaves) :]).backward()
-    found = torch.func.grad(loss, argnums)(*inputs)
-    assert all(torch.equal(ours, leaf.grad) for ours, leaf in zip(found, leaves, strict=True))
+    loss = partial(loss, reduction=reduction)
+    value, leaves = recorded(loss, inputs, argnums)
+    pairs = zip(torch.func.grad(loss, argnums)(*inputs), torch.autograd.grad(value, leaves), strict=True)
+    assert all(torch.equal(ours, expected) for ours, expected in pairs)
 
 
 @both
 @reductions
 def test_vmap_is_a_loop_over_samples(loss, reduction):
     inputs, in_dims, argnums = samples(loss)
-    loss = bind(loss, reduction=reduction)
+    loss = partial(loss, reduction=reduction)
     for function in (loss, torch.func.grad(loss, argnums)):
         batched = torch.func.vmap(function, in_dims)(*inputs)
         for i in range(B):
@@ -69,7 +72,7 @@ def test_vmap_over_another_dimension_and_an_unbatched_teacher():
 def test_inplace_backward_under_transforms_writes_over_nothing():
     (student, teacher, labels), _, _ = samples(from_logits)
     before = student.clone()
-    found = torch.func.grad(bind(lambda s, *rest, **o: from_logits(2 * s, *rest, **o), inplace_backward=True))(
+    found = torch.func.grad(partial(lambda s, *rest, **o: from_logits(2 * s, *rest, **o), inplace_backward=True))(
         student, teacher, labels
     )
     expected = torch.func.grad(lambda s: from_logits(2 * s, teacher, labels))(student)
@@ -82,9 +85,7 @@ def test_inplace_backward_under_transforms_writes_over_nothing():
 def test_a_second_derivative_is_refused(loss, reduction):
     """Also where only the gradient's dependence on the inputs, not on the upstream gradient, would be lost: a penalty."""
     inputs, _, argnums = samples(loss)
-    loss = bind(loss, reduction=reduction)
-    leaves = [inputs[i].clone().requires_grad_() for i in argnums]
-    value = loss(*leaves, *inputs[len(leaves) :])
+    value, leaves = recorded(partial(loss, reduction=reduction), inputs, argnums)
     for gradient in torch.autograd.grad(value, leaves, create_graph=True):
         assert gradient.requires_grad
         with pytest.raises(NotImplementedError, match="expected one backward pass"):
