@@ -17,8 +17,8 @@ from fused_kd import linear
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # Half of them have rows in two dimensions or more, so that strides matter.
 SHAPES = st.one_of(
-    st.sampled_from([(2, 3), (3, 2), (2, 2, 2), (1, 4, 2)]),
-    st.lists(st.integers(0, 4), max_size=3).map(tuple).filter(lambda shape: math.prod(shape) <= 8),
+    st.sampled_from([(2, 3), (3, 2), (2, 1, 2), (1, 2, 2)]),
+    st.lists(st.integers(0, 4), max_size=3).map(tuple).filter(lambda shape: math.prod(shape) <= 6),
 )
 TEMPERATURES = st.one_of(st.sampled_from([1, 1.0, 2.0, 4, np.float64(3)]), st.floats(0.1, 20))
 REDUCTIONS = ["mean", "sum", "none"]
@@ -131,7 +131,7 @@ TILES = st.fixed_dictionaries(
     {
         "block_elements": st.sampled_from([1, 700, 2**20]),
         "splits": st.integers(1, 3),
-        "lanes": st.sampled_from([8, 128]),
+        "lanes": st.sampled_from([16, 128]),
     }
 )
 

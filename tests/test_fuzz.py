@@ -1,6 +1,6 @@
 """Calls of every kind at once: valid ones against the float64 oracle, spoiled ones against what the errors promise.
 
-`pytest tests/test_fuzz.py --hypothesis-profile=thorough` draws thousands instead of a hundred each.
+`pytest tests/test_fuzz.py --hypothesis-profile=thorough` draws thousands of each instead of a hundred.
 """
 
 import contextlib
@@ -30,6 +30,15 @@ EPSILONS = 4
 
 REFERENCES = reference.kd_loss, reference.linear_kd_loss
 PARTS = ("hidden", "weight", "bias")
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Tensors as small as these gain nothing from threads, and wait for them where the machine is busy."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @contextlib.contextmanager
