@@ -14,13 +14,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from compiled.cases import Case, covering_cases
-from compiled.workers import in_workers, interpreted
 from rich.console import Console
 from rich.table import Table
+from simulated.cases import Case, covering_cases
+
+from fused_kd.cli.compiled.workers import in_workers, interpreted
 
 if TYPE_CHECKING:
-    from compiled.launches import Difference, Outcome
+    from simulated.launches import Difference, Outcome
 
 CHIPS = ("a100", "h100", "h200", "b200")
 DEFAULT_CHIPS = ("a100", "h100", "b200")
@@ -70,7 +71,7 @@ def chosen_cases(options: argparse.Namespace) -> list[Case]:
 
 
 def run(cases: Sequence[Case], chips: Sequence[str], workers: int) -> "dict[tuple[Case, str], Outcome | BaseException]":
-    from compiled import launches  # imports Triton, which a worker may only after it is prepared
+    from simulated import launches  # imports Triton, which a worker may only after it is prepared
 
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -91,7 +92,7 @@ def findings(outcome: "Outcome | BaseException") -> Sequence[str]:
 
 def table(outcomes: "dict[tuple[Case, str], Outcome | BaseException]", chips: Sequence[str]) -> Table:
     """The largest differences on each chip."""
-    from compiled.launches import AGAINST, RESULTS
+    from simulated.launches import AGAINST, RESULTS
 
     table = Table(box=None, header_style="bold", padding=(0, 2, 0, 0))
     for name in ("chip", "result"):

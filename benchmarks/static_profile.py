@@ -9,12 +9,13 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-from compiled.bounds import Violation, violations
-from compiled.profile import Profile
-from compiled.variants import KERNELS, TARGETS, Variant, all_variants, measure
-from compiled.workers import in_workers
 from rich.console import Console
 from rich.table import Table
+
+from fused_kd.cli.compiled.bounds import Violation, violations
+from fused_kd.cli.compiled.profile import Profile
+from fused_kd.cli.compiled.variants import KERNELS, TARGETS, Variant, all_variants, measure
+from fused_kd.cli.compiled.workers import in_workers
 
 DESCRIPTION = """\
 Compiles every variant of the Triton kernels (dtypes, temperatures, terms of the loss, memory layouts, softcap or scale)

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from fused_kd import kd_loss
-from fused_kd.cli.distillation.memory import peak_bytes
+from fused_kd.cli.memory import peak_bytes
 
 N, V, ALPHA = 256, 128_256, 0.5
 

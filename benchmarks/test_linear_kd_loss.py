@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from test_kd_loss import eager as eager_of_logits
 
 from fused_kd import linear_kd_loss
-from fused_kd.cli.distillation.memory import peak_bytes
+from fused_kd.cli.memory import peak_bytes
 
 ALPHA, T = 0.5, 2.0
 

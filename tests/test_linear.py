@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from fused_kd import KDLossOutput, LinearKDLoss, checks, chunk_plan, linear, linear_kd_loss, reference
-from fused_kd.cli.distillation.memory import peak_bytes
+from fused_kd.cli.memory import peak_bytes
 from fused_kd.linear_operator import linear_row_losses
 from fused_kd.matmul import accumulate, project
 from fused_kd.row_losses import KDOptions, row_values

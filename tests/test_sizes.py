@@ -1,8 +1,6 @@
 """Addresses beyond 2^31 elements, which N V passes in ordinary training, and sizes that no block or tile divides."""
 
 import re
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,9 +10,8 @@ from fused_kd import kd_loss, reference
 
 from .oracle import EPSILON, relative_error, value_and_gradient
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
-variants = pytest.importorskip("compiled.variants")
-workers = pytest.importorskip("compiled.workers")
+variants = pytest.importorskip("fused_kd.cli.compiled.variants")
+workers = pytest.importorskip("fused_kd.cli.compiled.workers")
 
 # Shape and strides.  Beyond 2^31 elements from the first logit lie a row whose stride passes that by itself; rows whose
 # numbers and strides are 32-bit integers but not their products, at multiples of 16 bytes and not; a dimension outside of

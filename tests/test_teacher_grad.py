@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fused_kd import kd_loss, linear, linear_kd_loss, reference
-from fused_kd.cli.distillation.memory import peak_bytes
+from fused_kd.cli.memory import peak_bytes
 
 from .oracle import relative_error
 

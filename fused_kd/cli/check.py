@@ -1,7 +1,6 @@
 """`fused-kd check`: the loss on the machine at hand, beside eager PyTorch, both against a float64 oracle."""
 
 import argparse
-import json
 import os
 import sys
 import warnings
@@ -90,7 +89,9 @@ def run(options: argparse.Namespace) -> int:
         print(f"FAILED {case}: {'; '.join(failures)}")
     print(f"{len(measured) - len(failed)} of {len(measured)} configurations within their bounds on {backend}")
     if options.json:
-        options.json.write_text(json.dumps(_record(measured, backend), indent=1))
+        from .record import write_json
+
+        write_json(options.json, _record(measured, backend))
     return 1 if failed else 0
 
 
@@ -127,24 +128,18 @@ def _table(measured: list[Any], backend: str, verbose: bool) -> Any:
 
 
 def _record(measured: list[Any], backend: str) -> dict[str, Any]:
-    import platform
-
     import torch
 
-    from ..version import __version__
+    from . import record
 
     return {
         "command": "fused-kd check",
         "backend": backend,
-        "fused_kd": __version__,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
+        "versions": record.versions(),
+        "machine": record.machine(torch.device("cuda" if backend == "cuda" else "cpu")),
         "configurations": [
             {
-                **{
-                    key: value if isinstance(value, int | float | str) else str(value)
-                    for key, value in asdict(case).items()
-                },
+                **asdict(case),
                 **asdict(errors),
                 "failures": _failures(case, errors),
             }

@@ -93,8 +93,8 @@ def run(options: argparse.Namespace) -> int:
         except ModuleNotFoundError:
             return _error(f'the package {package} is missing: pip install "fused_kd[demo]"')
 
-    from .distillation.errors import UserError
     from .distillation.experiment import distill
+    from .errors import UserError
 
     try:
         return distill(options)

@@ -11,7 +11,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
 pytest.importorskip("rich")
 compiled_kernels: Any = pytest.importorskip("compiled_kernels")
-from compiled import cases  # noqa: E402
+from simulated import cases  # noqa: E402
 
 
 @pytest.mark.parametrize("size", [1, 2])

@@ -13,8 +13,8 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 pytest.importorskip("triton")
 pytest.importorskip("rich")
 static_profile: Any = pytest.importorskip("static_profile")
-from compiled import amdgcn, bounds, sass, variants, workers  # noqa: E402
-from compiled.profile import profile  # noqa: E402
+from fused_kd.cli.compiled import amdgcn, bounds, sass, variants, workers  # noqa: E402
+from fused_kd.cli.compiled.profile import profile  # noqa: E402
 
 ONE = "row_statistics sm_90 bf16/bf16 T=2 ce+kl dense identity"
 

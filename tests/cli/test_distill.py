@@ -13,8 +13,12 @@ import torch
 transformers = pytest.importorskip("transformers")
 import huggingface_hub  # noqa: E402
 
-from fused_kd.cli import main  # noqa: E402
-from fused_kd.cli.distillation import comparison, data, errors, heads, memory, models, training  # noqa: E402
+from fused_kd.cli import (  # noqa: E402
+    errors,
+    main,
+    memory,
+)
+from fused_kd.cli.distillation import comparison, data, heads, models, training  # noqa: E402
 
 STEPS = 12
 

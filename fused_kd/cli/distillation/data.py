@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .errors import UserError
+from ..errors import UserError
 
 PACKAGED_TEXT = "pydoc_data.topics"
 HELD_OUT_SHARE = 0.1  # of the text, its end

@@ -14,9 +14,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from ...output import KDLossOutput
+from .. import record
+from ..errors import UserError
 from . import data, heads, models, plot, report
 from .comparison import compare
-from .errors import UserError
 from .training import Settings, evaluate, train
 
 CUDA_REFRESH = 10  # steps between two looks at the loss, each of which makes the host wait for the device
@@ -93,14 +94,14 @@ def distill(options: argparse.Namespace) -> int:
         console.print(report.verdict(comparisons), markup=False, highlight=False)
     plot.draw(output / "curves.png", runs, settings.temperature)
     seconds = time.perf_counter() - begin
-    report.write_json(
+    record.write_json(
         output / "report.json",
         {
             "command": "fused-kd distill",
             "options": {key: value for key, value in vars(options).items() if key != "run"},
             "settings": asdict(settings),
-            "versions": report.versions(),
-            "machine": report.machine(device),
+            "versions": record.versions("transformers", "gguf"),
+            "machine": record.machine(device),
             **facts,
             "seconds": seconds,
             "runs": {name: report.run_record(run) for name, run in runs.items()},

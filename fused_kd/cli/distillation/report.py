@@ -1,16 +1,9 @@
 """What a distillation came to, as tables for the terminal and as a record of every figure for the JSON file."""
 
-import json
-import math
-import os
-import platform
 from dataclasses import asdict, dataclass
-from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from statistics import median
 from typing import Any
 
-import torch
 from rich.table import Table
 
 from .comparison import Comparison
@@ -91,10 +84,6 @@ def verdict(comparisons: list[Comparison]) -> str:
     return f"Fused and eager trainings {word}; largest relative differences: {figures}"
 
 
-def write_json(path: Path, record: dict[str, Any]) -> None:
-    path.write_text(json.dumps(_jsonable(record), indent=1, allow_nan=False) + "\n")
-
-
 def run_record(run: Run) -> dict[str, Any]:
     evaluations = {
         when: {**asdict(e), "perplexity": e.perplexity, "teacher_perplexity": e.teacher_perplexity}
@@ -112,52 +101,9 @@ def run_record(run: Run) -> dict[str, Any]:
     }
 
 
-def machine(device: torch.device) -> dict[str, Any]:
-    return {
-        "platform": platform.platform(),
-        "processor": _processor(),
-        "cpus": os.cpu_count(),
-        "torch_threads": torch.get_num_threads(),
-        "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
-    }
-
-
-def versions() -> dict[str, str | None]:
-    packages = ("fused_kd", "torch", "triton", "transformers", "gguf", "numpy")
-    return {"python": platform.python_version(), **{package: _version(package) for package in packages}}
-
-
 def _heading(text: str, name: str, runs: dict[str, Run]) -> str:
     return f"{text}, {name}" if len(runs) > 1 else text
 
 
 def _short(value: float) -> str:
     return f"{value:.1f}" if value < 1e5 else f"{value:.1e}"
-
-
-def _processor() -> str:
-    """The CPU's name; platform.processor() is empty on many a Linux."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
-
-
-def _jsonable(value: Any) -> Any:
-    """With null for NaN and infinity, which JSON has not, and text for what else it has not."""
-    if isinstance(value, dict):
-        return {key: _jsonable(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_jsonable(item) for item in value]
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    return value if value is None or isinstance(value, int | str) else str(value)

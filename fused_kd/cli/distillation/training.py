@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ...output import KDLossOutput
-from . import memory
+from .. import memory
 from .data import Blocks, batch_order, next_tokens
 from .heads import Loss, SplitModel
 from .stopwatch import Stopwatch

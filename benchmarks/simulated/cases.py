@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from .variants import MAPS, TEMPERATURES, TERMS
+from fused_kd.cli.compiled.variants import MAPS, TEMPERATURES, TERMS
 
 Option = tuple[str, object]  # a field of `Case` and its value
 ROWS = 6  # N; divisible by 2 and 3, for two ways to cut it into outer and inner

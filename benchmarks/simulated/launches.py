@@ -21,10 +21,10 @@ from torch import Tensor
 from fused_kd import cpu
 from fused_kd import statistics as stats
 from fused_kd.cli.accuracy import EPSILON, unit_in_last_place
+from fused_kd.cli.compiled.variants import PROCESSORS, TERMS
 from fused_kd.logit_map import LogitMap
 
 from .cases import LAYOUTS, ROWS, Case, Placement
-from .variants import PROCESSORS, TERMS
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 # A cap that bends most of the logits, of standard deviation 3.

@@ -178,7 +178,9 @@ def source(variant: Variant) -> "ASTSource":
     kernel = _kernel(variant.kernel)
     constants = _constants(variant)
     arguments = call_arguments(variant)
-    signature, constexprs, attributes = {}, {}, {}
+    signature: dict[str, str] = {}
+    constexprs: dict[tuple[int], int | float | bool | Pointer] = {}
+    attributes: dict[tuple[int], list[list[Any]]] = {}
     for index, parameter in enumerate(kernel.params):
         if parameter.name in constants:
             signature[parameter.name], constexprs[index,] = "constexpr", constants[parameter.name]

@@ -1,4 +1,4 @@
-"""The peak memory of the loss: what its forward and backward pass hold beyond the two logits."""
+"""The peak memory of a function: the most that PyTorch's allocator held at once while it ran."""
 
 import contextlib
 import json
