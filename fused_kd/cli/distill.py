@@ -2,10 +2,11 @@
 
 import argparse
 import importlib
-import math
 import sys
 from fractions import Fraction
 from pathlib import Path
+
+from .arguments import at_least_one, at_least_two, positive, share
 
 DESCRIPTION = """\
 Distils a causal language model into a smaller one with the loss
@@ -54,25 +55,23 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         help="a UTF-8 text file; pydoc_data.topics is the text of help() in Python's library",
     )  # fmt: skip
     models.add_argument(
-        "--vocab-size", metavar="V", type=_at_least_one, default=argparse.SUPPRESS,
+        "--vocab-size", metavar="V", type=at_least_one, default=argparse.SUPPRESS,
         help="how many leading entries of the vocabularies are real, where the models pad them (default: all)",
     )  # fmt: skip
     models.add_argument("--output", metavar="FOLDER", type=Path, default=Path("distilled"), help="where results go")
 
     training = parser.add_argument_group("training")
-    training.add_argument("--alpha", type=_share, default=0.5, help="weight of the KL term, 0 to 1")
-    training.add_argument("--temperature", type=_positive, default=2.0, help="T of both distributions in the KL term")
+    training.add_argument("--alpha", type=share, default=0.5, help="weight of the KL term, 0 to 1")
+    training.add_argument("--temperature", type=positive, default=2.0, help="T of both distributions in the KL term")
     training.add_argument(
         "--loss", choices=("linear", "logits"), default="linear",
         help="linear: from hidden states and heads, a chunk of logits at a time; logits: from whole logits",
     )  # fmt: skip
-    training.add_argument("--steps", type=_at_least_one, default=120, help="optimiser steps (AdamW)")
-    training.add_argument("--batch-size", type=_at_least_one, default=2, help="sequences a step")
-    training.add_argument("--sequence-length", type=_at_least_two, default=128, help="tokens a sequence")
-    training.add_argument(
-        "--lr", type=_positive, default=1e-3, help="peak learning rate, after a warmup, then a cosine"
-    )
-    training.add_argument("--held-out-tokens", type=_at_least_one, default=4096, help="tokens to evaluate on, at most")
+    training.add_argument("--steps", type=at_least_one, default=120, help="optimiser steps (AdamW)")
+    training.add_argument("--batch-size", type=at_least_one, default=2, help="sequences a step")
+    training.add_argument("--sequence-length", type=at_least_two, default=128, help="tokens a sequence")
+    training.add_argument("--lr", type=positive, default=1e-3, help="peak learning rate, after a warmup, then a cosine")
+    training.add_argument("--held-out-tokens", type=at_least_one, default=4096, help="tokens to evaluate on, at most")
     training.add_argument("--seed", type=int, default=0, help="of the order of the batches, and of dropout")
     training.add_argument(
         "--dtype", choices=("float32", "bfloat16"), default="float32",
@@ -105,45 +104,6 @@ def run(options: argparse.Namespace) -> int:
 def _error(message: str) -> int:
     print(f"fused-kd distill: {message}", file=sys.stderr)
     return 2
-
-
-def _at_least_one(text: str) -> int:
-    return _whole(text, 1)
-
-
-def _at_least_two(text: str) -> int:
-    return _whole(text, 2)
-
-
-def _whole(text: str, least: int) -> int:
-    try:
-        value = int(text)
-    except ValueError:
-        value = least - 1
-    if value < least:
-        raise argparse.ArgumentTypeError(f"expected a whole number of at least {least}, got {text!r}")
-    return value
-
-
-def _number(text: str) -> float:
-    try:
-        return float(text)
-    except ValueError:
-        return math.nan
-
-
-def _positive(text: str) -> float:
-    value = _number(text)
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"expected a finite number above 0, got {text!r}")
-    return value
-
-
-def _share(text: str) -> float:
-    value = _number(text)
-    if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"expected a number from 0 to 1, got {text!r}")
-    return value
 
 
 def _layers(text: str) -> Fraction:

@@ -6,7 +6,6 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,8 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from ...output import KDLossOutput
-from .. import record
-from ..errors import UserError
+from .. import arguments, record
 from . import data, heads, models, plot, report
 from .comparison import compare
 from .training import Settings, evaluate, train
@@ -27,8 +25,8 @@ def distill(options: argparse.Namespace) -> int:
     """Runs the command; returns its exit code."""
     begin = time.perf_counter()
     console, progress_console = Console(width=None if sys.stdout.isatty() else 120), Console(stderr=True)
-    device, dtype = _device(options.device), getattr(torch, options.dtype)
-    text, output = data.read_text(options.text), _folder(options.output)
+    device, dtype = arguments.device(options.device), getattr(torch, options.dtype)
+    text, output = data.read_text(options.text), arguments.folder(options.output)
 
     progress_console.print("Loading the models")
     teacher = models.load_model(options.teacher, dtype).requires_grad_(False).to(device)
@@ -135,26 +133,3 @@ def _progress(title: str, settings: Settings, console: Console) -> Iterator[Any]
                 bar.update(task, completed=done, values=values)
 
         yield on_step
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise UserError(f"--device: expected cpu, cuda or cuda:N, got {name!r}") from error
-    if device.type not in ("cpu", "cuda"):
-        raise UserError(f"--device: expected cpu, cuda or cuda:N, got {name!r}")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UserError(f"--device: PyTorch sees {torch.cuda.device_count()} CUDA devices here, got {name!r}")
-    return device
-
-
-def _folder(path: Path) -> Path:
-    """The output folder, made before anything long, so that it cannot fail after it."""
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--output: cannot make the folder {path}: {error.strerror}") from error
-    return path

@@ -1,0 +1,79 @@
+"""What the suites share: a shape's inputs, made once for all its tests, and a peer that was seen to be right."""
+
+from typing import NamedTuple
+
+import pytest
+import torch
+
+from fused_kd.cli.benchmarking import agreement, measure, peers, problems, shapes
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+DTYPE = torch.bfloat16 if DEVICE.type == "cuda" else torch.float32
+TEMPERATURE = 2.0
+
+
+class Case(NamedTuple):
+    shape: shapes.Shape
+    peer: peers.Peer
+    which: str  # of measure.PASSES
+
+    @property
+    def name(self) -> str:
+        shape = self.shape
+        return f"{shape.name}-N{shape.rows}-V{shape.vocab_size}-{self.peer.name}-{self.which}".replace(" ", "_")
+
+
+def cases(of: list[shapes.Shape], passes: tuple[str, ...] = measure.PASSES):
+    found = [Case(shape, peer, which) for shape in of for peer in peers.of(shape) for which in passes]
+    return pytest.mark.parametrize("case", found, ids=lambda case: case.name)
+
+
+class _Latest:
+    """The buffers of the shape that was asked for last: those of two do not fit side by side."""
+
+    shape: shapes.Shape | None = None
+    buffers: list[problems.Inputs]
+
+    def of(self, shape: shapes.Shape) -> list[problems.Inputs]:
+        if shape != self.shape:
+            self.shape, self.buffers = None, []
+            measure.released(DEVICE)
+            torch._dynamo.reset()
+            self.buffers = measure.rotation(problems.make(shape, DEVICE), DEVICE)
+            self.shape = shape
+        return self.buffers
+
+
+_latest = _Latest()
+
+
+@pytest.fixture
+def time_case(benchmark):
+    """Times a case; `extra_info` has what the peer computes, its errors against float64, memory and launches."""
+
+    def run(case: Case) -> None:
+        shape, peer, which = case
+        if (reason := peer.missing(DEVICE)) is not None:
+            pytest.skip(f"{peer.name}: {reason}")
+        loss = peer.build()
+        agreed = agreement.check(peer, loss, shape, DEVICE, TEMPERATURE)
+        assert agreed.agrees, f"{peer.name} is not {peer.computes}: {agreed}"
+        buffers = _latest.of(shape)
+        own = [buffer.copy() for buffer in buffers] if peer.overwrites else buffers
+        step = measure.Step(loss, own, peer.temperature or TEMPERATURE)
+        benchmark.group = f"{shape.label}, {which}"
+        benchmark.extra_info |= {"peer": peer.name, "computes": peer.computes, "value_error": agreed.value_error}
+        benchmark.extra_info["gradient_error"] = agreed.gradient_error
+        if which == "both":
+            benchmark.extra_info["peak_bytes_beyond_inputs_and_gradients"] = measure.peak_beyond(step, DEVICE)
+            benchmark.extra_info["launches"] = measure.launches(step, DEVICE)
+
+        def timed() -> None:
+            step.run(which)
+            if DEVICE.type == "cuda":
+                torch.cuda.synchronize(DEVICE)
+
+        benchmark.pedantic(timed, setup=lambda: step.prepare(which), rounds=5, warmup_rounds=1)
+        step.next()
+
+    return run

@@ -1,0 +1,119 @@
+"""Writes the README's section on performance from the records under benchmarks/results/, so that none is typed by hand.
+
+    python benchmarks/readme.py            # after fused-kd bench --json benchmarks/results/cpu.json --output benchmarks/results
+    python benchmarks/readme.py --check    # exit code 1 where the section is not what the records say
+
+cpu.json is needed; gpu.json, where there is one, gets tables of its own.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from fused_kd.cli.benchmarking import peers, suite, tables
+from fused_kd.cli.benchmarking.suite import Result
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+README = ROOT / "README.md"
+BEGIN, END = "<!-- written by benchmarks/readme.py: begin -->", "<!-- end -->"
+
+
+def section() -> str:
+    lines: list[str] = []
+    for name in ("gpu", "cpu"):
+        path = RESULTS / f"{name}.json"
+        if path.exists():
+            record = json.loads(path.read_text())
+            lines += [*_measured(record, name), ""]
+    lines += _compiled(json.loads((RESULTS / "cpu.json").read_text()))
+    return "\n".join((BEGIN, "", *lines, "", END))
+
+
+def _measured(record: dict[str, Any], name: str) -> Iterator[str]:
+    results = [suite.from_dict(result) for result in record["results"]]
+    machine, versions = record["machine"], record["versions"]
+    device = machine["gpu"] or f"a CPU ({machine['processor']}, {machine['torch_threads']} threads)"
+    installed = ", ".join(f"{package} {version}" for package, version in versions.items() if version)
+    yield f"Measured on {device}, in one run, peers in turns; {installed}."
+    yield f"`fused-kd bench --json` wrote `benchmarks/results/{name}.json`."
+    for inputs, function in (("logits", "`kd_loss`"), ("hidden", "`linear_kd_loss`")):
+        of_models = [r for r in results if r.group == "models" and r.inputs == inputs]
+        yield ""
+        yield f"{function}, forward and backward, T = 2: milliseconds (and times ours); memory beyond inputs and gradients."
+        yield ""
+        yield from _table(of_models)
+    skipped = tables.skipped(results)
+    if skipped:
+        yield ""
+        yield "Not measured here: " + "; ".join(f"{', '.join(names)} ({why})" for why, names in skipped.items()) + "."
+    yield ""
+    for size in ("V", "N"):
+        if (RESULTS / f"growing-{size}.png").exists() and name == "cpu":
+            yield f"![Time and memory against {size}, ours and peers](benchmarks/results/growing-{size}.png)"
+
+
+def _table(results: list[Result]) -> Iterator[str]:
+    measured = [result for result in results if result.both is not None]
+    names = list(dict.fromkeys(result.peer for result in measured))
+    computes = {result.peer: result.computes for result in measured}
+    headings = [name if computes[name] == "CE + KL" else f"{name} ({computes[name]})" for name in names]
+    yield f"| models, dtype | N | V | {' | '.join(headings)} |"
+    yield "| --- | ---: | ---: |" + " ---: |" * len(names)
+    for of_shape in tables.by_shape(measured):
+        by_peer = {result.peer: result for result in of_shape}
+        ours, first = by_peer[peers.OURS], of_shape[0]
+        cells = [_cell(by_peer.get(name), ours) for name in names]
+        size = f"{first.rows} | {tables.spaced(first.vocab_size)}"
+        yield f"| {first.shape}, {first.dtype} | {size} | {' | '.join(cells)} |"
+
+
+def _cell(result: Result | None, ours: Result) -> str:
+    if result is None or result.both is None or ours.both is None or result.peak_bytes is None:
+        return "-"
+    ratio = "" if result is ours else f" ({result.both.median / ours.both.median:.1f})"
+    text = f"{tables.milliseconds(result.both)}{ratio}; {result.peak_bytes / 1e6:.0f} MB"
+    return f"**{text}**" if result is ours else text + tables.wrong(result)
+
+
+def _compiled(record: dict[str, Any]) -> Iterator[str]:
+    yield (
+        "What the kernels' machine code does for one (student, teacher) element, bfloat16, T = 2. "
+        f"Read from what Triton {record['versions']['triton']} compiles; **no GPU was there, nothing of it is a time**:"
+    )
+    yield ""
+    yield "| kernel | target | instructions | MUFU | bytes | registers | spilled | resident warps |"
+    yield "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |"
+    for p in record["compiled"]:
+        counts = f"{p['instructions']:.1f} | {p['mufu']:.2f} | {p['bytes']:.1f}"
+        yield f"| {p['kernel']} | {p['target']} | {counts} | {p['registers']} | {p['spill']} | {p['resident_warps']} |"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--check", action="store_true", help="change nothing; exit with 1 if the section is out of date"
+    )
+    options = parser.parse_args(arguments)
+    text = README.read_text()
+    before, _, rest = text.partition(BEGIN)
+    _, _, after = rest.partition(END)
+    if not rest or not after:
+        print(f"{README.name}: expected the lines {BEGIN!r} and {END!r}, which enclose the section", file=sys.stderr)
+        return 2
+    new = before + section() + after
+    if options.check:
+        if new != text:
+            print(
+                f"{README.name} is not what benchmarks/results/ says: run python benchmarks/readme.py", file=sys.stderr
+            )
+        return int(new != text)
+    README.write_text(new)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,13 @@
+"""How the cost of kd_loss and its peers grows with V and with N, forward and backward together.
+
+pytest benchmarks/test_sweeps.py --benchmark-columns=median,iqr --benchmark-group-by=group
+"""
+
+from conftest import DEVICE, DTYPE, cases
+
+from fused_kd.cli.benchmarking import shapes
+
+
+@cases(shapes.sweep_shapes(DEVICE, DTYPE), passes=("both",))
+def test_step(time_case, case):
+    time_case(case)

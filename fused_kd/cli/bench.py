@@ -1,0 +1,190 @@
+"""`fused-kd bench`: what the loss costs on the machine at hand, beside everything a user would take instead."""
+
+import argparse
+import importlib
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from . import arguments
+from .arguments import positive
+from .errors import UserError
+
+DESCRIPTION = """\
+Measures a training step of the loss, forward, backward and both, beside what a user would take instead, in one run:
+eager PyTorch, torch.compile of it, and where they are installed (extra "bench") Liger-Kernel, torchtune,
+flash-linear-attention and Cut Cross-Entropy.  Every peer is first compared with a float64 oracle of what it says it
+computes; what cannot run here is listed with the reason.
+
+Shapes are those of models that are really distilled into one another, with as many tokens as the device does in
+reasonable time, then sweeps over V and N, which are drawn.  Times are medians and half the distance of the quartiles;
+memory is the peak beyond inputs and gradients; "floor/copy" is what the step would take if it only read both logits and
+wrote the gradient at the bandwidth of a copy, over what it took.
+
+Exit code: 0 done, 1 if the loss of fused_kd is not the oracle's, 2 wrong use or something missing.
+"""
+
+PACKAGES = ("rich", "matplotlib")
+
+
+def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    parser = commands.add_parser(
+        "bench",
+        help="measure time and memory of the loss beside eager PyTorch, torch.compile and other libraries",
+        description=DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ...; auto: cuda where there is one")
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        help="of logits, hidden states and weights (default: bfloat16 on a GPU, float32 on a CPU)",
+    )
+    parser.add_argument(
+        "--pairs", nargs="+", metavar="PAIR", default=[],
+        help="models to take the sizes of, by family: llama2, smollm2, llama3, qwen2.5, gemma2, gemma3 (default: all from "
+        "logits; from hidden states all on a GPU, the small ones on a CPU)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--part", choices=("all", "models", "sweeps", "compiled"), default="all",
+        help="models: the shapes of models; sweeps: growing V and N; compiled: what the kernels' machine code does, for "
+        "four GPUs of which none need be here (default: all)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--seconds", type=positive, default=6.0, help="of timed runs a shape, about; more is less noise (default: 6)"
+    )
+    parser.add_argument("--output", metavar="FOLDER", type=Path, default=Path("benchmarked"), help="where plots go")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write every figure to FILE")
+    parser.add_argument("--compare", type=Path, metavar="FILE", help="a file of --json; say what moved beyond noise")
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> int:
+    for package in PACKAGES:
+        try:
+            importlib.import_module(package)
+        except ModuleNotFoundError:
+            return _error(f'the package {package} is missing: pip install "fused_kd[bench]"')
+    try:
+        return _bench(options)
+    except UserError as error:
+        return _error(str(error))
+
+
+def _bench(options: argparse.Namespace) -> int:
+    import torch
+    from rich.console import Console
+
+    from . import record
+    from .benchmarking import comparison, measure, plots, shapes, tables
+
+    begin = time.perf_counter()
+    device = arguments.device(options.device)
+    dtype = getattr(torch, options.dtype or ("bfloat16" if device.type == "cuda" else "float32"))
+    unknown = [pair for pair in options.pairs if pair not in shapes.PAIRS]
+    if unknown:
+        raise UserError(f"--pairs: expected some of {', '.join(shapes.PAIRS)}, got {', '.join(unknown)}")
+    before = _read(options.compare) if options.compare else None
+    arguments.folder(options.output)
+    work: list[shapes.Shape] = []
+    if options.part in ("all", "models"):
+        work += shapes.model_shapes(device, dtype, tuple(options.pairs))
+    if options.part in ("all", "sweeps"):
+        work += shapes.sweep_shapes(device, dtype)
+
+    console = Console(width=None if sys.stdout.isatty() else 150)
+    copy = measure.copy_bandwidth(device)
+    machine = record.machine(device)
+    where = machine["gpu"] or f"{machine['processor']}, {machine['torch_threads']} threads"
+    console.print(f"{where}; a copy moves {copy / 1e9:.1f} GB/s", markup=False, highlight=False)
+    results = _measured(work, device, options.seconds)
+    for of_shape in tables.by_shape(results):
+        if any(result.both for result in of_shape):
+            console.print(tables.time_table(of_shape, copy))
+    compiled = _compiled_profiles() if options.part in ("all", "compiled") else []
+    if isinstance(compiled, str):
+        console.print(f"The kernels as compiled: {compiled}", markup=False, highlight=False)
+    elif compiled:
+        console.print(tables.compiled_table(compiled))
+    for reason, names in tables.skipped(results).items():
+        console.print(f"Skipped, {reason}: {', '.join(names)}", markup=False, highlight=False)
+    pictures = plots.draw(options.output, results, where)
+    if pictures:
+        console.print(f"Drawn: {', '.join(map(str, pictures))}", markup=False, highlight=False)
+    if before is not None:
+        found, compared = comparison.changes(before, results)
+        console.print(comparison.table(found) if found else "Nothing moved beyond noise")
+        console.print(f"{len(found)} of {compared} figures moved", markup=False, highlight=False)
+    if options.json:
+        figures = {
+            "command": "fused-kd bench",
+            "options": {key: value for key, value in vars(options).items() if key not in ("run", "json", "output")},
+            "versions": record.versions("liger-kernel", "torchtune", "fla-core", "cut-cross-entropy"),
+            "machine": machine,
+            "copy_bytes_a_second": copy,
+            "seconds": time.perf_counter() - begin,
+            "results": [result.as_dict() for result in results],
+            "compiled": compiled,
+        }
+        record.write_json(options.json, figures)
+    console.print(f"{time.perf_counter() - begin:.0f} s in all", markup=False, highlight=False)
+    return 1 if any(result.agrees is False and result.peer == "fused_kd" for result in results) else 0
+
+
+def _measured(work: list[Any], device: Any, seconds: float) -> list[Any]:
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    from .benchmarking import suite
+
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+    results = []
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("", total=len(work))
+        for shape in work:
+            progress.update(task, description=shape.label)
+            results += suite.measured(shape, device, seconds)
+            progress.advance(task)
+    return results
+
+
+def _compiled_profiles() -> list[dict[str, Any]] | str:
+    """Of both kernels on every target, or why there are none."""
+    try:
+        importlib.import_module("triton")
+    except ModuleNotFoundError:
+        return "Triton is not installed"
+    from .compiled.variants import KERNELS, TARGETS, Variant, measure
+    from .compiled.workers import in_workers
+
+    variants = [
+        Variant(kernel, target, "bf16", "bf16", 2.0, "ce+kl", "dense") for kernel in KERNELS for target in TARGETS
+    ]
+    found = []
+    for variant, profile in in_workers(measure, variants, 2).items():
+        if isinstance(profile, BaseException):
+            return f"{variant.name}: {profile}"
+        found.append(
+            {
+                "kernel": variant.kernel, "target": variant.target, "instructions": profile.instructions,
+                "mufu": profile.kinds["mufu"], "bytes": profile.bytes, "registers": profile.registers,
+                "spill": profile.spill, "resident_warps": profile.resident_warps,
+            }
+        )  # fmt: skip
+    return found
+
+
+def _read(path: Path) -> list[Any]:
+    from .benchmarking import suite
+
+    try:
+        return [suite.from_dict(result) for result in json.loads(path.read_text())["results"]]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"--compare: expected a file that --json wrote, got {path}: {error}") from error
+
+
+def _error(message: str) -> int:
+    print(f"fused-kd bench: {message}", file=sys.stderr)
+    return 2

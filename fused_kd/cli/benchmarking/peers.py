@@ -1,0 +1,199 @@
+"""What a user would take instead of `kd_loss` and `linear_kd_loss`.
+
+A peer computes this loss, or the part of it that it has; `problems.PARTS` has the formulas.  Its packages are those of
+the extra "bench"; it is imported when it is first asked for.
+"""
+
+import functools
+import importlib
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ... import kd_loss, linear_kd_loss
+from .problems import ALPHA, Inputs, logits_of
+from .shapes import Shape
+
+Loss = Callable[[Inputs, float], Tensor]  # of T
+
+
+@dataclass(frozen=True)
+class Peer:
+    name: str
+    inputs: str  # of shapes.INPUTS
+    build: Callable[[], Loss]
+    part: str = "CE + KL"  # of problems.PARTS
+    package: str | None = None  # to import
+    distribution: str | None = None  # to install, where its name differs
+    needs_gpu: bool = False
+    temperature: float | None = None  # the only one that it has
+    overwrites: bool = False  # its inputs
+
+    @property
+    def computes(self) -> str:
+        return self.part if self.temperature is None else f"{self.part}, T = {self.temperature:g}"
+
+    def missing(self, device: torch.device) -> str | None:
+        """Why it cannot run here; None if it can."""
+        if self.package is not None and importlib.util.find_spec(self.package) is None:
+            return f"{self.distribution or self.package} is not installed"
+        if self.needs_gpu and device.type != "cuda":
+            return "its Triton kernels need a GPU"
+        return None
+
+
+def eager(student: Tensor, teacher: Tensor, labels: Tensor, temperature: float) -> Tensor:
+    """As training code writes it."""
+    log_p = F.log_softmax(student.float() / temperature, dim=-1)
+    log_q = F.log_softmax(teacher.float() / temperature, dim=-1)
+    kl = F.kl_div(log_p, log_q, reduction="batchmean", log_target=True)
+    return (1 - ALPHA) * F.cross_entropy(student.float(), labels) + ALPHA * temperature**2 * kl
+
+
+def eager_loss(inputs: Inputs, temperature: float) -> Tensor:
+    with torch.no_grad():
+        teacher = logits_of(inputs.teacher)
+    return eager(logits_of(inputs.student), teacher, inputs.labels, temperature)
+
+
+def _compiled() -> Loss:
+    compiled = torch.compile(eager_of_tensors, dynamic=False)
+    return lambda inputs, temperature: compiled(inputs.student, inputs.teacher, inputs.labels, temperature)
+
+
+def eager_of_tensors(
+    student: tuple[Tensor, ...], teacher: tuple[Tensor, ...], labels: Tensor, temperature: float
+) -> Tensor:
+    return eager_loss(Inputs(student, teacher, labels), temperature)
+
+
+def _ours() -> Loss:
+    def loss(inputs: Inputs, temperature: float) -> Tensor:
+        function: Any = kd_loss if len(inputs.student) == 1 else linear_kd_loss
+        value = function(*inputs.student, *inputs.teacher, inputs.labels, alpha=ALPHA, temperature=temperature)
+        return value  # type: ignore[no-any-return]
+
+    return loss
+
+
+def _module(name: str) -> Any:
+    return importlib.import_module(name)
+
+
+def _torchtune(chunks: int = 8) -> Loss:
+    """Its knowledge-distillation recipes: heads applied to chunks of a sequence, whose logits all stay for backward."""
+    losses = _module("torchtune.modules.loss")
+    divergence, cross_entropy = losses.ForwardKLWithChunkedOutputLoss(chunks), losses.CEWithChunkedOutputLoss(chunks)
+
+    def loss(inputs: Inputs, temperature: float) -> Tensor:
+        def pieces(stream: tuple[Tensor, ...]) -> list[Tensor]:  # [1, N / chunks, V]
+            return [logits_of((chunk[None], *stream[1:])) for chunk in stream[0].chunk(chunks)]
+
+        with torch.no_grad():
+            teacher = pieces(inputs.teacher)
+        student, labels = pieces(inputs.student), inputs.labels[None]
+        value = (1 - ALPHA) * cross_entropy(student, labels) + ALPHA * divergence(student, teacher, labels)
+        return value  # type: ignore[no-any-return]
+
+    return loss
+
+
+def _liger_chunked() -> Loss:
+    jsd = _module("liger_kernel.chunked_loss").LigerFusedLinearJSDLoss
+
+    @functools.cache
+    def at(temperature: float) -> Any:  # beta = 0: the divergence is KL(teacher || student)
+        soft = ALPHA * temperature**2
+        return jsd(weight_hard_loss=1 - ALPHA, weight_soft_loss=soft, beta=0.0, temperature=temperature)
+
+    return lambda inputs, temperature: at(temperature)(*inputs.student, *inputs.teacher, inputs.labels)
+
+
+def _liger(function: str, call: Callable[[Any, Inputs, float], Tensor]) -> Callable[[], Loss]:
+    def build() -> Loss:
+        return functools.partial(call, getattr(_module("liger_kernel.transformers.functional"), function))
+
+    return build
+
+
+def _liger_ce_and_tvd() -> Loss:
+    module = _module("liger_kernel.transformers.fused_ce_tvd").LigerFusedCETVDLoss()
+
+    def loss(inputs: Inputs, temperature: float) -> Tensor:
+        ce, distance = module(*inputs.student, *inputs.teacher, inputs.labels)
+        return ce.mean() + distance.mean()  # type: ignore[no-any-return]
+
+    return loss
+
+
+def _liger_kl_of_probabilities(function: Any, inputs: Inputs, temperature: float) -> Tensor:
+    with torch.no_grad():  # it takes the teacher's probabilities as a whole
+        target = F.softmax(logits_of(inputs.teacher).float() / temperature, -1).to(inputs.student[0].dtype)
+    return function(*inputs.student, target, temperature=temperature)  # type: ignore[no-any-return]
+
+
+def _fla_kl() -> Loss:
+    module = _module("fla.modules.fused_kl_div").FusedKLDivLoss()
+
+    def loss(inputs: Inputs, temperature: float) -> Tensor:
+        (hidden, weight), (teacher_hidden, teacher_weight) = inputs.student, inputs.teacher
+        return module(hidden, teacher_hidden, weight, teacher_weight)  # type: ignore[no-any-return]
+
+    return loss
+
+
+def _cce(implementation: str) -> Callable[[], Loss]:
+    def build() -> Loss:
+        function = _module("cut_cross_entropy").linear_cross_entropy
+        return lambda inputs, temperature: function(*inputs.student, inputs.labels, impl=implementation)
+
+    return build
+
+
+OURS = "fused_kd"
+liger = functools.partial(Peer, package="liger_kernel", distribution="liger-kernel")
+liger_kernels = functools.partial(liger, needs_gpu=True)
+torchtune = functools.partial(Peer, part="CE + soft CE", package="torchtune", temperature=1.0)
+cce = functools.partial(Peer, part="CE", package="cut_cross_entropy", distribution="cut-cross-entropy")
+fla = functools.partial(Peer, package="fla", distribution="fla-core", needs_gpu=True)
+
+PEERS = (
+    Peer(OURS, "logits", _ours),
+    Peer("eager PyTorch", "logits", lambda: eager_loss),
+    Peer("torch.compile", "logits", _compiled),
+    torchtune("torchtune, chunked", "logits", _torchtune),
+    liger_kernels("Liger CE + TVD", "logits", _liger_ce_and_tvd, part="CE + TVD"),
+    liger_kernels(
+        "Liger CE", "logits",
+        _liger("liger_cross_entropy", lambda f, i, T: f(*i.student, i.labels)), part="CE", overwrites=True,
+    ),
+    Peer(OURS, "hidden", _ours),
+    Peer("eager PyTorch", "hidden", lambda: eager_loss),
+    Peer("torch.compile", "hidden", _compiled),
+    liger("Liger chunked JSD, beta = 0", "hidden", _liger_chunked),
+    torchtune("torchtune, chunked", "hidden", _torchtune),
+    liger_kernels(
+        "Liger fused linear JSD, beta = 0", "hidden",
+        _liger("liger_fused_linear_jsd", lambda f, i, T: f(*i.student, *i.teacher, jsd_beta=0.0, temperature=T)),
+        part="KL",
+    ),
+    liger_kernels(
+        "Liger fused linear KL", "hidden", _liger("liger_fused_linear_kl_div", _liger_kl_of_probabilities), part="KL",
+    ),
+    fla("fla fused KL", "hidden", _fla_kl, part="KL", temperature=1.0),
+    cce("Cut Cross-Entropy", "hidden", _cce("cce"), needs_gpu=True),
+    cce("Cut Cross-Entropy, torch.compile", "hidden", _cce("torch_compile")),
+    liger_kernels(
+        "Liger fused linear CE", "hidden",
+        _liger("liger_fused_linear_cross_entropy", lambda f, i, T: f(*i.student, i.labels)), part="CE",
+    ),
+)  # fmt: skip
+
+
+def of(shape: Shape) -> list[Peer]:
+    return [peer for peer in PEERS if peer.inputs == shape.inputs]

@@ -1,0 +1,103 @@
+"""The tensors of a shape, and the losses that others compute of them, by their formulas in float64."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ... import reference
+from .shapes import Shape
+
+ALPHA = 0.5
+SPREAD = 3.0  # standard deviation of the logits
+
+
+class Inputs(NamedTuple):
+    """`student` are the leaves, which get gradients: logits, or hidden states and weight."""
+
+    student: tuple[Tensor, ...]  # [N, V]; [N, H_s], [V, H_s]
+    teacher: tuple[Tensor, ...]  # [N, V]; [N, H_t], [V, H_t]
+    labels: Tensor  # [N]
+
+    def copy(self) -> "Inputs":
+        student = tuple(leaf.detach().clone().requires_grad_() for leaf in self.student)
+        return Inputs(student, tuple(tensor.clone() for tensor in self.teacher), self.labels.clone())
+
+    def clear(self) -> None:
+        for leaf in self.student:
+            leaf.grad = None
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in (*self.student, *self.teacher, self.labels))
+
+
+def make(shape: Shape, device: torch.device) -> Inputs:
+    """Random logits of standard deviation `SPREAD`, or hidden states and weights that give such; the same each time."""
+    generator = torch.Generator(device).manual_seed(0)
+
+    def normal(*size: int, scale: float = 1.0) -> Tensor:
+        return torch.randn(size, generator=generator, device=device).mul_(scale).to(shape.dtype)
+
+    N, V = shape.rows, shape.vocab_size
+    streams: list[tuple[Tensor, ...]] = []
+    for width in (shape.student_hidden, shape.teacher_hidden):
+        if shape.inputs == "logits":
+            streams.append((normal(N, V, scale=SPREAD),))
+        else:
+            streams.append((normal(N, width), normal(V, width, scale=SPREAD / width**0.5)))
+    for leaf in streams[0]:
+        leaf.requires_grad_()
+    return Inputs(streams[0], streams[1], torch.randint(V, (N,), generator=generator, device=device))
+
+
+def logits_of(stream: tuple[Tensor, ...]) -> Tensor:
+    return stream[0] if len(stream) == 1 else F.linear(*stream)
+
+
+# Of the logits of student and teacher, labels, T.
+Part = Callable[[Tensor, Tensor, Tensor, float], Tensor]
+
+
+def _loss(student: Tensor, teacher: Tensor, labels: Tensor, temperature: float) -> Tensor:
+    value = reference.kd_loss(student, teacher, labels, alpha=ALPHA, temperature=temperature)
+    assert isinstance(value, Tensor)
+    return value
+
+
+def _soft(student: Tensor, teacher: Tensor, labels: Tensor, temperature: float) -> Tensor:
+    soft = -(F.softmax(teacher, -1) * F.log_softmax(student, -1)).sum(-1).mean()
+    return (1 - ALPHA) * F.cross_entropy(student, labels) + ALPHA * soft
+
+
+def _ce(student: Tensor, teacher: Tensor, labels: Tensor, temperature: float) -> Tensor:
+    return F.cross_entropy(student, labels)
+
+
+def _kl(student: Tensor, teacher: Tensor, labels: Tensor, temperature: float) -> Tensor:
+    return reference.kl_divergence(student, teacher, temperature).mean()
+
+
+def _ce_and_tvd(student: Tensor, teacher: Tensor, labels: Tensor, temperature: float) -> Tensor:
+    distance = 0.5 * (F.softmax(student, -1) - F.softmax(teacher, -1)).abs().sum(-1)
+    return F.cross_entropy(student, labels) + distance.mean()
+
+
+# What a peer computes, means over rows.
+PARTS: dict[str, Part] = {
+    "CE + KL": _loss,
+    "CE + soft CE": _soft,  # another value than CE + KL, the same gradient
+    "CE": _ce,
+    "KL": _kl,
+    "CE + TVD": _ce_and_tvd,
+}
+
+
+def exact(part: str, inputs: Inputs, temperature: float) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """Value and gradients of a part in float64."""
+    leaves = tuple(leaf.detach().double().requires_grad_() for leaf in inputs.student)
+    teacher = logits_of(tuple(tensor.double() for tensor in inputs.teacher))
+    value = PARTS[part](logits_of(leaves), teacher, inputs.labels, temperature)
+    return value.detach(), torch.autograd.grad(value, leaves)

@@ -1,0 +1,106 @@
+"""All that is measured, shape by shape, as plain records: what the tables, the plots and the JSON file are made of."""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from . import agreement, measure, peers, problems
+from .peers import Peer
+from .shapes import Shape
+
+TEMPERATURE = 2.0
+# Of an [N, V] array, the least that a step moves: both logits read, the gradient written.
+FLOOR_PASSES = 3
+
+
+@dataclass(frozen=True)
+class Result:
+    """What came of a peer at a shape; `reason` says why there are no figures, where there are none."""
+
+    group: str
+    shape: str
+    inputs: str
+    rows: int
+    vocab_size: int
+    student_hidden: int
+    teacher_hidden: int
+    dtype: str
+    peer: str
+    computes: str
+    reason: str | None = None
+    agrees: bool | None = None
+    value_error: float | None = None
+    gradient_error: float | None = None
+    forward: measure.Spread | None = None
+    backward: measure.Spread | None = None
+    both: measure.Spread | None = None
+    peak_bytes: int | None = None  # beyond inputs and gradients
+    launches: int | None = None
+    joules: float | None = None
+    bandwidth: float | None = None  # bytes a second of the floor, where the inputs are logits
+
+    @classmethod
+    def of(cls, shape: Shape, peer: Peer, **measured: Any) -> "Result":
+        sizes = shape.rows, shape.vocab_size, shape.student_hidden, shape.teacher_hidden
+        dtype = str(shape.dtype).removeprefix("torch.")
+        return cls(shape.group, shape.name, shape.inputs, *sizes, dtype, peer.name, peer.computes, **measured)
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """What must be equal for two results to be comparable."""
+        return (
+            self.inputs, self.rows, self.vocab_size, self.student_hidden, self.teacher_hidden, self.dtype, self.peer,
+        )  # fmt: skip
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def from_dict(record: dict[str, Any]) -> Result:
+    passes = {which: measure.Spread(**record[which]) for which in measure.PASSES if record.get(which)}
+    return Result(**{**record, **passes})
+
+
+def measured(shape: Shape, device: torch.device, budget: float) -> list[Result]:
+    """Every peer at a shape, in about `budget` seconds of timed runs."""
+    torch._dynamo.reset()  # compiled peers are compiled for each shape: one that has seen several makes slower code
+    buffers = measure.rotation(problems.make(shape, device), device)
+    results: list[Result] = []
+    steps: dict[Peer, measure.Step] = {}
+    found: dict[Peer, dict[str, Any]] = {}
+    for peer in peers.of(shape):
+        reason = peer.missing(device)
+        if reason is None:
+            try:
+                loss = peer.build()
+                found[peer] = asdict(agreement.check(peer, loss, shape, device, TEMPERATURE))
+                own = [buffer.copy() for buffer in buffers] if peer.overwrites else buffers
+                steps[peer] = measure.Step(loss, own, peer.temperature or TEMPERATURE)
+                found[peer]["peak_bytes"] = measure.peak_beyond(steps[peer], device)
+            except Exception as error:  # another's package, which must not end the measurement of the rest
+                if peer.name == peers.OURS:
+                    raise
+                steps.pop(peer, None)
+                reason = _one_line(error)
+                measure.released(device)
+        if reason is not None:
+            results.append(Result.of(shape, peer, reason=reason))
+    for which in measure.PASSES:
+        for peer, spread in measure.times(steps, which, device, budget / len(measure.PASSES)).items():
+            found[peer][which] = spread
+    for peer, step in steps.items():
+        seconds = found[peer]["both"].median
+        floor = FLOOR_PASSES * shape.logits * shape.dtype.itemsize
+        found[peer]["bandwidth"] = floor / seconds if shape.inputs == "logits" else None
+        found[peer]["launches"] = measure.launches(step, device)
+        found[peer]["joules"] = measure.joules(step, device, seconds)
+        step.next()
+        results.append(Result.of(shape, peer, **found[peer]))
+    measure.released(device)
+    return results
+
+
+def _one_line(error: Exception) -> str:
+    text = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {text[0] if text else ''}"[:160]
