@@ -1,6 +1,7 @@
 """Writes the README's section on performance from the records under benchmarks/results/, so that none is typed by hand.
 
-    python benchmarks/readme.py            # after fused-kd bench --json benchmarks/results/cpu.json --output benchmarks/results
+    fused-kd bench --json benchmarks/results/cpu.json --output benchmarks/results
+    python benchmarks/readme.py
     python benchmarks/readme.py --check    # exit code 1 where the section is not what the records say
 
 cpu.json is needed; gpu.json, where there is one, gets tables of its own.

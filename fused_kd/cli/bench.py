@@ -88,6 +88,8 @@ def _bench(options: argparse.Namespace) -> int:
         raise UserError(f"--pairs: expected some of {', '.join(shapes.PAIRS)}, got {', '.join(unknown)}")
     before = _read(options.compare) if options.compare else None
     arguments.folder(options.output)
+    if options.json and not options.json.absolute().parent.is_dir():
+        raise UserError(f"--json: no folder {options.json.parent}")
     work: list[shapes.Shape] = []
     if options.part in ("all", "models"):
         work += shapes.model_shapes(device, dtype, tuple(options.pairs))

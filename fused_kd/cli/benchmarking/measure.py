@@ -23,6 +23,7 @@ PASSES = ("forward", "backward", "both")
 MIN_ROUNDS, MAX_ROUNDS = 5, 100
 COLD = 2  # times the last-level cache: what buffers must exceed so that none of it is left there from their last use
 ENERGY_SECONDS = 1.0
+COPY_BYTES = 2**29
 
 
 @dataclass(frozen=True)
@@ -182,7 +183,7 @@ def joules(step: Step, device: torch.device, seconds: float) -> float | None:
 
 def copy_bandwidth(device: torch.device) -> float:
     """Bytes read and written a second by `copy_` of 512 MB; the best of a few."""
-    source = torch.empty(2**27, dtype=torch.float32, device=device).zero_()
+    source = torch.zeros(COPY_BYTES, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     stopwatch = _CudaStopwatch(device) if device.type == "cuda" else _Stopwatch()
     for _ in range(2 + MIN_ROUNDS):
