@@ -1,0 +1,146 @@
+"""What the kernels would take on GPUs that are not here, by a simulator's model: ours and others' beside one another.
+
+    FUSED_KD_SIMULATOR=folder python benchmarks/modelled.py --json benchmarks/results/modelled.json
+
+The compiled kernels run on a few rows of bfloat16 logits, T = 2, forward and backward; the simulator counts what they move
+and issue, and its model of the chip extrapolates to 8 192 rows.  It is a model: good for ratios between such kernels on one
+chip, not for times.  Of the L2 cache it grants half of the nominal capacity.  The floor is the time of reading both logits
+and writing the gradient once at the chip's achievable bandwidth.  Heads are left out: of a loss that projects hidden states
+only its own kernels count.
+
+`compiled_kernels.py --help` says what the folder must hold; its launches also `kernel`, `n_ctas`, and what its `extrapolate` takes.
+Exit code: 0, also where there is no simulator.
+"""
+
+import argparse
+import importlib
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from compiled_kernels import SIMULATOR, SIMULATOR_FOLDER
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from fused_kd.cli import record
+from fused_kd.cli.benchmarking import peers, problems, shapes, tables
+
+CHIPS = ("a100", "h100", "b200")
+VOCABULARIES = (32_000, 128_256, 262_144)
+# Rows that run: the simulator wants four programs a launch, and flash-linear-attention cuts hidden states into 8 chunks.
+ROWS, MODELLED_ROWS = {"logits": 4, "hidden": 32}, 8192
+AFTER = (
+    "elementwise_mul_kernel",
+)  # scales finished gradients by the upstream gradient: 1, and then reads nothing else
+TEMPERATURE = 2.0
+OTHERS = ("Liger CE + TVD", "Liger CE", "fla fused KL")
+
+
+def ours(logits: problems.Inputs) -> None:
+    """The two launches, as planned for the rows that are modelled on the chip at hand."""
+    from fused_kd import kernels
+    from fused_kd import statistics as stats
+    from fused_kd.kernels.launch import plan
+    from fused_kd.logit_map import LogitMap
+
+    (student,), (teacher,), labels = logits
+    student, teacher = student.detach()[None], teacher[None]
+    weight, maps = torch.ones(labels.shape), (LogitMap(), LogitMap())
+    processors = torch.cuda.get_device_properties(0).multi_processor_count
+    launch = plan(MODELLED_ROWS, student.shape[-1], student.element_size(), processors)
+    parts = kernels.row_statistics(student, teacher, weight, weight, TEMPERATURE, True, *maps, launch)
+    gradient = torch.empty_like(student)
+    merged = stats.merge(parts, TEMPERATURE)
+    kernels.logit_gradient(student, teacher, labels, merged, weight, weight, TEMPERATURE, gradient, None, *maps, launch)
+
+
+def of_peer(peer: peers.Peer) -> Callable[[problems.Inputs], None]:
+    loss = peer.build()
+    return lambda inputs: loss(inputs, peer.temperature or TEMPERATURE).backward()  # type: ignore[no-untyped-call]
+
+
+def subjects() -> dict[str, tuple[str, str, Callable[[problems.Inputs], None]]]:
+    """What is computed and of which inputs, by name."""
+    found = {peers.OURS: ("CE + KL", "logits", ours)}
+    for peer in peers.PEERS:
+        if peer.name in OTHERS and peer.missing(torch.device("cuda")) is None:
+            found[peer.name] = peer.computes, peer.inputs, of_peer(peer)
+    return found
+
+
+def modelled(simulator: Any, chip: str, V: int, inputs: str, run: Callable[[problems.Inputs], None]) -> dict[str, Any]:
+    rows = ROWS[inputs]
+    shape = shapes.Shape("", "", inputs, rows, V, 32, 32, torch.bfloat16)
+    given = problems.make(shape, torch.device("cpu"))
+    with simulator.device(chip) as device:
+        run(given)
+        launches = [launch for launch in device.launches if launch.kernel not in AFTER]
+        estimates = [device.extrapolate(launch, rows=MODELLED_ROWS * launch.n_ctas // rows) for launch in launches]
+        made = launches[0].chip
+    pairs = MODELLED_ROWS * V
+    floor = 6 * pairs / (made.hbm_gbs * 1e9 * made.hbm_fraction)
+    seconds = sum(estimate.kernel_us for estimate in estimates) / 1e6
+    return {
+        "launches": len(estimates),
+        "bytes_a_pair": sum(estimate.dram_bytes for estimate in estimates) / pairs,
+        "modelled_seconds": seconds,
+        "times_the_floor": seconds / floor,
+        "bound_by": [estimate.bound for estimate in estimates],
+    }
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--chip", action="append", choices=CHIPS, help=f"repeatable (default: {' '.join(CHIPS)})")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write every figure to FILE")
+    options = parser.parse_args(arguments)
+    folder = os.environ.get(SIMULATOR_FOLDER)
+    if not folder:
+        print(f"{SIMULATOR_FOLDER} names no folder: nothing was run")
+        return 0
+    sys.path.insert(0, folder)
+    simulator = importlib.import_module(SIMULATOR)
+    work = [
+        (chip, V, name, *subject)
+        for chip in options.chip or CHIPS
+        for V in VOCABULARIES
+        for name, subject in subjects().items()
+    ]
+    results = []
+    for chip, V, name, computes, inputs, run in track(work, "simulating", console=Console(stderr=True)):
+        given = {"chip": chip, "vocab_size": V, "rows": MODELLED_ROWS, "peer": name, "computes": computes}
+        try:
+            results.append(given | modelled(simulator, chip, V, inputs, run))
+        except Exception as error:  # another's kernel that the simulator has not the instructions for
+            if name == peers.OURS:
+                raise
+            results.append(given | {"reason": f"{type(error).__name__}: {error}"[:160]})
+    Console(width=None if sys.stdout.isatty() else 150).print(table(results))
+    if options.json:
+        versions = record.versions("liger-kernel", "fla-core")
+        record.write_json(options.json, {"command": "benchmarks/modelled.py", "versions": versions, "results": results})
+    return 0
+
+
+def table(results: list[dict[str, Any]]) -> Table:
+    title = f"MODELLED, not measured: bfloat16, N = {MODELLED_ROWS}, T = {TEMPERATURE:g}, forward and backward"
+    table = Table(title=title, title_justify="left")
+    for heading in ("chip", "V", "", "computes", "launches", "bytes a pair", "modelled ms", "of the floor", "bound by"):
+        table.add_column(heading, justify="left" if heading in ("chip", "", "computes", "bound by") else "right")
+    for r in results:
+        cells = ("", "", "", "", r.get("reason", ""))
+        if "modelled_seconds" in r:
+            cells = (
+                str(r["launches"]), f"{r['bytes_a_pair']:.1f}", f"{1000 * r['modelled_seconds']:.2f}",
+                f"{r['times_the_floor']:.2f}", ", ".join(dict.fromkeys(r["bound_by"])),
+            )  # fmt: skip
+        table.add_row(r["chip"], tables.spaced(r["vocab_size"]), r["peer"], r["computes"], *cells)
+    return table
+
+
+if __name__ == "__main__":
+    sys.exit(main())
