@@ -8,7 +8,8 @@ chip, not for times.  Of the L2 cache it grants half of the nominal capacity.  T
 and writing the gradient once at the chip's achievable bandwidth.  Heads are left out: of a loss that projects hidden states
 only its own kernels count.
 
-`compiled_kernels.py --help` says what the folder must hold; its launches also `kernel`, `n_ctas`, and what its `extrapolate` takes.
+`compiled_kernels.py --help` says what the folder must hold; its launches also have `kernel`, `n_ctas`, and what its
+`extrapolate` takes.
 Exit code: 0, also where there is no simulator.
 """
 
