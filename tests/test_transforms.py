@@ -5,7 +5,8 @@ from functools import partial
 import pytest
 import torch
 
-from fused_kd import kd_loss, linear_kd_loss
+from fused_kd import kd_loss, linear_kd_loss, ops
+from fused_kd.logit_map import LogitMap
 
 B, N, V, H_S, H_T = 3, 4, 50, 8, 6
 
@@ -130,3 +131,15 @@ def test_an_operator_by_itself_refuses_to_be_differentiated():
     )
     with pytest.raises(NotImplementedError, match="an operator by itself"):
         statistics.sum().backward()
+
+
+def test_vmap_of_an_operator_over_its_last_dimension():
+    """The losses bring the samples to the front before they call it."""
+    student, weight = torch.randn(1, 4, V, B), torch.rand(4, B)
+
+    def statistics(student, weight):
+        return ops.row_statistics(student, None, weight, weight, 2.0, True, LogitMap(), LogitMap())
+
+    batched = torch.func.vmap(statistics, (3, 1))(student, weight)
+    for i in range(B):
+        assert torch.equal(batched[i], statistics(student[..., i], weight[:, i]))
