@@ -102,8 +102,9 @@ def plan(
         }
     hidden = sum(size for name, size in gradients.items() if name.endswith("hidden gradient"))
     forward = sum((*workspace.values(), *weights.values(), *sum_bytes, hidden))
-    if rows <= chunk_rows and not sides[-1].any_grad:  # the teacher's logits make room for the weight gradient
-        forward -= min(sum_bytes[0], workspace.get("teacher logits", 0))
+    if rows <= chunk_rows and not sides[-1].any_grad:  # the teacher's logits make room for what comes after them
+        after = sum_bytes[0] + workspace.get("student logits' gradient, rounded", 0)
+        forward -= min(after, workspace.get("teacher logits", 0))
     backward = sum((*sums.values(), *gradients.values()))
     return Plan(
         chunk_rows,

@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Sequence
 
 from ..version import __version__
-from . import bench, check, distill
+from . import bench, check, distill, plan
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -15,7 +15,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--version", action="version", version=f"fused_kd {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for command in (check, bench, distill):
+    for command in (check, bench, plan, distill):
         command.add_parser(commands)
     options = parser.parse_args(arguments)
     return int(options.run(options))

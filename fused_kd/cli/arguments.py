@@ -29,7 +29,8 @@ def _whole(text: str, least: int) -> int:
     return value
 
 
-def _number(text: str) -> float:
+def number(text: str) -> float:
+    """NaN where it is none."""
     try:
         return float(text)
     except ValueError:
@@ -37,17 +38,25 @@ def _number(text: str) -> float:
 
 
 def positive(text: str) -> float:
-    value = _number(text)
+    value = number(text)
     if not 0 < value < math.inf:
         raise argparse.ArgumentTypeError(f"expected a finite number above 0, got {text!r}")
     return value
 
 
 def share(text: str) -> float:
-    value = _number(text)
+    value = number(text)
     if not 0 <= value <= 1:
         raise argparse.ArgumentTypeError(f"expected a number from 0 to 1, got {text!r}")
     return value
+
+
+def new_file(text: str) -> Path:
+    """A path to write to; its folder must be there, so that it does not fail after the work is done."""
+    path = Path(text)
+    if not path.absolute().parent.is_dir() or path.is_dir():
+        raise argparse.ArgumentTypeError(f"expected a file in a folder that exists, got {text!r}")
+    return path
 
 
 def device(name: str) -> "torch.device":

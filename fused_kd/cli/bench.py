@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from . import arguments
-from .arguments import positive
+from .arguments import new_file, positive
 from .errors import UserError
 
 DESCRIPTION = """\
@@ -56,7 +56,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         "--seconds", type=positive, default=6.0, help="of timed runs a shape, about; more is less noise (default: 6)"
     )
     parser.add_argument("--output", metavar="FOLDER", type=Path, default=Path("benchmarked"), help="where plots go")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write every figure to FILE")
+    parser.add_argument("--json", type=new_file, metavar="FILE", help="write every figure to FILE")
     parser.add_argument("--compare", type=Path, metavar="FILE", help="a file of --json; say what moved beyond noise")
     parser.set_defaults(run=run)
 
@@ -88,8 +88,6 @@ def _bench(options: argparse.Namespace) -> int:
         raise UserError(f"--pairs: expected some of {', '.join(shapes.PAIRS)}, got {', '.join(unknown)}")
     before = _read(options.compare) if options.compare else None
     arguments.folder(options.output)
-    if options.json and not options.json.absolute().parent.is_dir():
-        raise UserError(f"--json: no folder {options.json.parent}")
     work: list[shapes.Shape] = []
     if options.part in ("all", "models"):
         work += shapes.model_shapes(device, dtype, tuple(options.pairs))

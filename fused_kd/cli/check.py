@@ -5,8 +5,9 @@ import os
 import sys
 import warnings
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
+
+from .arguments import new_file
 
 DESCRIPTION = """\
 Runs the fused loss and eager PyTorch (float32) over a table of configurations, on the same inputs, and compares loss and
@@ -44,7 +45,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     )
     parser.add_argument("--quick", action="store_true", help="one configuration in 17")
     parser.add_argument("--verbose", action="store_true", help="a line for every configuration, not for every group")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write every figure to FILE")
+    parser.add_argument("--json", type=new_file, metavar="FILE", help="write every figure to FILE")
     parser.set_defaults(run=run)
 
 

@@ -1,6 +1,7 @@
 """The peak memory of a function: the most that PyTorch's allocator held at once while it ran."""
 
 import contextlib
+import itertools
 import json
 import os
 import tempfile
@@ -19,22 +20,18 @@ def peak_bytes(function: Callable[[], None], device: torch.device) -> int:
         before = torch.cuda.memory_allocated(device)
         function()
         return int(torch.cuda.max_memory_allocated(device)) - before
-    return _peak_bytes_on_cpu(function)
+    return max(itertools.accumulate(allocations(function), initial=0))
 
 
-def _peak_bytes_on_cpu(function: Callable[[], None]) -> int:
-    """From the profiler's record of every allocation and release, those inside an operator included."""
+def allocations(function: Callable[[], None]) -> list[int]:
+    """Bytes of every allocation on a CPU, and of every release, negative, in order; those inside an operator included."""
     with _silent_stderr(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
         function()
     with tempfile.TemporaryDirectory() as folder:
         trace = Path(folder, "trace.json")
         record.export_chrome_trace(str(trace))
         events = [event for event in json.loads(trace.read_text())["traceEvents"] if event["name"] == "[memory]"]
-    held = peak = 0
-    for event in sorted(events, key=lambda event: event["ts"]):
-        held += event["args"]["Bytes"]
-        peak = max(peak, held)
-    return int(peak)
+    return [int(event["args"]["Bytes"]) for event in sorted(events, key=lambda event: event["ts"])]
 
 
 @contextlib.contextmanager

@@ -262,7 +262,7 @@ def test_a_wrong_loss_of_ours_is_exit_code_1(tiny, tmp_path, monkeypatch, capsys
         (["--pairs", "llama2", "gpt5"], "--pairs: expected some of llama2, smollm2"),
         (["--compare", "no-such-file"], "--compare: expected a file that --json wrote, got no-such-file"),
         (["--seconds", "0"], "expected a finite number above 0, got '0'"),
-        (["--json", "no-such-folder/x.json"], "--json: no folder no-such-folder"),
+        (["--json", "no-such-folder/x.json"], "expected a file in a folder that exists, got 'no-such-folder/x.json'"),
     ],
 )
 def test_wrong_use_is_exit_code_2(arguments, message, tmp_path, capsys):

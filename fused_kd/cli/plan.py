@@ -1,0 +1,193 @@
+"""`fused-kd plan`: the memory of the loss step before anything runs, and the cards it fits on."""
+
+import argparse
+import math
+import re
+import sys
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from .arguments import at_least_one, new_file, number
+from .errors import UserError
+
+if TYPE_CHECKING:
+    from .planning.paths import LossStep
+
+DESCRIPTION = """\
+Prints what the loss step of a distillation takes, from the projection of the hidden states to their gradients, without a
+GPU and without running it: the memory of eager PyTorch, kd_loss and linear_kd_loss, array by array and at its peak, the
+chunks of linear_kd_loss, the flops of the heads' products, the least traffic of the loss, and on which cards each fits.
+
+    fused-kd plan --student meta-llama/Llama-3.2-1B --teacher meta-llama/Llama-3.1-8B
+    fused-kd plan --vocab-size 128256 --student-hidden 2048 --teacher-hidden 4096 --tokens 16384
+
+Of a model only its config.json is read.  The rest of the training step (layers, activations, optimizer) is not planned:
+pass what it holds as --reserved.  GB are 10^9 bytes.
+
+Exit code: 0 done, 2 wrong use or something missing.
+"""
+
+DTYPES = ("bfloat16", "float16", "float32")
+UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9}
+
+
+def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    parser = commands.add_parser(
+        "plan",
+        help="print the memory of the loss step, and the cards it fits on, before anything runs",
+        description=DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    models = parser.add_argument_group("models", "by their configs or by numbers; a number overrides a config's")
+    for side, letter in (("student", "H_S"), ("teacher", "H_T")):
+        models.add_argument(f"--{side}", metavar="MODEL", help="a name on the Hugging Face hub, or a folder")
+        models.add_argument(f"--{side}-hidden", metavar=letter, type=at_least_one, help=f"hidden size of the {side}")
+    models.add_argument("--vocab-size", metavar="V", type=at_least_one, help="of both, padding left out")
+
+    step = parser.add_argument_group("the step")
+    step.add_argument("--tokens", metavar="N", type=at_least_one, default=8192, help="of a micro batch (default: 8192)")
+    step.add_argument(
+        "--dtype", choices=DTYPES, default="bfloat16",
+        help="of hidden states, heads and logits (default: bfloat16)",
+    )  # fmt: skip
+    step.add_argument("--frozen", action="store_true", help="the student's head gets no gradient (default: it does)")
+    step.add_argument(
+        "--logits-dtype", choices=DTYPES, help="of linear_kd_loss: of a chunk's logits (default: that of --dtype)"
+    )
+    step.add_argument(
+        "--workspace-bytes", metavar="BYTES", type=_bytes,
+        help="of linear_kd_loss: bound of a chunk's buffers, such as 512MB (default: what it chooses itself)",
+    )  # fmt: skip
+    step.add_argument(
+        "--reserved", metavar="GB", type=_gigabytes, default=0.0,
+        help="what the rest of the training step holds, without the two heads; counts on the cards (default: 0)",
+    )  # fmt: skip
+    parser.add_argument("--json", type=new_file, metavar="FILE", help="write every figure to FILE")
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> int:
+    try:
+        from .planning.tables import print_plan, record
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] != "rich":
+            raise
+        return _error('needs the package rich: pip install "fused_kd[cli]"')
+
+    reserved = round(options.reserved * 10**9)
+    try:
+        step, notes = _step(options)
+    except UserError as error:
+        return _error(str(error))
+    print_plan(step, reserved, notes)
+    if options.json:
+        from .record import write_json
+
+        write_json(options.json, record(step, reserved, notes))
+    return 0
+
+
+class Model(NamedTuple):
+    """What a plan needs of a model's config."""
+
+    vocab_size: int  # the width of its head, padding included
+    hidden_size: int
+    softcap: float | None  # of its logits
+
+
+def _step(options: argparse.Namespace) -> tuple["LossStep", list[str]]:
+    """The step, and what is to be said of it."""
+    import torch
+
+    from .planning.paths import LossStep
+
+    sides = ("student", "teacher")
+    models = {side: _model(source) for side in sides if (source := getattr(options, side))}
+    hidden = {side: getattr(options, f"{side}_hidden") or _hidden_size(models, side) for side in sides}
+    step = LossStep(
+        options.tokens,
+        options.vocab_size or _vocab_size(models),
+        hidden["student"],
+        hidden["teacher"],
+        getattr(torch, options.dtype),
+        not options.frozen,
+        getattr(torch, options.logits_dtype) if options.logits_dtype else None,
+        options.workspace_bytes,
+    )
+    try:
+        _ = step.chunks
+    except ValueError as error:
+        raise UserError("--workspace-bytes: " + str(error).removeprefix("workspace_bytes: ")) from error
+    return step, list(_notes(models, step))
+
+
+def _model(source: str) -> Model:
+    try:
+        from transformers import AutoConfig
+    except ModuleNotFoundError as error:
+        raise UserError(
+            'a model by name needs the package transformers: pip install "fused_kd[demo]" (or pass --vocab-size, '
+            "--student-hidden and --teacher-hidden)"
+        ) from error
+    try:
+        config: Any = AutoConfig.from_pretrained(source).get_text_config(decoder=True)
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise UserError(
+            f"cannot read the config of {source}, neither as a folder with a config.json nor from the hub: {reason}"
+        ) from error
+    vocab_size, hidden_size = (getattr(config, name, None) for name in ("vocab_size", "hidden_size"))
+    if not (vocab_size and hidden_size):
+        raise UserError(f"the config of {source} has no vocab_size or no hidden_size; pass all three sizes as numbers")
+    return Model(vocab_size, hidden_size, getattr(config, "final_logit_softcapping", None))
+
+
+def _hidden_size(models: dict[str, Model], side: str) -> int:
+    if side not in models:
+        raise UserError(f"expected --{side} MODEL or --{side}-hidden H, got neither")
+    return models[side].hidden_size
+
+
+def _vocab_size(models: dict[str, Model]) -> int:
+    sizes = {model.vocab_size for model in models.values()}
+    if not sizes:
+        raise UserError("expected --vocab-size V or a model, got neither")
+    if len(sizes) > 1:
+        raise UserError(
+            f"the student has a vocabulary of {models['student'].vocab_size}, the teacher one of "
+            f"{models['teacher'].vocab_size}; if both pad the same tokens, pass their number as --vocab-size"
+        )
+    return sizes.pop()
+
+
+def _notes(models: dict[str, Model], step: "LossStep") -> Any:
+    for side, model in models.items():
+        if model.vocab_size > step.vocab_size:
+            yield (
+                f"The {side}'s head has {model.vocab_size - step.vocab_size} columns more than --vocab-size: its weight, "
+                f"and whole logits, are larger than planned by {model.vocab_size / step.vocab_size - 1:.1%}."
+            )
+        if model.softcap:
+            yield (
+                f"The {side} caps its logits: pass logit_softcap={model.softcap} with the head's own output.  Capped by "
+                "PyTorch, logits take more than is planned for eager and kd_loss."
+            )
+
+
+def _bytes(text: str) -> int:
+    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([kmg]?)b?", text.strip().lower())
+    value = round(float(match[1]) * UNITS[match[2]]) if match else 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"expected a number of bytes such as 512000000, 512MB or 1.5GB, got {text!r}")
+    return value
+
+
+def _gigabytes(text: str) -> float:
+    value = number(text)
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"expected a number of GB of at least 0, got {text!r}")
+    return value
+
+
+def _error(message: str) -> int:
+    print(f"fused-kd plan: {message}", file=sys.stderr)
+    return 2

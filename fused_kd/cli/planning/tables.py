@@ -1,0 +1,176 @@
+"""What `fused-kd plan` prints and records of a step."""
+
+import sys
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from . import paths
+from .paths import Array, Ledger, LossStep
+
+
+def print_plan(step: LossStep, reserved: int, notes: list[str]) -> None:
+    console = Console(width=None if sys.stdout.isatty() else 114, highlight=False)
+    ledgers = paths.ledgers(step)
+    console.print(
+        f"{_count(step.tokens)} tokens, V = {_count(step.vocab_size)}, H_s = {_count(step.student_hidden)}, "
+        f"H_t = {_count(step.teacher_hidden)}, {_name(step.dtype)}, {'trained' if step.trained else 'frozen'} head; "
+        "planned, not measured\n"
+    )
+    tables = [_memory(step, ledgers), _cards(step, ledgers, reserved)]
+    for table in (*tables, *(_arrays(path, ledger) for path, ledger in ledgers.items())):
+        console.print(table)
+    for line in (*_lines(step), *notes):
+        console.print(line)
+
+
+def _table(title: str, *headings: str) -> Table:
+    """With figures on the right, the first column of words on the left."""
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+    for index, heading in enumerate(headings):
+        table.add_column(heading, justify="right" if index else "left")
+    return table
+
+
+def _memory(step: LossStep, ledgers: dict[str, Ledger]) -> Table:
+    table = _table("Memory of the loss step", "alive at the peak", *ledgers)
+    for name, size in step.inputs.items():
+        table.add_row(f"input: {name}", *[_size(size)] * len(ledgers))
+    for row, is_gradient in (("gradients", True), ("everything else", False)):
+        sizes = [
+            sum(array.bytes for array in ledger.at_peak if (array.last is None) == is_gradient)
+            for ledger in ledgers.values()
+        ]
+        table.add_row(row, *map(_size, sizes))
+    table.add_row("peak", *(_size(paths.needed_bytes(step, ledger)) for ledger in ledgers.values()), style="bold")
+    table.add_row("the peak comes in", *(_operation(ledger, ledger.peak) for ledger in ledgers.values()))
+    return table
+
+
+def _cards(step: LossStep, ledgers: dict[str, Ledger], reserved: int) -> Table:
+    others = f", {_size(reserved)} of it reserved" if reserved else ""
+    table = _table(f"Cards{others}: does the step fit, and how many tokens would", "card", *ledgers)
+    for size, names in paths.CARDS.items():
+        cells = []
+        for path, ledger in ledgers.items():
+            free = size * paths.GB - reserved
+            missing = paths.needed_bytes(step, ledger) - free
+            verdict = "fits" if missing <= 0 else f"needs {_size(missing)} more"
+            cells.append(f"{verdict}\n{_count(paths.most_tokens(step, path, free))} tokens")
+        table.add_row(f"{size} GB\n{names}", *cells)
+    return table
+
+
+def _arrays(path: str, ledger: Ledger) -> Table:
+    table = _table(f"{path}, array by array", "array", "size", "from", "to the end of", "at peak")
+    for column in table.columns[2:]:
+        column.justify = "left"
+    for array in ledger.arrays:
+        to = "(stays)" if array.last is None else _operation(ledger, array.last)
+        at_peak = "yes" if array.is_alive(ledger.peak) else ""
+        table.add_row(array.name, _size(array.bytes), _operation(ledger, array.first), to, at_peak)
+    return table
+
+
+def _lines(step: LossStep) -> list[str]:
+    chunks, passes = step.chunks, step.logits_bytes
+    products = ", ".join(f"{count} of the {side}" for side, count in step.products.items())
+    flops, plural = step.flops, "s" * (chunks.chunks > 1)
+    return [
+        f"linear_kd_loss: {_count(chunks.chunks)} chunk{plural} of {_count(chunks.chunk_rows)} tokens, in buffers of "
+        f"{_size(chunks.workspace_bytes)}.",
+        f"Products of the heads, on every path: {products}, 2 N V H each: {_flops(sum(flops.values()))} "
+        f"({_flops(flops['student'])} + {_flops(flops['teacher'])}).",
+        f"Traffic of the loss from logits: the floor is 3 U = {_size(3 * passes)}, both logits read, the gradient written "
+        f"(U = {step.dtype.itemsize} N V bytes); kd_loss has 5 U = {_size(5 * passes)}.",
+        "Eager and kd_loss are planned as a function that projects, takes the loss and returns it.  Variables that hold "
+        f"logits through backward cost up to {_size(passes)} each.",
+        "Left out: a few hundred bytes a token, blocks of 64 MB at most, CUDA's context and workspaces (about 0.5 GB), "
+        "fragments.",
+    ]  # fmt: skip
+
+
+def record(step: LossStep, reserved: int, notes: list[str]) -> dict[str, Any]:
+    from .. import record
+
+    ledgers, chunks = paths.ledgers(step), step.chunks
+    return {
+        "command": "fused-kd plan",
+        "versions": record.versions("transformers"),
+        "step": {**step._asdict(), "dtype": _name(step.dtype), "logits_dtype": _name(step.logits_dtype or step.dtype)},
+        "notes": notes,
+        "inputs": step.inputs,
+        "gradients": step.gradients,
+        "paths": {
+            path: {
+                "peak_bytes": paths.needed_bytes(step, ledger),
+                "peak_bytes_beyond_inputs": ledger.peak_bytes,
+                "peak_in": _operation(ledger, ledger.peak),
+                "arrays": [_array(ledger, array) for array in ledger.arrays],
+                "operations": [
+                    {"operation": _operation(ledger, index), "bytes": held} for index, held in enumerate(ledger.held)
+                ],
+            }
+            for path, ledger in ledgers.items()
+        },
+        "chunks": {
+            "chunk_rows": chunks.chunk_rows,
+            "chunks": chunks.chunks,
+            "workspace_bytes": chunks.workspace_bytes,
+        },
+        "products": step.products,
+        "flops": step.flops,
+        "traffic": {"floor": 3 * step.logits_bytes, "kd_loss": 5 * step.logits_bytes},
+        "reserved_bytes": reserved,
+        "cards": [
+            {
+                "bytes": size * paths.GB,
+                "names": names,
+                "fits": {path: paths.needed_bytes(step, ledger) + reserved <= size * paths.GB
+                         for path, ledger in ledgers.items()},
+                "most_tokens": {path: paths.most_tokens(step, path, size * paths.GB - reserved) for path in ledgers},
+            }
+            for size, names in paths.CARDS.items()
+        ],
+    }  # fmt: skip
+
+
+def _array(ledger: Ledger, array: Array) -> dict[str, Any]:
+    return {
+        "name": array.name,
+        "bytes": array.bytes,
+        "from": _operation(ledger, array.first),
+        "to": None if array.last is None else _operation(ledger, array.last),
+        "at_peak": array.is_alive(ledger.peak),
+    }
+
+
+def _operation(ledger: Ledger, index: int) -> str:
+    operation = ledger.operations[index]
+    return f"backward: {operation.name}" if operation.backward else operation.name
+
+
+def _size(size: int) -> str:
+    for unit, name in ((10**9, "GB"), (10**6, "MB"), (10**3, "kB")):
+        if size >= unit:
+            return f"{_three_digits(size / unit)} {name}"
+    return f"{size} B" if size else "0"
+
+
+def _flops(flops: int) -> str:
+    unit, name = (10**12, "Tflop") if flops >= 10**12 else (10**9, "Gflop")
+    return f"{_three_digits(flops / unit)} {name}"
+
+
+def _three_digits(value: float) -> str:
+    return f"{value:.2f}" if value < 9.995 else f"{value:.1f}" if value < 99.95 else f"{value:.0f}"
+
+
+def _count(number: int) -> str:
+    return f"{number:,}".replace(",", " ")
+
+
+def _name(dtype: Any) -> str:
+    return str(dtype).removeprefix("torch.")

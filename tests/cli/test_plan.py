@@ -1,0 +1,375 @@
+"""`fused-kd plan`: its ledgers against measured allocations, what it prints and records, what it refuses."""
+
+import json
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from fused_kd import cpu, kd_loss, linear, linear_kd_loss, matmul
+from fused_kd.cli import main, plan
+from fused_kd.cli.memory import allocations, peak_bytes
+from fused_kd.cli.planning import paths
+from fused_kd.cli.planning.paths import EAGER, IN_PLACE, KD_LOSS, LINEAR, LossStep
+
+ALPHA, T = 0.5, 2.0
+
+
+def with_heads(loss):
+    def of_hidden_states(hidden, weight, teacher_hidden, teacher_weight, labels):
+        student_logits = F.linear(hidden, weight)
+        with torch.no_grad():
+            teacher_logits = F.linear(teacher_hidden, teacher_weight)
+        return loss(student_logits, teacher_logits, labels)
+
+    return of_hidden_states
+
+
+@with_heads
+def eager(student_logits, teacher_logits, labels):
+    """As benchmarks/test_kd_loss.py has it."""
+    log_p = F.log_softmax(student_logits.float() / T, dim=-1)
+    log_q = F.log_softmax(teacher_logits.float() / T, dim=-1)
+    kl = F.kl_div(log_p, log_q, reduction="batchmean", log_target=True)
+    return (1 - ALPHA) * F.cross_entropy(student_logits.float(), labels) + ALPHA * T**2 * kl
+
+
+def losses(step):
+    return {
+        EAGER: eager,
+        KD_LOSS: with_heads(lambda *z: kd_loss(*z, alpha=ALPHA, temperature=T)),
+        IN_PLACE: with_heads(lambda *z: kd_loss(*z, alpha=ALPHA, temperature=T, inplace_backward=True)),
+        LINEAR: lambda *heads: linear_kd_loss(
+            *heads, alpha=ALPHA, temperature=T, logits_dtype=step.logits_dtype, workspace_bytes=step.workspace_bytes
+        ),
+    }
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Small tensors gain nothing from threads, and wait for them where the machine is busy."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def small_blocks(monkeypatch):
+    """Gives the bytes of what is CPU only, in blocks of 4 rows: the operators' buffers and conversions to float32."""
+    elements = 4 * 8192
+    monkeypatch.setattr(cpu, "BLOCK_ELEMENTS", elements)
+    monkeypatch.setattr(matmul, "SLAB_ELEMENTS", elements)
+    monkeypatch.setattr(linear, "BLOCK_ELEMENTS", elements)
+    return 3 * elements * 4
+
+
+def training_step(step, path, ballast=0):
+    """A function that takes the loss, allocates `ballast` more bytes and goes backward."""
+    torch.manual_seed(0)
+    widths = step.student_hidden, step.teacher_hidden
+    heads = [torch.randn(size, width) / width**0.5 for width in widths for size in (step.tokens, step.vocab_size)]
+    heads = [tensor.to(step.dtype) for tensor in heads]
+    heads[0].requires_grad_()
+    heads[1].requires_grad_(step.trained)
+    labels = torch.randint(step.vocab_size, (step.tokens,))
+
+    def run():
+        loss = losses(step)[path](*heads, labels)
+        held = torch.empty(ballast, dtype=torch.uint8)
+        loss.backward()
+        del held
+
+    return run
+
+
+def assert_measured(step, path, cpu_only):
+    """Of the whole step, and with ballast that makes backward the peak, so that all that forward leaves is seen too."""
+    ledger = paths.ledgers(step)[path]
+    first = next(index for index, operation in enumerate(ledger.operations) if operation.backward)
+    forward, backward = max(ledger.held[:first]), max(ledger.held[first:])
+    rest = 0 if path == EAGER else cpu_only + 400 * step.tokens
+    for ballast in (0, forward):
+        planned = max(forward, backward + ballast)
+        measured = peak_bytes(training_step(step, path, ballast), torch.device("cpu"))
+        assert 0.98 * planned <= measured <= 1.02 * planned + rest, (path, ballast)
+
+
+SHAPES = {"logits dominate": (256, 8192, 64, 96), "weights dominate": (64, 8192, 512, 256)}
+
+
+@pytest.mark.parametrize("trained", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("path", [EAGER, KD_LOSS, IN_PLACE, LINEAR])
+def test_ledgers_are_what_is_allocated(path, shape, dtype, trained, small_blocks):
+    assert_measured(LossStep(*SHAPES[shape], dtype, trained), path, small_blocks)
+
+
+@pytest.mark.parametrize("trained", [True, False])
+@pytest.mark.parametrize("workspace", [None, 4_000_000])  # one chunk, several
+def test_float32_logits_of_16_bit_heads(workspace, trained, small_blocks):
+    step = LossStep(256, 8192, 64, 96, torch.bfloat16, trained, torch.float32, workspace)
+    assert (step.chunks.chunks == 1) == (workspace is None)
+    assert_measured(step, LINEAR, small_blocks)
+
+
+def test_float16_is_planned_as_bfloat16():
+    assert paths.ledgers(LossStep(64, 999, 8, 8, torch.float16)) == paths.ledgers(LossStep(64, 999, 8, 8))
+
+
+@pytest.mark.parametrize("trained", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_eager_allocates_and_releases_what_the_ledger_says_in_its_order(dtype, trained):
+    step = LossStep(128, 8192, 128, 8, dtype, trained)
+    ledger = paths.eager(step)
+    size = {array.name: array.bytes for array in ledger.arrays}
+    planned = []
+    for operation in ledger.operations:
+        planned += [size[name] for name in operation.allocates if name in size]
+        planned += [-size[name] for name in operation.frees if name in size]
+    changes = allocations(training_step(step, EAGER))
+    assert [change for change in changes if abs(change) >= step.logits_bytes] == [
+        change for change in planned if abs(change) >= step.logits_bytes
+    ]
+
+
+@pytest.mark.parametrize("logits_dtype", [None, torch.float32])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("trained", [True, False])
+@pytest.mark.parametrize("tokens", [1, 200, 1024, 5000])
+@pytest.mark.parametrize("vocabulary", [1000, 128_256])
+def test_the_ledger_of_linear_kd_loss_has_the_peak_of_its_plan(vocabulary, tokens, trained, dtype, logits_dtype):
+    step = LossStep(tokens, vocabulary, 640, 1152, dtype, trained, logits_dtype)
+    ledger = paths.linear(step)
+    assert ledger.peak_bytes == step.chunks.peak_bytes
+    assert {array.name: array.bytes for array in ledger.arrays} == step.chunks.buffers
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("trained", [True, False])
+def test_ledgers_are_consistent(trained, dtype):
+    step = LossStep(100, 5000, 64, 96, dtype, trained)
+    for path, ledger in paths.ledgers(step).items():
+        names = [array.name for array in ledger.arrays]
+        assert len(names) == len(set(names)), path
+        frees = [name for operation in ledger.operations for name in operation.frees if name in names]
+        assert len(frees) == len(set(frees)), path
+        stays = {array.name: array.bytes for array in ledger.arrays if array.last is None}
+        assert stays == {name: size for name, size in step.gradients.items() if size}, path
+        assert all(array.last is None or array.first <= array.last for array in ledger.arrays), path
+
+
+def test_inputs_and_gradients():
+    step = LossStep(10, 100, 3, 5)
+    assert step.inputs == {"hidden states": 10 * 8 * 2, "head weights": 100 * 8 * 2, "labels": 10 * 8}
+    assert step.gradients == {"weight gradient": 100 * 3 * 2, "hidden gradient": 10 * 3 * 2}
+    ledger = paths.eager(step)
+    assert paths.needed_bytes(step, ledger) == 10 * 8 * 2 + 100 * 8 * 2 + 10 * 8 + ledger.peak_bytes
+
+
+def test_flops_are_those_of_the_products():
+    trained = LossStep(10, 100, 3, 5)
+    assert trained.flops == {"student": 3 * 2 * 10 * 100 * 3, "teacher": 2 * 10 * 100 * 5}
+    assert trained._replace(trained=False).flops["student"] == 2 * 2 * 10 * 100 * 3
+
+
+@pytest.mark.parametrize("path", [EAGER, KD_LOSS, IN_PLACE, LINEAR])
+@pytest.mark.parametrize("capacity", [0, 4 * 10**9, 24 * 10**9])
+def test_one_token_more_than_the_most_does_not_fit(capacity, path):
+    step = LossStep(1, 128_256, 2048, 4096)
+    most = paths.most_tokens(step, path, capacity)
+    assert (most > 0) == (capacity > 0)
+    for tokens in (most, most + 1) if most else (1,):
+        other = step._replace(tokens=tokens)
+        needed = paths.needed_bytes(other, paths.ledgers(other)[path])
+        assert (needed <= capacity) == (tokens == most)
+
+
+# --- the command
+
+NUMBERS = ["--vocab-size", "128256", "--student-hidden", "2048", "--teacher-hidden", "4096"]
+
+
+def test_by_numbers(tmp_path, capsys):
+    file = tmp_path / "plan.json"
+    assert main(["plan", *NUMBERS, "--reserved", "20", "--json", str(file)]) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert "8 192 tokens, V = 128 256, H_s = 2 048, H_t = 4 096, bfloat16, trained head; planned, not measured" in out
+    assert "linear_kd_loss: 8 chunks of 1 024 tokens, in buffers of 525 MB." in out
+    assert "3 of the student, 1 of the teacher, 2 N V H each: 21.5 Tflop (12.9 Tflop + 8.61 Tflop)" in out
+    for figure in (
+        "peak 26.9 GB 7.98 GB 5.88 GB 3.29 GB",
+        "needs 22.9 GB more needs 3.98 GB more needs 1.88 GB more fits",
+    ):
+        assert figure in out
+
+    record = json.loads(file.read_text())
+    step = LossStep(8192, 128_256, 2048, 4096)
+    passes = 8192 * 128_256 * 2
+    assert record["step"]["dtype"] == record["step"]["logits_dtype"] == "bfloat16"
+    assert record["inputs"] == step.inputs
+    assert record["traffic"] == {"floor": 3 * passes, "kd_loss": 5 * passes}
+    assert record["flops"] == step.flops
+    assert record["chunks"]["chunks"] == step.chunks.chunks
+    assert record["reserved_bytes"] == 20 * 10**9
+    inputs = sum(step.inputs.values())
+    for path, ledger in paths.ledgers(step).items():
+        of_path = record["paths"][path]
+        assert of_path["peak_bytes"] == inputs + ledger.peak_bytes
+        assert sum(array["bytes"] for array in of_path["arrays"] if array["at_peak"]) == ledger.peak_bytes
+        assert max(operation["bytes"] for operation in of_path["operations"]) == ledger.peak_bytes
+    assert record["paths"][EAGER]["peak_bytes_beyond_inputs"] == 12 * passes
+    assert [card["bytes"] / 1e9 for card in record["cards"]] == [24, 40, 80, 141, 192]
+    assert [card["fits"][EAGER] for card in record["cards"]] == [False, False, True, True, True]
+    for card in record["cards"]:
+        for path, most in card["most_tokens"].items():
+            assert (most >= 8192) == card["fits"][path]
+
+
+def test_options_of_the_step(tmp_path):
+    def peaks(*more):
+        assert main(["plan", *NUMBERS, "--json", str(tmp_path / "plan.json"), *more]) == 0
+        record = json.loads((tmp_path / "plan.json").read_text())
+        return {path: of_path["peak_bytes_beyond_inputs"] for path, of_path in record["paths"].items()}, record
+
+    usual, _ = peaks()
+    frozen, record = peaks("--frozen")
+    assert frozen[LINEAR] < 0.3 * usual[LINEAR]
+    assert record["gradients"]["weight gradient"] == 0
+    small, record = peaks("--workspace-bytes", "64 MB", "--frozen")
+    assert small[LINEAR] < frozen[LINEAR]
+    assert record["chunks"]["workspace_bytes"] <= 64_000_000
+    wide, _ = peaks("--logits-dtype", "float32", "--frozen")
+    assert wide[LINEAR] > frozen[LINEAR]
+    half, _ = peaks("--tokens", "4096")
+    assert half[EAGER] == usual[EAGER] / 2
+    float32, record = peaks("--dtype", "float32")
+    assert float32[EAGER] == 7 * 8192 * 128_256 * 4
+    assert record["step"]["dtype"] == "float32"
+
+
+@pytest.mark.parametrize(
+    ("text", "value"), [("512000000", 512_000_000), ("512MB", 512_000_000), ("1.5 GB", 1_500_000_000), ("64k", 64_000)]
+)
+def test_numbers_of_bytes(text, value):
+    assert plan._bytes(text) == value
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "expected"),
+    [
+        ("--workspace-bytes", "much", "a number of bytes such as"),
+        ("--workspace-bytes", "0", "a number of bytes such as"),
+        ("--tokens", "0", "a whole number of at least 1"),
+        ("--reserved", "-1", "a number of GB of at least 0"),
+    ],
+)
+def test_an_option_says_what_it_expects(option, value, expected, capsys):
+    with pytest.raises(SystemExit) as exit:
+        main(["plan", *NUMBERS, option, value])
+    assert exit.value.code == 2
+    assert f"{expected}" in capsys.readouterr().err
+
+
+def refused(capsys, *arguments):
+    assert main(["plan", *arguments]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("fused-kd plan: ")
+    assert captured.err.count("\n") == 1
+    return captured.err
+
+
+def test_missing_sizes(capsys):
+    assert "--student MODEL or --student-hidden H" in refused(capsys)
+    assert "--teacher MODEL or --teacher-hidden H" in refused(capsys, "--student-hidden", "8", "--vocab-size", "9")
+    assert "--vocab-size V or a model" in refused(capsys, "--student-hidden", "8", "--teacher-hidden", "8")
+
+
+def test_a_workspace_too_small_for_a_token(capsys):
+    error = refused(capsys, *NUMBERS, "--workspace-bytes", "1kB")
+    assert "--workspace-bytes: expected at least 513024, the buffers of one token" in error
+
+
+def test_missing_packages_name_their_extra(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    assert main(["plan", *NUMBERS]) == 0  # numbers need no transformers
+    capsys.readouterr()
+    assert 'pip install "fused_kd[demo]"' in refused(capsys, "--student", "a", "--teacher", "b")
+    monkeypatch.delitem(sys.modules, "fused_kd.cli.planning.tables")
+    monkeypatch.setitem(sys.modules, "rich", None)
+    assert 'needs the package rich: pip install "fused_kd[cli]"' in refused(capsys, *NUMBERS)
+
+
+@pytest.fixture
+def folders(tmp_path, monkeypatch):
+    """Folders of configs: `small` and `large` (llamas), `padded` (128 more logits), `gemma` (text within), `vision`."""
+    transformers = pytest.importorskip("transformers")
+    import huggingface_hub
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+
+    def llama(**more):
+        return transformers.LlamaConfig(num_attention_heads=4, intermediate_size=64, **more)
+
+    text = {"hidden_size": 48, "vocab_size": 32_000, "final_logit_softcapping": 30.0}
+    for name, config in {
+        "small": llama(hidden_size=64, vocab_size=32_000),
+        "large": llama(hidden_size=96, vocab_size=32_000),
+        "padded": llama(hidden_size=96, vocab_size=32_128),
+        "gemma": transformers.Gemma3Config(text_config=text),
+        "gpt2": transformers.GPT2Config(n_embd=80, vocab_size=32_000, bos_token_id=0, eos_token_id=0),
+        "vision": transformers.ViTConfig(),
+    }.items():
+        config.save_pretrained(tmp_path / name)
+    return tmp_path
+
+
+@pytest.fixture
+def planned(folders, capsys):
+    """Runs the command; gives its record and what it printed."""
+
+    def run(student, teacher, *more):
+        models = ["--student", str(folders / student), "--teacher", str(folders / teacher)]
+        assert main(["plan", *models, "--json", str(folders / "plan.json"), *more]) == 0
+        return json.loads((folders / "plan.json").read_text()), " ".join(capsys.readouterr().out.split())
+
+    return run
+
+
+def sizes(record):
+    return [record["step"][name] for name in ("vocab_size", "student_hidden", "teacher_hidden")]
+
+
+def test_by_config(planned):
+    assert sizes(planned("small", "large")[0]) == [32_000, 64, 96]
+    assert sizes(planned("gpt2", "large")[0]) == [32_000, 80, 96]  # by another name, n_embd
+    record, out = planned("gemma", "large", "--student-hidden", "32")
+    assert sizes(record) == [32_000, 32, 96]  # a number overrides
+    assert len(record["notes"]) == 1
+    assert "student caps its logits: pass logit_softcap=30.0" in out
+
+
+def test_models_of_one_vocabulary_padded_to_two_sizes(planned, folders, capsys):
+    models = ["--student", str(folders / "small"), "--teacher", str(folders / "padded")]
+    error = refused(capsys, *models)
+    assert "the student has a vocabulary of 32000, the teacher one of 32128" in error
+    assert "pass their number as --vocab-size" in error
+    record, out = planned("small", "padded", "--vocab-size", "32000")
+    assert sizes(record) == [32_000, 64, 96]
+    assert "The teacher's head has 128 columns more than --vocab-size" in out
+    assert "larger than planned by 0.4%" in out
+
+
+@pytest.mark.parametrize("model", ["nothing", "a/model-that-is-on-no-hub"])
+def test_a_model_that_is_not_there(model, folders, capsys):
+    source = str(folders / model) if model == "nothing" else model
+    error = refused(capsys, "--student", source, "--teacher-hidden", "8")
+    assert f"cannot read the config of {source}, neither as a folder with a config.json nor from the hub" in error
+
+
+def test_a_model_without_a_vocabulary(folders, capsys):
+    error = refused(capsys, "--student", str(folders / "vision"), "--teacher-hidden", "8")
+    assert "has no vocab_size or no hidden_size; pass all three sizes as numbers" in error
