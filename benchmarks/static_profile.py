@@ -4,7 +4,6 @@ Run `python benchmarks/static_profile.py --help` in an environment where fused_k
 """
 
 import argparse
-import json
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -12,6 +11,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from fused_kd.cli import record
 from fused_kd.cli.compiled.bounds import Violation, violations
 from fused_kd.cli.compiled.profile import Profile
 from fused_kd.cli.compiled.variants import KERNELS, TARGETS, Variant, all_variants, measure
@@ -93,7 +93,7 @@ def write_json(path: Path, profiles: dict[Variant, Profile], failures: Iterable[
         {**vars(variant), **profile.as_dict(), "violations": [str(v) for v in violations(variant, profile)]}
         for variant, profile in profiles.items()
     ]
-    path.write_text(json.dumps({"variants": entries, "failures": list(failures)}, indent=1) + "\n")
+    record.write_json(path, {"versions": record.versions(), "variants": entries, "failures": list(failures)})
 
 
 def broken_bounds(profiles: dict[Variant, Profile]) -> list[tuple[Variant, Violation]]:

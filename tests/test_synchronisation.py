@@ -12,9 +12,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fused_kd import kd_loss, linear_kd_loss, linear_operator, ops
+from fused_kd import kd_loss, linear_kd_loss, ops
 from fused_kd import statistics as stats
 from fused_kd.autograd import KDLossFunction, LinearKDLossFunction, LinearKDRowLossesFunction
+from fused_kd.cli.launches import opened_operators
 
 N, V, H_S, H_T = 40, 137, 8, 12
 CHUNKED = 16 * 2 * 192 * 4
@@ -85,13 +86,7 @@ def fake_device(monkeypatch):
     stub = SimpleNamespace(row_statistics=row_statistics, logit_gradient=lambda *arguments: None)
     monkeypatch.setattr(ops, "_backend", lambda *arguments: stub)
     monkeypatch.setattr(ops, "_device_of", lambda tensor: nullcontext())
-    for name in ("row_statistics", "logit_gradient", "logit_gradient_"):
-        monkeypatch.setattr(ops, name, getattr(ops, f"_{name}"))
-    operators = SimpleNamespace(linear_row_losses=linear_operator._linear_row_losses)
-    namespace = SimpleNamespace(ops=SimpleNamespace(fused_kd=operators), compiler=torch.compiler)
-    monkeypatch.setattr(linear_operator, "torch", namespace)
-    monkeypatch.setattr(linear_operator, "_register_flops", lambda: None)  # it reads the operator that is replaced
-    with FakeTensorMode(), WithoutCuda():
+    with opened_operators(), FakeTensorMode(), WithoutCuda():
         yield torch.device("cuda", 0)
 
 

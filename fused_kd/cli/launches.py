@@ -1,0 +1,98 @@
+"""What a call would launch on a GPU, without one: kernels of Triton and operators of PyTorch, by name.
+
+Tensors are fake there: they have shapes and dtypes, no values and no memory, so any size is free.  They say that they are
+on the CPU, since PyTorch records no graph of CUDA tensors without a build for CUDA; what the package chooses by device is
+chosen as for a GPU.
+"""
+
+import contextlib
+import importlib
+from collections import Counter
+from collections.abc import Callable, Iterator
+from types import ModuleType, SimpleNamespace
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from .. import linear_operator, matmul, ops
+
+PROCESSORS = 132  # of the GPU that launches are planned for
+ALLOCATIONS = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}
+RELABELLED = {"_unsafe_view", "_reshape_alias"}  # views that do not say so
+
+
+class Launches(TorchDispatchMode):
+    """Counts while it is active; `kernels` and `operators` stay afterwards."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kernels: Counter[str] = Counter()
+        self.operators: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        name = func.overloadpacket.__name__
+        written = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor) and leaf.numel()]
+        if written and not func.is_view and name not in ALLOCATIONS | RELABELLED:
+            self.operators[name] += 1
+        return result
+
+
+@contextlib.contextmanager
+def opened_operators() -> Iterator[None]:
+    """The package's operators as the functions behind them: modes see what they do, and fake tensors run it."""
+    operators = SimpleNamespace(linear_row_losses=linear_operator._linear_row_losses)
+    namespace = SimpleNamespace(ops=SimpleNamespace(fused_kd=operators), compiler=torch.compiler)
+    with contextlib.ExitStack() as patches:
+        for name in ("row_statistics", "logit_gradient", "logit_gradient_"):
+            patches.enter_context(patch.object(ops, name, getattr(ops, f"_{name}")))
+        patches.enter_context(patch.object(linear_operator, "torch", namespace))
+        # It reads the operator that is replaced.
+        patches.enter_context(patch.object(linear_operator, "_register_flops", lambda: None))
+        yield
+
+
+@contextlib.contextmanager
+def fake_gpu() -> Iterator[Launches]:
+    """Tensors made here are fake, and run down to the kernels' launch.  `with` what it gives, launches are counted."""
+    launches = Launches()
+    with contextlib.ExitStack() as contexts:
+        contexts.enter_context(opened_operators())
+        for module, name, replacement in _as_on_a_gpu(launches):
+            contexts.enter_context(patch.object(module, name, replacement))
+        contexts.enter_context(FakeTensorMode())
+        yield launches
+
+
+def _as_on_a_gpu(launches: Launches) -> Iterator[tuple[ModuleType, str, Any]]:
+    from ..kernels.launch import Launch, plan  # with Triton
+
+    def default_launch(student: Tensor, itemsize: int) -> Launch:
+        outer, inner, vocabulary = student.shape
+        return plan(max(1, outer * inner), vocabulary, itemsize, PROCESSORS)
+
+    kernels, since = ops._kernels(), matmul._since
+    yield ops, "_backend", lambda *_: kernels
+    yield matmul, "_since", lambda release, _: since(release, SimpleNamespace(is_cuda=True))  # type: ignore[arg-type]
+    for name in ("row_statistics", "logit_gradient"):
+        module = importlib.import_module(f"fused_kd.kernels.{name}")
+        yield module, f"{name}_kernel", _Kernel(launches.kernels, name)
+        yield module, "default_launch", default_launch
+        yield module, "is_wide", lambda *_: True  # asks for addresses
+    yield module, "_roundable", lambda gradient: gradient  # where kernels are imported under the interpreter
+
+
+class _Kernel:
+    def __init__(self, count: Counter[str], name: str) -> None:
+        self.count, self.name = count, name
+
+    def __getitem__(self, grid: object) -> Callable[..., None]:
+        def launch(*arguments: object, **options: object) -> None:
+            self.count[self.name] += 1
+
+        return launch
