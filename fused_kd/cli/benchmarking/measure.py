@@ -20,7 +20,7 @@ from .problems import Inputs
 
 Key = TypeVar("Key", bound=Hashable)
 PASSES = ("forward", "backward", "both")
-MIN_ROUNDS, MAX_ROUNDS = 5, 100
+MIN_ROUNDS, MAX_ROUNDS = 4, 100
 COLD = 2  # times the last-level cache: what buffers must exceed so that none of it is left there from their last use
 ENERGY_SECONDS = 1.0
 COPY_BYTES = 2**29

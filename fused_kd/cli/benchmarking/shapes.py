@@ -56,7 +56,7 @@ class Shape(NamedTuple):
 # A CPU of a few cores does about this in a tenth of a second to a second; a GPU is given what its memory holds.
 CPU_LOGITS = 2**25
 CPU_FLOPS = 1.25e11
-CPU_HEADS = ("smollm2", "qwen2.5", "gemma3")  # the small ones: others would take minutes
+CPU_HEADS = ("smollm2", "gemma3")  # small ones: others would take minutes
 GPU_ROWS = 8192
 GPU_BYTES_PER_LOGIT = 40  # of the hungriest peer: inputs, gradient, and the float32 arrays of eager PyTorch
 SWEEP_V = (4096, 16_384, 65_536, 262_144)
