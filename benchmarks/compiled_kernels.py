@@ -1,6 +1,6 @@
 """Runs the compiled kernels without a GPU, on a simulator of its instructions, with every check that it has.
 
-Run `python benchmarks/compiled_kernels.py --help` in an environment where fused_kd is installed with its extra `bench`.
+Run `python benchmarks/compiled_kernels.py --help` in an environment where fused_kd is installed with its extra `cli`.
 """
 
 import argparse

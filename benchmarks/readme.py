@@ -4,7 +4,7 @@
     python benchmarks/readme.py
     python benchmarks/readme.py --check    # exit code 1 where the section is not what the records say
 
-cpu.json is needed; gpu.json, where there is one, gets tables of its own.
+cpu.json and modelled.json (`modelled.py --json`) are needed; gpu.json, where there is one, gets tables of its own.
 """
 
 import argparse
@@ -31,6 +31,7 @@ def section() -> str:
             record = json.loads(path.read_text())
             lines += [*_measured(record, name), ""]
     lines += _compiled(json.loads((RESULTS / "cpu.json").read_text()))
+    lines += ["", *_modelled(json.loads((RESULTS / "modelled.json").read_text()))]
     return "\n".join((BEGIN, "", *lines, "", END))
 
 
@@ -91,6 +92,25 @@ def _compiled(record: dict[str, Any]) -> Iterator[str]:
     for p in record["compiled"]:
         counts = f"{p['instructions']:.1f} | {p['mufu']:.2f} | {p['bytes']:.1f}"
         yield f"| {p['kernel']} | {p['target']} | {counts} | {p['registers']} | {p['spill']} | {p['resident_warps']} |"
+
+
+def _modelled(record: dict[str, Any]) -> Iterator[str]:
+    results = [result for result in record["results"] if "modelled_seconds" in result]
+    yield (
+        "**Modelled, not measured**: what a simulator's model of three GPUs says of the compiled kernels, forward and "
+        f"backward, bfloat16, N = {results[0]['rows']}, T = 2 (`benchmarks/modelled.py`; products of heads left out).  The "
+        "floor is the time of reading both logits and writing the gradient once.  Good for ratios on a chip, not for times."
+    )
+    yield ""
+    yield "| modelled chip | V | kernels | computes | bytes a pair | modelled ms | times the floor | times ours |"
+    yield "| --- | ---: | --- | --- | ---: | ---: | ---: | ---: |"
+    ours = {(r["chip"], r["vocab_size"]): r["modelled_seconds"] for r in results if r["peer"] == peers.OURS}
+    for r in results:
+        ratio = r["modelled_seconds"] / ours[r["chip"], r["vocab_size"]]
+        yield (
+            f"| {r['chip'].upper()}, modelled | {tables.spaced(r['vocab_size'])} | {r['peer']} | {r['computes']} | "
+            f"{r['bytes_a_pair']:.1f} | {1000 * r['modelled_seconds']:.2f} | {r['times_the_floor']:.2f} | {ratio:.2f} |"
+        )
 
 
 def main(arguments: list[str] | None = None) -> int:

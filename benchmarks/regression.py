@@ -1,6 +1,6 @@
 """Figures that do not depend on the machine's mood, beside those recorded: a regression of the code fails here.
 
-Run `python benchmarks/regression.py --help` in an environment where fused_kd is installed with its extra `bench`.
+Run `python benchmarks/regression.py --help` in an environment where fused_kd is installed with its extra `cli`.
 """
 
 import argparse

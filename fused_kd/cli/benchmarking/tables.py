@@ -15,7 +15,7 @@ INPUTS = {"logits": "from logits (kd_loss)", "hidden": "from hidden states (line
 
 def by_shape(results: Iterable[Result]) -> Iterator[list[Result]]:
     def shape(result: Result) -> tuple[Any, ...]:
-        return result.inputs, result.group, result.shape, result.rows, result.vocab_size, result.dtype
+        return result.inputs, result.group, result.vocab_size, result.rows, result.shape, result.dtype
 
     for _, group in groupby(sorted(results, key=shape), key=shape):
         yield list(group)
