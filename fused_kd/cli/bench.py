@@ -10,7 +10,7 @@ from typing import Any
 
 from . import arguments
 from .arguments import new_file, positive
-from .errors import UserError
+from .errors import UserError, reporting
 
 DESCRIPTION = """\
 Measures a training step of the loss, forward, backward and both, beside what a user would take instead, in one run:
@@ -62,15 +62,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
 
 
 def run(options: argparse.Namespace) -> int:
-    for package in PACKAGES:
-        try:
-            importlib.import_module(package)
-        except ModuleNotFoundError:
-            return _error(f'the package {package} is missing: pip install "fused_kd[bench]"')
-    try:
-        return _bench(options)
-    except UserError as error:
-        return _error(str(error))
+    return reporting("bench", PACKAGES, "bench", lambda: _bench(options))
 
 
 def _bench(options: argparse.Namespace) -> int:
@@ -183,8 +175,3 @@ def _read(path: Path) -> list[Any]:
         return [suite.from_dict(result) for result in json.loads(path.read_text())["results"]]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"--compare: expected a file that --json wrote, got {path}: {error}") from error
-
-
-def _error(message: str) -> int:
-    print(f"fused-kd bench: {message}", file=sys.stderr)
-    return 2

@@ -8,6 +8,7 @@ from dataclasses import asdict
 from typing import Any
 
 from .arguments import new_file
+from .errors import UserError, reporting
 
 DESCRIPTION = """\
 Runs the fused loss and eager PyTorch (float32) over a table of configurations, on the same inputs, and compares loss and
@@ -50,20 +51,19 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
 
 
 def run(options: argparse.Namespace) -> int:
-    import torch
+    return reporting("check", ("rich",), "cli", lambda: _check(options))
 
-    try:
-        from rich.console import Console
-        from rich.progress import track
-    except ModuleNotFoundError:
-        print('fused-kd check needs the package rich: pip install "fused_kd[cli]"', file=sys.stderr)
-        return 2
+
+def _check(options: argparse.Namespace) -> int:
+    import torch
+    from rich.console import Console
+    from rich.progress import track
+
     backend = options.backend
     if backend == "auto":
         backend = "cuda" if torch.cuda.is_available() else "cpu"
     if backend == "cuda" and not torch.cuda.is_available():
-        print("--backend cuda: PyTorch sees no CUDA device here; cpu and interpreter can run", file=sys.stderr)
-        return 2
+        raise UserError("--backend cuda: PyTorch sees no CUDA device here; cpu and interpreter can run")
     if backend == "interpreter":
         os.environ["TRITON_INTERPRET"] = "1"  # read when the kernels are first imported
         warnings.filterwarnings("ignore", category=RuntimeWarning, module="triton.runtime.interpreter")

@@ -1,12 +1,11 @@
 """`fused-kd distill`: a real distillation of one language model into a smaller one."""
 
 import argparse
-import importlib
-import sys
 from fractions import Fraction
 from pathlib import Path
 
 from .arguments import at_least_one, at_least_two, positive, share
+from .errors import reporting
 
 DESCRIPTION = """\
 Distils a causal language model into a smaller one with the loss
@@ -86,24 +85,12 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
 
 
 def run(options: argparse.Namespace) -> int:
-    for package in PACKAGES:
-        try:
-            importlib.import_module(package)
-        except ModuleNotFoundError:
-            return _error(f'the package {package} is missing: pip install "fused_kd[demo]"')
+    def work() -> int:
+        from .distillation.experiment import distill
 
-    from .distillation.experiment import distill
-    from .errors import UserError
-
-    try:
         return distill(options)
-    except UserError as error:
-        return _error(str(error))
 
-
-def _error(message: str) -> int:
-    print(f"fused-kd distill: {message}", file=sys.stderr)
-    return 2
+    return reporting("distill", PACKAGES, "demo", work)
 
 
 def _layers(text: str) -> Fraction:

@@ -3,11 +3,10 @@
 import argparse
 import math
 import re
-import sys
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .arguments import at_least_one, new_file, number
-from .errors import UserError
+from .errors import UserError, reporting
 
 if TYPE_CHECKING:
     from .planning.paths import LossStep
@@ -66,18 +65,14 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
 
 
 def run(options: argparse.Namespace) -> int:
-    try:
-        from .planning.tables import print_plan, record
-    except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] != "rich":
-            raise
-        return _error('needs the package rich: pip install "fused_kd[cli]"')
+    return reporting("plan", ("rich",), "cli", lambda: _plan(options))
+
+
+def _plan(options: argparse.Namespace) -> int:
+    from .planning.tables import print_plan, record
 
     reserved = round(options.reserved * 10**9)
-    try:
-        step, notes = _step(options)
-    except UserError as error:
-        return _error(str(error))
+    step, notes = _step(options)
     print_plan(step, reserved, notes)
     if options.json:
         from .record import write_json
@@ -186,8 +181,3 @@ def _gigabytes(text: str) -> float:
     if not 0 <= value < math.inf:
         raise argparse.ArgumentTypeError(f"expected a number of GB of at least 0, got {text!r}")
     return value
-
-
-def _error(message: str) -> int:
-    print(f"fused-kd plan: {message}", file=sys.stderr)
-    return 2

@@ -300,7 +300,7 @@ def test_missing_packages_name_their_extra(monkeypatch, capsys):
     assert 'pip install "fused_kd[demo]"' in refused(capsys, "--student", "a", "--teacher", "b")
     monkeypatch.delitem(sys.modules, "fused_kd.cli.planning.tables")
     monkeypatch.setitem(sys.modules, "rich", None)
-    assert 'needs the package rich: pip install "fused_kd[cli]"' in refused(capsys, *NUMBERS)
+    assert 'the package rich is missing: pip install "fused_kd[cli]"' in refused(capsys, *NUMBERS)
 
 
 @pytest.fixture
