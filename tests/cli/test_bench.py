@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -149,6 +150,59 @@ def test_on_a_gpu_events_are_recorded_around_a_run_and_waited_for_once_a_round(m
     stopwatch.wait()
     assert log == ["record", "run", "record"] * 2 + ["wait"]
     assert stopwatch.seconds("b") == [0.25]
+
+
+@pytest.fixture
+def nvml(monkeypatch):
+    """NVML's counter of energy, 2 J a look, beside a GPU that is not there."""
+    counter = iter(range(0, 10**6, 2000))  # millijoules
+    module = SimpleNamespace(
+        NVMLError=OSError, nvmlInit=lambda: None, nvmlDeviceGetHandleByUUID=lambda uuid: uuid,
+        nvmlDeviceGetTotalEnergyConsumption=lambda handle: next(counter),
+    )  # fmt: skip
+    monkeypatch.setitem(sys.modules, "pynvml", module)
+    monkeypatch.setattr(measure.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid="1234"))
+    return module
+
+
+def test_energy_of_a_step_is_the_counters_over_the_steps_of_a_second(nvml):
+    step = measure.Step(peers.eager_loss, [problems.make(LOGITS, CPU)], 2.0)
+    assert measure.joules(step, torch.device("cuda"), seconds=0.25) == 2.0 / 4
+    assert measure.joules(step, CPU, seconds=0.25) is None
+
+
+def test_energy_is_left_out_where_the_gpu_does_not_count_it(nvml):
+    def refuse(handle):
+        raise nvml.NVMLError("not supported")
+
+    nvml.nvmlDeviceGetTotalEnergyConsumption = refuse
+    step = measure.Step(peers.eager_loss, [problems.make(LOGITS, CPU)], 2.0)
+    assert measure.joules(step, torch.device("cuda"), seconds=0.25) is None
+
+
+def test_launches_are_the_profilers_events_on_the_gpu(monkeypatch):
+    kernel, host = (SimpleNamespace(device_type=SimpleNamespace(name=name)) for name in ("CUDA", "CPU"))
+
+    class Profile:
+        def __init__(self, activities):
+            assert activities == [torch.profiler.ProfilerActivity.CUDA]
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *error):
+            pass
+
+        def events(self):
+            return [host, kernel, kernel, host, kernel]
+
+    monkeypatch.setattr(torch.profiler, "profile", Profile)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    step = measure.Step(peers.eager_loss, [problems.make(LOGITS, CPU)], 2.0)
+    assert measure.launches(step, torch.device("cuda")) == 3
+    assert measure.launches(step, CPU) is None
 
 
 def test_buffers_rotate_past_the_l2_cache(monkeypatch):
