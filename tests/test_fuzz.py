@@ -30,15 +30,7 @@ EPSILONS = 4
 
 REFERENCES = reference.kd_loss, reference.linear_kd_loss
 PARTS = ("hidden", "weight", "bias")
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Tensors as small as these gain nothing from threads, and wait for them where the machine is busy."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @contextlib.contextmanager

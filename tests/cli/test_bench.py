@@ -23,6 +23,7 @@ from fused_kd.cli.benchmarking import (
 )
 
 CPU = torch.device("cpu")
+pytestmark = pytest.mark.usefixtures("one_thread")
 LOGITS = shapes.Shape("models", "small", "logits", 16, 301, 24, 40, torch.float32)
 HIDDEN = LOGITS._replace(inputs="hidden")
 PLAIN = [peer for peer in peers.PEERS if peer.package is None and peer.name != "torch.compile"]
@@ -275,6 +276,9 @@ def tiny(monkeypatch):
     monkeypatch.setattr(shapes, "CPU_FLOPS", 1e6)
     monkeypatch.setattr(shapes, "SWEEP_V", (64, 256))
     monkeypatch.setattr(shapes, "SWEEP_N", {"cpu": (16, 32)})
+    monkeypatch.setattr(shapes, "SWEEP_INPUTS", {"cpu": shapes.INPUTS})
+    monkeypatch.setattr(shapes, "SWEEP_HIDDEN", (8, 12))
+    monkeypatch.setattr(shapes, "SWEEP_N_V", 300)
     monkeypatch.setattr(measure, "COPY_BYTES", 2**20)
 
 
@@ -288,7 +292,8 @@ def test_bench_prints_draws_and_writes(tiny, tmp_path, capsys):
 
     assert main([*arguments, "--part", "sweeps", "--compare", str(file)]) == 0
     assert "0 of 0 figures moved" in capsys.readouterr().out  # the sweeps are other shapes
-    assert {path.name for path in folder.iterdir()} == {"growing-V.png", "growing-N.png"}
+    ends = (".png", "-from-hidden-states.png")
+    assert {path.name for path in folder.iterdir()} == {f"growing-{size}{end}" for size in "VN" for end in ends}
     record = json.loads(file.read_text(), parse_constant=pytest.fail)
     assert record["command"] == "fused-kd bench"
     assert {"python", "torch", "triton", "liger-kernel"} <= set(record["versions"])

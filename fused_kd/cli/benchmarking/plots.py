@@ -1,5 +1,6 @@
 """Time and memory of a step against V and N, ours and the peers', on log axes."""
 
+import itertools
 from pathlib import Path
 
 import matplotlib
@@ -9,6 +10,7 @@ import matplotlib.pyplot as plt
 from matplotlib.ticker import NullLocator, StrMethodFormatter
 
 from .peers import OURS
+from .shapes import INPUTS
 from .suite import Result
 
 AXES = {"V": ("vocab_size", "vocabulary V"), "N": ("rows", "tokens N")}
@@ -17,25 +19,35 @@ MARKERS = "sD^vP*"
 
 
 def draw(folder: Path, results: list[Result], where: str) -> list[Path]:
-    """One picture a swept size: time and memory side by side."""
+    """One picture a swept size and kind of inputs: time and memory side by side."""
     written = []
-    for group, (field, label) in AXES.items():
-        points = [r for r in results if r.group == group and r.both is not None]
-        if not points:
-            continue
-        fixed = f"N = {points[0].rows}" if group == "V" else f"V = {points[0].vocab_size}"
-        figure, axes = plt.subplots(1, 2, figsize=(12, 5), layout="constrained")
-        figure.suptitle(f"Distillation loss from logits, forward and backward, {points[0].dtype}, {fixed}\n{where}")
-        _panel(axes[0], points, field, "time of a step, ms", lambda r: 1000 * r.both.median)  # type: ignore[union-attr]
-        _panel(axes[1], points, field, "memory beyond inputs and gradient, MB", lambda r: (r.peak_bytes or 0) / 1e6)
-        for axis in axes:
-            axis.set_xlabel(label)
-        axes[0].legend(frameon=False)
-        path = folder / f"growing-{group}.png"
-        figure.savefig(path, dpi=120)
-        plt.close(figure)
-        written.append(path)
+    for inputs, group in itertools.product(INPUTS, AXES):
+        points = [r for r in results if (r.inputs, r.group) == (inputs, group) and r.both is not None]
+        if points:
+            path = folder / (
+                f"growing-{group}.png" if inputs == "logits" else f"growing-{group}-from-hidden-states.png"
+            )
+            _draw(path, points, group, where)
+            written.append(path)
     return written
+
+
+def _draw(path: Path, points: list[Result], group: str, where: str) -> None:
+    field, label = AXES[group]
+    first = points[0]
+    fixed = f"N = {first.rows}" if group == "V" else f"V = {first.vocab_size}"
+    source = (
+        "logits" if first.inputs == "logits" else f"hidden states of {first.student_hidden} / {first.teacher_hidden}"
+    )
+    figure, axes = plt.subplots(1, 2, figsize=(12, 5), layout="constrained")
+    figure.suptitle(f"Distillation loss from {source}, forward and backward, {first.dtype}, {fixed}\n{where}")
+    _panel(axes[0], points, field, "time of a step, ms", lambda r: 1000 * r.both.median)
+    _panel(axes[1], points, field, "memory beyond inputs and gradients, MB", lambda r: (r.peak_bytes or 0) / 1e6)
+    for axis in axes:
+        axis.set_xlabel(label)
+    axes[0].legend(frameon=False)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
 
 
 def _panel(axis, points, field, label, value):  # type: ignore[no-untyped-def]

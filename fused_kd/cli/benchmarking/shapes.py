@@ -64,6 +64,7 @@ SWEEP_N = {"cpu": (32, 128, 512), "cuda": (128, 512, 2048, 8192)}
 SWEEP_N_V = 49_152
 SWEEP_V_N = {"cpu": 64, "cuda": 4096}
 SWEEP_HIDDEN = (576, 2048)  # those of SmolLM2
+SWEEP_INPUTS = {"cpu": ("logits",), "cuda": INPUTS}  # on a CPU the products would take minutes
 
 
 def model_shapes(device: torch.device, dtype: torch.dtype, pairs: tuple[str, ...] = ()) -> list[Shape]:
@@ -79,10 +80,14 @@ def model_shapes(device: torch.device, dtype: torch.dtype, pairs: tuple[str, ...
 
 
 def sweep_shapes(device: torch.device, dtype: torch.dtype) -> list[Shape]:
-    """Growing V at one N, and growing N at one V, from logits."""
+    """Growing V at one N, and growing N at one V."""
     rows = SWEEP_V_N[device.type]
     sizes = [("V", rows, V) for V in SWEEP_V] + [("N", N, SWEEP_N_V) for N in SWEEP_N[device.type]]
-    return [Shape(group, f"growing {group}", "logits", N, V, *SWEEP_HIDDEN, dtype) for group, N, V in sizes]
+    return [
+        Shape(group, f"growing {group}", inputs, N, V, *SWEEP_HIDDEN, dtype)
+        for inputs in SWEEP_INPUTS[device.type]
+        for group, N, V in sizes
+    ]
 
 
 def _rows(shape: Shape, device: torch.device) -> int:
