@@ -5,11 +5,10 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from fused_kd.cli.benchmarking import agreement, measure, peers, problems, shapes
+from fused_kd.cli.benchmarking import measure, peers, problems, shapes, suite
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPE = torch.bfloat16 if DEVICE.type == "cuda" else torch.float32
-TEMPERATURE = 2.0
 
 
 class Case(NamedTuple):
@@ -55,12 +54,8 @@ def time_case(benchmark):
         shape, peer, which = case
         if (reason := peer.missing(DEVICE)) is not None:
             pytest.skip(f"{peer.name}: {reason}")
-        loss = peer.build()
-        agreed = agreement.check(peer, loss, shape, DEVICE, TEMPERATURE)
+        step, agreed = suite.prepared(peer, shape, _latest.of(shape), DEVICE)
         assert agreed.agrees, f"{peer.name} is not {peer.computes}: {agreed}"
-        buffers = _latest.of(shape)
-        own = [buffer.copy() for buffer in buffers] if peer.overwrites else buffers
-        step = measure.Step(loss, own, peer.temperature or TEMPERATURE)
         benchmark.group = f"{shape.label}, {which}"
         benchmark.extra_info |= {"peer": peer.name, "computes": peer.computes, "value_error": agreed.value_error}
         benchmark.extra_info["gradient_error"] = agreed.gradient_error

@@ -28,16 +28,16 @@ from rich.progress import track
 from rich.table import Table
 
 from fused_kd.cli import record
-from fused_kd.cli.benchmarking import peers, problems, shapes, tables
+from fused_kd.cli.benchmarking import peers, problems, shapes
+from fused_kd.cli.benchmarking.suite import TEMPERATURE
+from fused_kd.cli.words import spaced
 
 CHIPS = ("a100", "h100", "b200")
 VOCABULARIES = (32_000, 128_256, 262_144)
 # Rows that run: the simulator wants four programs a launch, and flash-linear-attention cuts hidden states into 8 chunks.
 ROWS, MODELLED_ROWS = {"logits": 4, "hidden": 32}, 8192
-AFTER = (
-    "elementwise_mul_kernel",
-)  # scales finished gradients by the upstream gradient: 1, and then reads nothing else
-TEMPERATURE = 2.0
+# Scales finished gradients by the upstream gradient, which is 1: then it reads nothing else.
+AFTER = ("elementwise_mul_kernel",)
 OTHERS = ("Liger CE + TVD", "Liger CE", "fla fused KL")
 
 
@@ -139,7 +139,7 @@ def table(results: list[dict[str, Any]]) -> Table:
                 str(r["launches"]), f"{r['bytes_a_pair']:.1f}", f"{1000 * r['modelled_seconds']:.2f}",
                 f"{r['times_the_floor']:.2f}", ", ".join(dict.fromkeys(r["bound_by"])),
             )  # fmt: skip
-        table.add_row(r["chip"], tables.spaced(r["vocab_size"]), r["peer"], r["computes"], *cells)
+        table.add_row(r["chip"], spaced(r["vocab_size"]), r["peer"], r["computes"], *cells)
     return table
 
 

@@ -16,6 +16,7 @@ from typing import Any
 
 from fused_kd.cli.benchmarking import peers, suite, tables
 from fused_kd.cli.benchmarking.suite import Result
+from fused_kd.cli.words import spaced
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -69,7 +70,7 @@ def _table(results: list[Result]) -> Iterator[str]:
         by_peer = {result.peer: result for result in of_shape}
         ours, first = by_peer[peers.OURS], of_shape[0]
         cells = [_cell(by_peer.get(name), ours) for name in names]
-        size = f"{first.rows} | {tables.spaced(first.vocab_size)}"
+        size = f"{first.rows} | {spaced(first.vocab_size)}"
         yield f"| {first.shape}, {first.dtype} | {size} | {' | '.join(cells)} |"
 
 
@@ -108,7 +109,7 @@ def _modelled(record: dict[str, Any]) -> Iterator[str]:
     for r in results:
         ratio = r["modelled_seconds"] / ours[r["chip"], r["vocab_size"]]
         yield (
-            f"| {r['chip'].upper()}, modelled | {tables.spaced(r['vocab_size'])} | {r['peer']} | {r['computes']} | "
+            f"| {r['chip'].upper()}, modelled | {spaced(r['vocab_size'])} | {r['peer']} | {r['computes']} | "
             f"{r['bytes_a_pair']:.1f} | {1000 * r['modelled_seconds']:.2f} | {r['times_the_floor']:.2f} | {ratio:.2f} |"
         )
 

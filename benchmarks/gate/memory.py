@@ -7,6 +7,7 @@ from torch import Tensor
 
 from fused_kd import kd_loss, linear_kd_loss
 from fused_kd.cli.memory import peak_bytes
+from fused_kd.cli.words import dtype_name
 
 from .figures import Figures, one_thread
 
@@ -20,7 +21,7 @@ CPU = torch.device("cpu")
 def live_bytes() -> Figures:
     figures = {}
     for dtype in (torch.float32, torch.bfloat16):
-        name = str(dtype).removeprefix("torch.")
+        name = dtype_name(dtype)
         for inplace in (False, True):
             figures[f"kd_loss, {name}" + ", inplace_backward" * inplace] = _beyond(
                 *_from_logits(dtype, inplace), inplace

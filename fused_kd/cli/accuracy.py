@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import kd_loss, reference
+from .words import dtype_name
 
 EPSILON = torch.finfo(torch.float32).eps
 RATIO_BOUND = 2.0  # the error may be twice eager's, or one float32 epsilon, which no float32 result can promise to beat
@@ -58,7 +59,7 @@ class Case:
 
     @property
     def dtypes(self) -> str:
-        return " / ".join(str(dtype).removeprefix("torch.") for dtype in (self.student_dtype, self.teacher_dtype))
+        return " / ".join(dtype_name(dtype) for dtype in (self.student_dtype, self.teacher_dtype))
 
 
 @dataclass(frozen=True)

@@ -104,6 +104,16 @@ def test_what_cannot_run_says_why(monkeypatch):
     assert tables.skipped(results.values())["no-such is not installed"] == ["another"]
 
 
+def test_a_peer_that_overwrites_its_inputs_gets_its_own():
+    buffers = [problems.make(LOGITS, CPU)]
+    for overwrites in (False, True):
+        peer = peers.Peer("another", "logits", lambda: peers.eager_loss, overwrites=overwrites)
+        step, agreed = suite.prepared(peer, LOGITS, buffers, CPU)
+        assert agreed.agrees
+        assert (step.buffers[0].student[0] is buffers[0].student[0]) != overwrites
+        assert torch.equal(step.buffers[0].student[0], buffers[0].student[0])
+
+
 def test_a_failure_of_our_own_loss_is_not_hidden(monkeypatch):
     def broken():
         raise ImportError("ours")

@@ -21,15 +21,7 @@ from fused_kd.cli import (  # noqa: E402
 from fused_kd.cli.distillation import comparison, data, heads, models, training  # noqa: E402
 
 STEPS = 12
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Models as small as these gain nothing from threads, and wait for them where the machine is busy."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

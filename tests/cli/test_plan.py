@@ -14,6 +14,7 @@ from fused_kd.cli.planning import paths
 from fused_kd.cli.planning.paths import EAGER, IN_PLACE, KD_LOSS, LINEAR, LossStep
 
 ALPHA, T = 0.5, 2.0
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def with_heads(loss):
@@ -44,15 +45,6 @@ def losses(step):
             *heads, alpha=ALPHA, temperature=T, logits_dtype=step.logits_dtype, workspace_bytes=step.workspace_bytes
         ),
     }
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Small tensors gain nothing from threads, and wait for them where the machine is busy."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture

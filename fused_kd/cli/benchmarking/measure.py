@@ -87,7 +87,7 @@ def rotation(inputs: Inputs, device: torch.device) -> list[Inputs]:
 
 def times(steps: Mapping[Key, Step], which: str, device: torch.device, budget: float) -> dict[Key, Spread]:
     """Of one pass of each step, after a run that is not counted; for about `budget` seconds."""
-    stopwatch = _CudaStopwatch(device) if device.type == "cuda" else _Stopwatch()
+    stopwatch = _stopwatch(device)
     for step in steps.values():
         step.prepare(which)
         step.run(which)
@@ -138,6 +138,10 @@ class _CudaStopwatch:
         return [begin.elapsed_time(end) / 1000 for begin, end in self.events[name]]
 
 
+def _stopwatch(device: torch.device) -> _Stopwatch | _CudaStopwatch:
+    return _CudaStopwatch(device) if device.type == "cuda" else _Stopwatch()
+
+
 def peak_beyond(step: Step, device: torch.device) -> int:
     """The most bytes that a step holds at once beyond its inputs and the gradients that it leaves."""
     inputs = step.next()
@@ -185,7 +189,7 @@ def copy_bandwidth(device: torch.device) -> float:
     """Bytes read and written a second by `copy_` of 512 MB; the best of a few."""
     source = torch.zeros(COPY_BYTES, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    stopwatch = _CudaStopwatch(device) if device.type == "cuda" else _Stopwatch()
+    stopwatch = _stopwatch(device)
     for _ in range(2 + MIN_ROUNDS):
         stopwatch.time("copy", lambda: target.copy_(source))
     stopwatch.wait()

@@ -5,10 +5,10 @@ the extra "bench"; it is imported when it is first asked for.
 """
 
 import functools
-import importlib
 import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -81,13 +81,9 @@ def _ours() -> Loss:
     return loss
 
 
-def _module(name: str) -> Any:
-    return importlib.import_module(name)
-
-
 def _torchtune(chunks: int = 8) -> Loss:
     """Its knowledge-distillation recipes: heads applied to chunks of a sequence, whose logits all stay for backward."""
-    losses = _module("torchtune.modules.loss")
+    losses = import_module("torchtune.modules.loss")
     divergence, cross_entropy = losses.ForwardKLWithChunkedOutputLoss(chunks), losses.CEWithChunkedOutputLoss(chunks)
 
     def loss(inputs: Inputs, temperature: float) -> Tensor:
@@ -104,7 +100,7 @@ def _torchtune(chunks: int = 8) -> Loss:
 
 
 def _liger_chunked() -> Loss:
-    jsd = _module("liger_kernel.chunked_loss").LigerFusedLinearJSDLoss
+    jsd = import_module("liger_kernel.chunked_loss").LigerFusedLinearJSDLoss
 
     @functools.cache
     def at(temperature: float) -> Any:  # beta = 0: the divergence is KL(teacher || student)
@@ -116,13 +112,13 @@ def _liger_chunked() -> Loss:
 
 def _liger(function: str, call: Callable[[Any, Inputs, float], Tensor]) -> Callable[[], Loss]:
     def build() -> Loss:
-        return functools.partial(call, getattr(_module("liger_kernel.transformers.functional"), function))
+        return functools.partial(call, getattr(import_module("liger_kernel.transformers.functional"), function))
 
     return build
 
 
 def _liger_ce_and_tvd() -> Loss:
-    module = _module("liger_kernel.transformers.fused_ce_tvd").LigerFusedCETVDLoss()
+    module = import_module("liger_kernel.transformers.fused_ce_tvd").LigerFusedCETVDLoss()
 
     def loss(inputs: Inputs, temperature: float) -> Tensor:
         ce, distance = module(*inputs.student, *inputs.teacher, inputs.labels)
@@ -138,7 +134,7 @@ def _liger_kl_of_probabilities(function: Any, inputs: Inputs, temperature: float
 
 
 def _fla_kl() -> Loss:
-    module = _module("fla.modules.fused_kl_div").FusedKLDivLoss()
+    module = import_module("fla.modules.fused_kl_div").FusedKLDivLoss()
 
     def loss(inputs: Inputs, temperature: float) -> Tensor:
         (hidden, weight), (teacher_hidden, teacher_weight) = inputs.student, inputs.teacher
@@ -149,7 +145,7 @@ def _fla_kl() -> Loss:
 
 def _cce(implementation: str) -> Callable[[], Loss]:
     def build() -> Loss:
-        function = _module("cut_cross_entropy").linear_cross_entropy
+        function = import_module("cut_cross_entropy").linear_cross_entropy
         return lambda inputs, temperature: function(*inputs.student, inputs.labels, impl=implementation)
 
     return build

@@ -4,6 +4,8 @@ from typing import NamedTuple
 
 import torch
 
+from ..words import dtype_name
+
 
 class Pair(NamedTuple):
     """A student and a teacher of one vocabulary.  Sizes are those of the models' published configurations."""
@@ -40,7 +42,7 @@ class Shape(NamedTuple):
     @property
     def label(self) -> str:
         heads = f", H = {self.student_hidden} / {self.teacher_hidden}" if self.inputs == "hidden" else ""
-        return f"{self.name}: N = {self.rows}, V = {self.vocab_size}{heads}, {str(self.dtype).removeprefix('torch.')}"
+        return f"{self.name}: N = {self.rows}, V = {self.vocab_size}{heads}, {dtype_name(self.dtype)}"
 
     @property
     def logits(self) -> int:

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from ..words import dtype_name
 from . import agreement, measure, peers, problems
 from .peers import Peer
 from .shapes import Shape
@@ -43,8 +44,9 @@ class Result:
     @classmethod
     def of(cls, shape: Shape, peer: Peer, **measured: Any) -> "Result":
         sizes = shape.rows, shape.vocab_size, shape.student_hidden, shape.teacher_hidden
-        dtype = str(shape.dtype).removeprefix("torch.")
-        return cls(shape.group, shape.name, shape.inputs, *sizes, dtype, peer.name, peer.computes, **measured)
+        return cls(
+            shape.group, shape.name, shape.inputs, *sizes, dtype_name(shape.dtype), peer.name, peer.computes, **measured
+        )
 
     @property
     def key(self) -> tuple[Any, ...]:
@@ -62,6 +64,16 @@ def from_dict(record: dict[str, Any]) -> Result:
     return Result(**{**record, **passes})
 
 
+def prepared(
+    peer: Peer, shape: Shape, buffers: list[problems.Inputs], device: torch.device
+) -> tuple[measure.Step, agreement.Agreement]:
+    """A peer's step on these buffers, or on copies where it overwrites them, and whether it computes what it says."""
+    loss = peer.build()
+    agreed = agreement.check(peer, loss, shape, device, TEMPERATURE)
+    own = [buffer.copy() for buffer in buffers] if peer.overwrites else buffers
+    return measure.Step(loss, own, peer.temperature or TEMPERATURE), agreed
+
+
 def measured(shape: Shape, device: torch.device, budget: float) -> list[Result]:
     """Every peer at a shape, in about `budget` seconds of timed runs."""
     torch._dynamo.reset()  # compiled peers are compiled for each shape: one that has seen several makes slower code
@@ -73,11 +85,8 @@ def measured(shape: Shape, device: torch.device, budget: float) -> list[Result]:
         reason = peer.missing(device)
         if reason is None:
             try:
-                loss = peer.build()
-                found[peer] = asdict(agreement.check(peer, loss, shape, device, TEMPERATURE))
-                own = [buffer.copy() for buffer in buffers] if peer.overwrites else buffers
-                steps[peer] = measure.Step(loss, own, peer.temperature or TEMPERATURE)
-                found[peer]["peak_bytes"] = measure.peak_beyond(steps[peer], device)
+                steps[peer], agreed = prepared(peer, shape, buffers, device)
+                found[peer] = asdict(agreed) | {"peak_bytes": measure.peak_beyond(steps[peer], device)}
             except Exception as error:  # another's package, which must not end the measurement of the rest
                 if peer.name == peers.OURS:
                     raise

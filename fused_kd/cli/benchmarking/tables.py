@@ -6,6 +6,7 @@ from typing import Any
 
 from rich.table import Table
 
+from ..words import spaced
 from .measure import Spread
 from .peers import OURS
 from .suite import Result
@@ -25,10 +26,6 @@ def title(result: Result) -> str:
     heads = f", H = {result.student_hidden} / {result.teacher_hidden}" if result.inputs == "hidden" else ""
     sizes = f"N = {result.rows}, V = {spaced(result.vocab_size)}{heads}, {result.dtype}"
     return f"{result.shape}, {INPUTS[result.inputs]}: {sizes}"
-
-
-def spaced(number: int) -> str:
-    return f"{number:_}".replace("_", " ")
 
 
 def time_table(results: list[Result], copy_bandwidth: float) -> Table:

@@ -7,6 +7,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from ..words import dtype_name, spaced
 from . import paths
 from .paths import Array, Ledger, LossStep
 
@@ -15,8 +16,8 @@ def print_plan(step: LossStep, reserved: int, notes: list[str]) -> None:
     console = Console(width=None if sys.stdout.isatty() else 114, highlight=False)
     ledgers = paths.ledgers(step)
     console.print(
-        f"{_count(step.tokens)} tokens, V = {_count(step.vocab_size)}, H_s = {_count(step.student_hidden)}, "
-        f"H_t = {_count(step.teacher_hidden)}, {_name(step.dtype)}, {'trained' if step.trained else 'frozen'} head; "
+        f"{spaced(step.tokens)} tokens, V = {spaced(step.vocab_size)}, H_s = {spaced(step.student_hidden)}, "
+        f"H_t = {spaced(step.teacher_hidden)}, {dtype_name(step.dtype)}, {'trained' if step.trained else 'frozen'} head; "
         "planned, not measured\n"
     )
     tables = [_memory(step, ledgers), _cards(step, ledgers, reserved)]
@@ -58,7 +59,7 @@ def _cards(step: LossStep, ledgers: dict[str, Ledger], reserved: int) -> Table:
             free = size * paths.GB - reserved
             missing = paths.needed_bytes(step, ledger) - free
             verdict = "fits" if missing <= 0 else f"needs {_size(missing)} more"
-            cells.append(f"{verdict}\n{_count(paths.most_tokens(step, path, free))} tokens")
+            cells.append(f"{verdict}\n{spaced(paths.most_tokens(step, path, free))} tokens")
         table.add_row(f"{size} GB\n{names}", *cells)
     return table
 
@@ -79,7 +80,7 @@ def _lines(step: LossStep) -> list[str]:
     products = ", ".join(f"{count} of the {side}" for side, count in step.products.items())
     flops, plural = step.flops, "s" * (chunks.chunks > 1)
     return [
-        f"linear_kd_loss: {_count(chunks.chunks)} chunk{plural} of {_count(chunks.chunk_rows)} tokens, in buffers of "
+        f"linear_kd_loss: {spaced(chunks.chunks)} chunk{plural} of {spaced(chunks.chunk_rows)} tokens, in buffers of "
         f"{_size(chunks.workspace_bytes)}.",
         f"Products of the heads, on every path: {products}, 2 N V H each: {_flops(sum(flops.values()))} "
         f"({_flops(flops['student'])} + {_flops(flops['teacher'])}).",
@@ -99,7 +100,8 @@ def record(step: LossStep, reserved: int, notes: list[str]) -> dict[str, Any]:
     return {
         "command": "fused-kd plan",
         "versions": record.versions("transformers"),
-        "step": {**step._asdict(), "dtype": _name(step.dtype), "logits_dtype": _name(step.logits_dtype or step.dtype)},
+        "step": {**step._asdict(), "dtype": dtype_name(step.dtype),
+                 "logits_dtype": dtype_name(step.logits_dtype or step.dtype)},
         "notes": notes,
         "inputs": step.inputs,
         "gradients": step.gradients,
@@ -166,11 +168,3 @@ def _flops(flops: int) -> str:
 
 def _three_digits(value: float) -> str:
     return f"{value:.2f}" if value < 9.995 else f"{value:.1f}" if value < 99.95 else f"{value:.0f}"
-
-
-def _count(number: int) -> str:
-    return f"{number:,}".replace(",", " ")
-
-
-def _name(dtype: Any) -> str:
-    return str(dtype).removeprefix("torch.")
