@@ -7,6 +7,7 @@ import warnings
 from dataclasses import asdict
 from typing import Any
 
+from . import interpreter
 from .arguments import new_file
 from .errors import UserError, reporting
 
@@ -67,6 +68,7 @@ def _check(options: argparse.Namespace) -> int:
     if backend == "interpreter":
         os.environ["TRITON_INTERPRET"] = "1"  # read when the kernels are first imported
         warnings.filterwarnings("ignore", category=RuntimeWarning, module="triton.runtime.interpreter")
+        interpreter.hasten()
     else:
         os.environ.pop("TRITON_INTERPRET", None)
 
