@@ -12,9 +12,17 @@ import torch
 from torch import Tensor
 
 from . import ops
-from .linear import LinearOptions, scaled
+from .linear import LinearOptions
 from .linear_operator import linear_row_losses
-from .row_losses import KDOptions, gradient_arguments, row_values, weight_gradients, weighted_sum
+from .row_losses import (
+    KDOptions,
+    gradient_arguments,
+    row_values,
+    row_values_and_gradient,
+    weight_gradients,
+    weighted_sum,
+)
+from .scaling import scaled
 
 Backward = Callable[..., tuple[Tensor | None, ...]]
 
@@ -107,6 +115,52 @@ class KDLossFunction(torch.autograd.Function):
             student_gradient if student_grad else None, teacher_gradient if teacher_grad else None, None, *of_weights,
             None, None,
         )  # fmt: skip
+
+
+class KDLossAndGradientFunction(torch.autograd.Function):
+    """The sum of the row losses from logits, with the gradient from the same launch.
+
+    Backward multiplies it by the upstream gradient, whatever that is, and hands it on: in place if no other backward can
+    follow.  Saved are the gradient and O(N) floats, so that the logits of both models may go once the loss is there.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(
+        student: Tensor,  # [outer, inner, V'], V' >= vocab_size
+        teacher: Tensor | None,  # [outer', inner', vocab_size]; None leaves out KL
+        labels: Tensor | None,  # [N]; None leaves out CE
+        ce_weight: Tensor,  # [N], float64
+        kl_weight: Tensor,  # [N], float64; a row with both weights 0 counts for nothing, whatever it holds
+        options: KDOptions,
+        inplace_backward: bool,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # the loss, a scalar; CE and KL, [N], float64; the gradient
+        values, gradient = row_values_and_gradient(
+            student, teacher, labels, ce_weight, kl_weight, options, in_place=inplace_backward
+        )
+        if inplace_backward:
+            torch.autograd.graph.increment_version(student)
+            gradient = student.detach()
+        loss = weighted_sum(values.ce, values.kl, ce_weight, kl_weight, options).sum()
+        return loss, values.ce, values.kl, gradient
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        _, _, _, ce_weight, kl_weight, *_ = inputs
+        ctx.save_for_backward(ce_weight, kl_weight, *output[1:])
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    @_first_order
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        ce_weight, kl_weight, ce, kl, gradient = ctx.saved_tensors
+        of_weights = weight_gradients(ctx.needs_input_grad[3:5], upstream, ce_weight, kl_weight, ce, kl)
+        if torch.is_grad_enabled() or _graph_is_kept():
+            (gradient,) = scaled([gradient], upstream, [gradient.dtype], in_place=False)
+        else:
+            ops.scale_(gradient, upstream)
+        return gradient, None, None, *of_weights, None, None
 
 
 def _graph_is_kept() -> bool:

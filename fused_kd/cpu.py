@@ -13,6 +13,7 @@ from torch import Tensor
 
 from . import statistics as stats
 from .logit_map import IDENTITY_MAP, LogitMap
+from .scaling import scaled
 
 # Elements of a block: its three buffers take 12 MB in float32, within a last-level cache, and an elementary operation on
 # it takes 50 us, far more than its overhead.  Two cores, N = 256, V = 128 256, T = 3: both sweeps take 102 ms with 2^18,
@@ -120,6 +121,42 @@ def logit_gradient(
             result = log_ratio.mul_(q).mul_(q_scale[rows])
             _multiply_by_slope(result, _rows(teacher, first, last), teacher_map, buffer=u)
             _rows(teacher_gradient, first, last).copy_(result)
+
+
+def statistics_dtype(student: Tensor, teacher: Tensor | None) -> torch.dtype:
+    """Float32, or float64 if an input is float64."""
+    return (
+        torch.float64 if torch.float64 in (student.dtype, None if teacher is None else teacher.dtype) else torch.float32
+    )
+
+
+def loss_and_gradient(
+    student: Tensor,  # [outer, inner, V]
+    teacher: Tensor | None,  # [outer', inner', V], as many rows
+    labels: Tensor | None,  # [N]; None leaves out the cross-entropy
+    ce_weight: Tensor,  # [N], float64
+    kl_weight: Tensor,  # [N]; a row with both weights 0 is not read
+    temperature: float,
+    gradient: Tensor,  # [outer, inner, V], written; may be the student
+    student_map: LogitMap = IDENTITY_MAP,
+    teacher_map: LogitMap = IDENTITY_MAP,
+) -> Tensor:  # [6, N]
+    """Both sweeps; what one launch gives on a GPU."""
+    dtype = statistics_dtype(student, teacher)
+    counted = (ce_weight != 0).to(dtype), (kl_weight != 0).to(dtype)
+    maps = student_map, teacher_map
+    statistics = row_statistics(student, teacher, *counted, temperature, labels is not None, *maps)[0]
+    weights = ce_weight.to(dtype), kl_weight.to(dtype)
+    logit_gradient(student, teacher, labels, statistics, *weights, temperature, gradient, None, *maps)
+    return statistics
+
+
+def scale_(
+    tensor: Tensor,  # any shape
+    factor: Tensor,  # a scalar
+) -> None:
+    if factor != 1:
+        scaled([tensor], factor, [tensor.dtype], in_place=True)
 
 
 def _exponential(u: Tensor, temperature: float, out: Tensor) -> Tensor:

@@ -8,11 +8,16 @@ import torch
 from torch import Tensor
 
 from . import checks
-from .autograd import KDLossFunction, LinearKDLossFunction, LinearKDRowLossesFunction
+from .autograd import (
+    KDLossAndGradientFunction,
+    KDLossFunction,
+    LinearKDLossFunction,
+    LinearKDRowLossesFunction,
+)
 from .linear import LinearOptions
 from .logit_map import LogitMap, Scale, Softcap
 from .output import KDLossOutput
-from .row_losses import KDOptions
+from .row_losses import KDOptions, fits_one_launch
 from .rows import RowWeights, as_rows, counted_rows, row_weights
 
 
@@ -41,6 +46,13 @@ def kd_loss(
     Hinton, Vinyals and Dean, "Distilling the Knowledge in a Neural Network", 2015 (arXiv:1503.02531).  The teacher
     is a constant, unless `teacher_grad` is set.  Nothing synchronises with the host.
 
+    Where the student's logits require a gradient it comes from the same launch as the loss, for an upstream gradient of 1,
+    on GPUs whose L2 cache holds the logits between two readings: each is then read from memory once, and backward hands
+    the gradient on, or multiplies it in place.  Neither model's logits are kept.  Two launches, which keep them, take
+    float16 logits, reduction "none", `teacher_grad`, a term that is only logged, a loss under `torch.compile`, other GPUs
+    and the CPU.  The environment variable FUSED_KD_PLAN overrides the choice: "one-launch", "two-launches" or "auto", or a
+    launch, as `fused_kd.one_launch.requested` describes it.
+
     Args:
         student_logits: `[..., V]`, float32, bfloat16, float16, or float64 on the CPU; any number of leading dimensions
             and any strides.  A slice such as `logits[:, :-1]` is not copied.
@@ -65,8 +77,10 @@ def kd_loss(
         teacher_grad: the teacher learns too (mutual, online distillation): its logits get the gradient of the KL term,
             alpha T (log-ratio - KL) q_T a row, from the same sweep.  A teacher that requires grad without it is warned of
             once, and is a constant.
-        inplace_backward: the gradient takes the memory of the student's logits, which saves an `[N, V]` array.  Using
-            the logits after backward then raises PyTorch's error about a tensor modified in place.
+        inplace_backward: the gradient takes the memory of the student's logits, which saves an `[N, V]` array.  In one
+            launch it does so before the call returns, so nothing may read the logits after it, nor may
+            `torch.autograd.grad` be asked for the gradient of logits that are a view.  What saved them for a backward pass
+            of its own raises PyTorch's error about a tensor modified in place.
         return_parts: return `KDLossOutput(loss, kl, ce)`, with detached parts for logging.
 
     Returns:
@@ -94,10 +108,28 @@ def kd_loss(
         # A slice of all columns would be copied in backward, to put its gradient in its place.
         real = teacher_logits if teacher_logits.shape[-1] == V else teacher_logits[..., :V]
         (teacher,) = _teacher((as_rows(real),), teacher_grad, terms.options, "teacher_logits")
-    losses, ce, kl, _ = KDLossFunction.apply(
-        student, teacher, terms.labels, terms.weights.ce, terms.weights.kl, terms.options, inplace_backward
-    )
+    arguments = student, teacher, terms.labels, terms.weights.ce, terms.weights.kl, terms.options, inplace_backward
+    if reduction != "none" and _takes_gradient_along(student, teacher, terms):
+        loss, ce, kl, _ = KDLossAndGradientFunction.apply(*arguments)
+        return terms.output(loss, ce, kl)
+    losses, ce, kl, _ = KDLossFunction.apply(*arguments)
     return terms.output(losses if reduction == "none" else losses.sum(), ce, kl)
+
+
+def _takes_gradient_along(student: Tensor, teacher: Tensor | None, terms: "_Terms") -> bool:
+    """Whether the gradient is taken with the loss, for an upstream gradient of 1.
+
+    Not in float16, where the gradient of a mean over many rows underflows before a loss scale multiplies it; not where the
+    teacher learns; not under a compiler, whose backward pass would multiply it into a second array.
+    """
+    return (
+        torch.is_grad_enabled()
+        and student.requires_grad
+        and student.dtype != torch.float16
+        and not (teacher is not None and teacher.requires_grad)
+        and not torch.compiler.is_compiling()
+        and fits_one_launch(student, teacher, terms.labels, terms.options)
+    )
 
 
 def linear_kd_loss(

@@ -5,7 +5,6 @@ gradient of the hidden states and F_s for that of the weight: the gradient of a 
 there, over them, so nothing is projected twice.
 """
 
-import math
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -15,9 +14,9 @@ from torch import Tensor
 from . import ops
 from .chunk_plan import Plan, plan, row_stride
 from .matmul import accumulate, project
-from .row_losses import KDOptions, gradient_arguments, row_values
+from .row_losses import KDOptions, fits_one_launch, gradient_arguments, row_values, row_values_and_gradient
 
-__all__ = ["Gradients", "Head", "LinearOptions", "Plan", "gradient_unit", "plan", "scaled", "sweep"]
+__all__ = ["Gradients", "Head", "LinearOptions", "Plan", "gradient_unit", "plan", "sweep"]
 
 
 class Head(NamedTuple):
@@ -119,12 +118,16 @@ def sweep(
             z = student.logits(rows, student_logits)
             y = None if teacher is None or teacher_logits is None else teacher.logits(rows, teacher_logits)
             arguments = (None if labels is None else labels[rows]), ce_weight[rows], kl_weight[rows], options.kd
-            values = row_values(z, y, *arguments)
+            of_logits = (z, y) if len(gradients) > 1 else (z, None)  # written over the logits
+            if len(gradients) == 1 and fits_one_launch(z, y, arguments[0], options.kd):
+                values, _ = row_values_and_gradient(z, y, *arguments, in_place=True)
+            else:
+                values = row_values(z, y, *arguments)
+                if gradients:
+                    ops.write_gradient(*of_logits, *gradient_arguments(z, y, values.statistics, *arguments))
             ce[rows], kl[rows] = values.ce, values.kl
             if not gradients:
                 continue
-            of_logits = (z, y) if len(gradients) > 1 else (z, None)  # written over the logits
-            ops.write_gradient(*of_logits, *gradient_arguments(z, y, values.statistics, *arguments))
             if rows.stop >= N and of_logits[1] is None:  # make room for the weight gradient, if this is the only chunk
                 y = teacher_logits = None
             counted = (ce_weight[rows] != 0) | (kl_weight[rows] != 0)
@@ -159,32 +162,3 @@ def gradient_unit(ce_weight: Tensor, kl_weight: Tensor, options: KDOptions) -> T
     largest = scale * (ce_weight.abs() + kl_weight.abs() / options.temperature)
     largest = torch.cat([largest.nan_to_num(0.0, 0.0), largest.new_zeros(1)]).amax()  # 0 of no rows
     return torch.where(largest > 0, torch.exp2(largest.log2().floor()) / LARGEST_GRADIENT, 1.0)
-
-
-BLOCK_ELEMENTS = 2**23  # of a float32 temporary: 32 MB
-
-
-def scaled(
-    gradients: Sequence[Tensor],
-    factor: Tensor,  # a scalar
-    dtypes: Sequence[torch.dtype],
-    *,
-    in_place: bool,  # where dtypes allow; otherwise what is given stays as it is
-) -> list[Tensor]:
-    """factor * gradient, in the dtype of what it is a gradient of."""
-    return [_scaled(gradient, factor, dtype, in_place) for gradient, dtype in zip(gradients, dtypes, strict=True)]
-
-
-def _scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype, in_place: bool) -> Tensor:
-    """Rounded once, a block of rows at a time."""
-    wide = torch.promote_types(gradient.dtype, torch.float32)
-    factor = factor.to(wide)  # the product of a 16-bit tensor and a scalar would round the scalar first
-    if torch.compiler.is_compiling():  # one loop, which the compiler places where it can
-        return (gradient.to(wide) * factor).to(dtype)
-    if gradient.dtype == dtype == wide:
-        return gradient.mul_(factor) if in_place else gradient * factor
-    result = gradient if in_place and gradient.dtype == dtype else torch.empty_like(gradient, dtype=dtype)
-    block = max(1, BLOCK_ELEMENTS // max(1, math.prod(gradient.shape[1:])))
-    for source, target in zip(gradient.split(block), result.split(block), strict=True):
-        target.copy_(source.to(wide) * factor)
-    return result

@@ -1,4 +1,5 @@
-"""The operators `fused_kd::row_statistics` and `fused_kd::logit_gradient`: schemas, fake versions, device dispatch.
+"""The operators `fused_kd::row_statistics`, `fused_kd::logit_gradient` and, both in one launch,
+`fused_kd::loss_and_gradient`: schemas, fake versions, device dispatch.
 
 CUDA (and ROCm) tensors go to the Triton kernels, CPU tensors to `cpu.py`; with TRITON_INTERPRET=1, CPU tensors go to the
 kernels too, which Triton then runs in Python.  Triton is imported when the first kernel is needed.
@@ -22,16 +23,24 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 ROW_STATISTICS = "fused_kd::row_statistics"
 LOGIT_GRADIENT = "fused_kd::logit_gradient"
 LOGIT_GRADIENT_INPLACE = "fused_kd::logit_gradient_"
+LOSS_AND_GRADIENT = "fused_kd::loss_and_gradient"
+LOSS_AND_GRADIENT_INPLACE = "fused_kd::loss_and_gradient_"
 
 _GRADIENT_ARGUMENTS = (
     "Tensor? teacher, Tensor? labels, Tensor statistics, Tensor ce_weight, Tensor kl_weight, float temperature, "
     "SymInt vocab_size, float[] student_map, float[] teacher_map, bool teacher_grad"
+)
+_ONE_LAUNCH_ARGUMENTS = (
+    "Tensor? teacher, Tensor? labels, Tensor ce_weight, Tensor kl_weight, float temperature, SymInt vocab_size, "
+    "float[] student_map, float[] teacher_map"
 )
 for _name, _schema in {
     ROW_STATISTICS: "(Tensor student, Tensor? teacher, Tensor ce_weight, Tensor kl_weight, float temperature, "
     "bool need_ce, float[] student_map, float[] teacher_map) -> Tensor",
     LOGIT_GRADIENT: f"(Tensor student, {_GRADIENT_ARGUMENTS}) -> (Tensor, Tensor)",
     LOGIT_GRADIENT_INPLACE: f"(Tensor(a!) student, {_GRADIENT_ARGUMENTS}) -> Tensor",
+    LOSS_AND_GRADIENT: f"(Tensor student, {_ONE_LAUNCH_ARGUMENTS}) -> (Tensor, Tensor)",
+    LOSS_AND_GRADIENT_INPLACE: f"(Tensor(a!) student, {_ONE_LAUNCH_ARGUMENTS}) -> Tensor",
 }.items():
     torch.library.define(_name, _schema, tags=torch.Tag.pt2_compliant_tag)
 
@@ -43,6 +52,8 @@ NO_DERIVATIVE = (
 row_statistics = torch.ops.fused_kd.row_statistics
 logit_gradient = torch.ops.fused_kd.logit_gradient
 logit_gradient_ = torch.ops.fused_kd.logit_gradient_
+loss_and_gradient = torch.ops.fused_kd.loss_and_gradient
+loss_and_gradient_ = torch.ops.fused_kd.loss_and_gradient_
 
 
 def implements(name: str) -> Callable[[Function], Function]:
@@ -162,6 +173,62 @@ def _write_into(gradient: Tensor, student: Tensor, teacher: Tensor | None, *argu
     return of_teacher
 
 
+def write_loss_and_gradient(
+    gradient: Tensor,  # [outer, inner, V'], written; may be the student
+    student: Tensor,  # [outer, inner, V']
+    teacher: Tensor | None,  # [outer', inner', V], as many rows; None leaves out KL
+    labels: Tensor | None,  # [N]; None leaves out CE
+    ce_weight: Tensor,  # [N], float64
+    kl_weight: Tensor,  # [N]; a row with both weights 0 is not read, its gradient is 0
+    temperature: float,
+    vocab_size: int,  # V; columns from V to V' have gradient 0
+    student_map: Sequence[float],  # a LogitMap
+    teacher_map: Sequence[float],
+) -> Tensor:  # [6, N]
+    """`row_statistics` and `write_gradient` in one launch."""
+    with _device_of(student):
+        statistics: Tensor = _backend(student, cpu.statistics_dtype(student, teacher)).loss_and_gradient(
+            student[..., :vocab_size], teacher, labels, ce_weight, kl_weight, temperature, gradient[..., :vocab_size],
+            LogitMap(*student_map), LogitMap(*teacher_map),
+        )  # fmt: skip
+        gradient[..., vocab_size:] = 0
+    return statistics
+
+
+def _statistics_of_one_launch(student: Tensor, teacher: Tensor | None, weight: Tensor) -> Tensor:
+    return weight.new_empty(6, weight.shape[0], dtype=cpu.statistics_dtype(student, teacher))
+
+
+@implements(LOSS_AND_GRADIENT)
+def _loss_and_gradient(student: Tensor, *arguments) -> tuple[Tensor, Tensor]:  # type: ignore[no-untyped-def]
+    gradient = _new_gradient(student)
+    return write_loss_and_gradient(gradient, student, *arguments), gradient
+
+
+@torch.library.register_fake(LOSS_AND_GRADIENT)
+def _(student, teacher, labels, ce_weight, *arguments):  # type: ignore[no-untyped-def]
+    return _statistics_of_one_launch(student, teacher, ce_weight), _new_gradient(student)
+
+
+@implements(LOSS_AND_GRADIENT_INPLACE)
+def _loss_and_gradient_(student: Tensor, *arguments) -> Tensor:  # type: ignore[no-untyped-def]
+    return write_loss_and_gradient(student, student, *arguments)
+
+
+@torch.library.register_fake(LOSS_AND_GRADIENT_INPLACE)
+def _(student, teacher, labels, ce_weight, *arguments):  # type: ignore[no-untyped-def]
+    return _statistics_of_one_launch(student, teacher, ce_weight)
+
+
+def scale_(
+    tensor: Tensor,  # [outer, inner, V]
+    factor: Tensor,  # a scalar
+) -> None:
+    """In place; on a GPU, where the host does not know the factor, for one read of it if it is 1."""
+    with _device_of(tensor):
+        _backend(tensor, torch.promote_types(tensor.dtype, torch.float32)).scale_(tensor, factor)
+
+
 def _one_by_one(operator: torch._ops.OpOverloadPacket) -> Callable[..., tuple[Any, Any]]:
     """A batching rule: the samples of a `torch.vmap` one after another."""
 
@@ -194,3 +261,4 @@ def complete(name: str) -> None:
 
 complete(ROW_STATISTICS)
 complete(LOGIT_GRADIENT)
+complete(LOSS_AND_GRADIENT)

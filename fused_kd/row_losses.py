@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import ops
+from . import one_launch, ops
 from . import statistics as stats
 from .logit_map import IDENTITY_MAP, LogitMap
 
@@ -43,14 +43,61 @@ def row_values(
         real, teacher, *counted, options.temperature, labels is not None,
         options.student_map, options.teacher_map,
     )  # fmt: skip
-    ce = kl = torch.zeros_like(ce_weight)
-    if labels is not None:
-        index = labels.clamp(0, options.vocab_size - 1).long().view(*student.shape[:2], 1)
-        label_logit = options.student_map.of(real.gather(2, index).flatten().to(dtype))
-        ce = stats.cross_entropy(statistics, label_logit)
-    if teacher is not None:
-        kl = stats.kl_divergence(statistics)
-    return RowValues(statistics, ce, kl)
+    return _values(statistics, label_logits(student, labels, options), teacher is not None, ce_weight)
+
+
+def label_logits(student: Tensor, labels: Tensor | None, options: KDOptions) -> Tensor | None:  # [N]
+    if labels is None:
+        return None
+    index = labels.clamp(0, options.vocab_size - 1).long().view(*student.shape[:2], 1)
+    return options.student_map.of(student.gather(2, index).flatten().to(options.dtype))
+
+
+def _values(
+    statistics: Tensor,  # [6, N]
+    label_logit: Tensor | None,  # [N]
+    has_teacher: bool,
+    like: Tensor,  # [N], float64
+) -> RowValues:
+    return RowValues(
+        statistics,
+        torch.zeros_like(like) if label_logit is None else stats.cross_entropy(statistics, label_logit),
+        stats.kl_divergence(statistics) if has_teacher else torch.zeros_like(like),
+    )
+
+
+def fits_one_launch(
+    student: Tensor,  # [outer, inner, V']
+    teacher: Tensor | None,  # [outer', inner', vocab_size]
+    labels: Tensor | None,  # [N]
+    options: KDOptions,
+) -> bool:
+    """For values and gradient of the same terms: one that is only logged has no gradient."""
+    same_terms = (labels is None or options.ce_in_loss) and (teacher is None or options.kl_in_loss)
+    return same_terms and one_launch.is_chosen(student, teacher, options.vocab_size)
+
+
+def row_values_and_gradient(
+    student: Tensor,  # [outer, inner, V'], V' >= vocab_size
+    teacher: Tensor | None,  # [outer', inner', vocab_size]; None leaves out KL
+    labels: Tensor | None,  # [N]; None leaves out CE
+    ce_weight: Tensor,  # [N], float64
+    kl_weight: Tensor,  # [N], float64; a row with both weights 0 is not read
+    options: KDOptions,
+    *,
+    in_place: bool,
+) -> tuple[RowValues, Tensor]:  # and the gradient of sum_i w_ce CE + w_kl KL, like the student; or in its memory
+    """`row_values`, and the gradient from the same launch."""
+    label_logit = label_logits(student, labels, options)  # while they are there
+    arguments = (
+        student, teacher, labels, ce_weight, kl_weight, options.temperature, options.vocab_size,
+        options.student_map, options.teacher_map,
+    )  # fmt: skip
+    if in_place:
+        statistics, gradient = ops.loss_and_gradient_(*arguments), student
+    else:
+        statistics, gradient = ops.loss_and_gradient(*arguments)
+    return _values(statistics, label_logit, teacher is not None, ce_weight), gradient
 
 
 def weighted_sum(

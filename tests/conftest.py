@@ -16,6 +16,10 @@ HAS_CUDA = torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "
 if not HAS_CUDA:
     os.environ["TRITON_INTERPRET"] = "1"
 import fused_kd.kernels  # noqa: E402, F401
+from fused_kd.cli import interpreter  # noqa: E402
+from fused_kd.one_launch import ONE, PLAN, TWO  # noqa: E402
+
+interpreter.hasten()
 
 os.environ.pop("TRITON_INTERPRET", None)
 
@@ -31,12 +35,15 @@ settings.load_profile("ci")
 KERNELS = "cuda" if HAS_CUDA else "interpreter"
 
 
-@pytest.fixture(params=["cpu", KERNELS])
+@pytest.fixture(params=["cpu", f"{KERNELS}-{TWO}", f"{KERNELS}-{ONE}"])
 def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> torch.device:
-    """The device of the tensors; both the CPU operators and the kernels get every test that takes it."""
-    if request.param == "interpreter":
+    """The device of the tensors; the CPU operators and the kernels, both ways, get every test that takes it."""
+    backend, *plan = request.param.split("-", 1)
+    if backend == "interpreter":
         monkeypatch.setenv("TRITON_INTERPRET", "1")
-    return torch.device("cuda" if request.param == "cuda" else "cpu")
+    if plan:
+        monkeypatch.setenv(PLAN, *plan)
+    return torch.device("cuda" if backend == "cuda" else "cpu")
 
 
 @pytest.fixture

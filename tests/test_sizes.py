@@ -111,6 +111,22 @@ def test_every_address_of_a_logit_is_a_64_bit_offset():
         for kernel, teacher_grad in (("row_statistics", False), ("logit_gradient", False), ("logit_gradient", True))
         for layout in ("dense", "odd", "transposed")
     ]
+    in_one_launch = [
+        variants.Variant(kernel, "sm_90", "bf16", "bf16", 3.0, "ce+kl", layout)
+        for kernel, layout in (("cluster", "dense"), ("shared", "dense"), ("shared", "odd"))
+    ]
+    for case, code in workers.in_workers(variants.ttir, in_one_launch, workers=1).items():
+        assert isinstance(code, str), code
+        offsets, narrow = addresses(code)
+        assert not narrow, case.name
+        for pointer in LOGITS[:3]:
+            rows, columns = (
+                [x for x in offsets[pointer] if x.startswith("tensor") == tiles] for tiles in (False, True)
+            )
+            assert rows, (case.name, pointer)
+            assert set(rows) == {"i64"}, (case.name, pointer)
+            assert len(columns) >= 4, (case.name, pointer)
+            assert all(re.fullmatch(r"tensor<(\d+x)+i64>", column) for column in columns), (case.name, pointer)
     for case, code in workers.in_workers(variants.ttir, cases, workers=1).items():
         assert isinstance(code, str), code
         offsets, narrow = addresses(code)
@@ -118,8 +134,10 @@ def test_every_address_of_a_logit_is_a_64_bit_offset():
         for pointer in LOGITS[: 2 if case.kernel == "row_statistics" else 4 if case.teacher_grad else 3]:
             row, *columns = offsets[pointer]
             assert row == "i64", (case.name, pointer)
-            # Whole tiles and the part of one; of the gradient, the zeros of a row that does not count, too.
-            assert len(columns) == (3 if "gradient" in pointer else 2), (case.name, pointer)
+            # Whole tiles and the part of one, in the second sweep also the label's tile and those after it; of the
+            # gradient, the zeros of a row that does not count, too.
+            sweep = 2 if case.kernel == "row_statistics" else 4
+            assert len(columns) == sweep + ("gradient" in pointer), (case.name, pointer)
             assert all(re.fullmatch(r"tensor<\d+x\d+xi64>", column) for column in columns), (case.name, pointer)
 
 

@@ -19,9 +19,16 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from .. import linear_operator, matmul, ops
+from .. import linear_operator, matmul, one_launch, ops
+from ..one_launch_plan import DEVICES
 
-PROCESSORS = 132  # of the GPU that launches are planned for
+GPU = "H100"  # that launches are planned for
+KERNELS = {  # by module
+    "row_statistics": ("row_statistics_kernel",),
+    "logit_gradient": ("logit_gradient_kernel",),
+    "loss_and_gradient": ("cluster_kernel", "shared_kernel"),
+    "scale": ("scale_kernel",),
+}
 ALLOCATIONS = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}
 RELABELLED = {"_unsafe_view", "_reshape_alias"}  # views that do not say so
 
@@ -49,7 +56,7 @@ def opened_operators() -> Iterator[None]:
     operators = SimpleNamespace(linear_row_losses=linear_operator._linear_row_losses)
     namespace = SimpleNamespace(ops=SimpleNamespace(fused_kd=operators), compiler=torch.compiler)
     with contextlib.ExitStack() as patches:
-        for name in ("row_statistics", "logit_gradient", "logit_gradient_"):
+        for name in ("row_statistics", "logit_gradient", "logit_gradient_", "loss_and_gradient", "loss_and_gradient_"):
             patches.enter_context(patch.object(ops, name, getattr(ops, f"_{name}")))
         patches.enter_context(patch.object(linear_operator, "torch", namespace))
         # It reads the operator that is replaced.
@@ -74,17 +81,24 @@ def _as_on_a_gpu(launches: Launches) -> Iterator[tuple[ModuleType, str, Any]]:
 
     def default_launch(student: Tensor, itemsize: int) -> Launch:
         outer, inner, vocabulary = student.shape
-        return plan(max(1, outer * inner), vocabulary, itemsize, PROCESSORS)
+        return plan(max(1, outer * inner), vocabulary, itemsize, DEVICES[GPU].processors)
 
     kernels, since = ops._kernels(), matmul._since
     yield ops, "_backend", lambda *_: kernels
     yield matmul, "_since", lambda release, _: since(release, SimpleNamespace(is_cuda=True))  # type: ignore[arg-type]
-    for name in ("row_statistics", "logit_gradient"):
+    yield one_launch, "device_of", lambda _: DEVICES[GPU]
+    for name, kernel_names in KERNELS.items():
         module = importlib.import_module(f"fused_kd.kernels.{name}")
-        yield module, f"{name}_kernel", _Kernel(launches.kernels, name)
-        yield module, "default_launch", default_launch
-        yield module, "is_wide", lambda *_: True  # asks for addresses
-    yield module, "_roundable", lambda gradient: gradient  # where kernels are imported under the interpreter
+        for kernel_name in kernel_names:
+            yield module, kernel_name, _Kernel(launches.kernels, name)
+        # They ask for addresses; the interpreter, under which kernels may be imported, does not round to bfloat16.
+        for function, replacement in (
+            ("default_launch", default_launch),
+            ("is_wide", lambda *_: True),
+            ("roundable", lambda gradient: gradient),
+        ):
+            if hasattr(module, function):
+                yield module, function, replacement
 
 
 class _Kernel:

@@ -107,6 +107,7 @@ def _step(options: argparse.Namespace) -> tuple["LossStep", list[str]]:
         not options.frozen,
         getattr(torch, options.logits_dtype) if options.logits_dtype else None,
         options.workspace_bytes,
+        in_one_launch=options.dtype != "float16",
     )
     try:
         _ = step.chunks

@@ -15,16 +15,17 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 def exponentials(
     u,  # differences to a maximum, <= 0, any shape
     exp2_scale,
-    SQUARINGS: tl.constexpr,  # T = 2**SQUARINGS, or -1 for any other T
+    POWER: tl.constexpr,  # T if it is 1, 2, 3 or 4, else 0
 ):
-    """(e^u, e^{u/T}): one exponential where T is a small power of two, since e^u is then a repeated square."""
+    """(e^u, e^{u/T}): one exponential where T is a small whole number, since e^u is then a power of the other."""
     at_T = tl.exp2(u * exp2_scale)
-    if SQUARINGS < 0:
+    if POWER == 0:
         at_1 = tl.exp2(u * LOG2_E)
-    else:
+    elif POWER == 1:
         at_1 = at_T
-        for _ in tl.static_range(SQUARINGS):
-            at_1 = at_1 * at_1
+    else:
+        square = at_T * at_T
+        at_1 = square if POWER == 2 else square * (at_T if POWER == 3 else square)
     return at_1, at_T
 
 
@@ -36,17 +37,48 @@ def row_offset(row, rows_inner, stride_outer, stride_inner):
     return outer * stride_outer + inner * stride_inner
 
 
+INTERPRETED = tl.constexpr(not isinstance(row_offset, triton.JITFunction))  # in Python, by Triton's interpreter
+
+
 @triton.jit
 def tile_columns(LANES: tl.constexpr, K: tl.constexpr, WIDE: tl.constexpr):
-    """[K, LANES] column numbers of a tile, K columns a thread in either layout, so that sums over K need no shuffle.
+    """Column numbers of a tile, K columns a thread in every layout, so that sums over K need no shuffle.
 
-    WIDE: K neighbours a thread, loaded as 16 bytes at once.  Otherwise, where rows start anywhere, neighbouring threads
-    take neighbouring columns, so that the threads' narrow loads coalesce; the hint keeps Triton from regrouping them.
+    WIDE = 1: [LANES, K], K neighbours a thread, loaded as 16 bytes at once.  WIDE = 2 and more: [WIDE, LANES, K / WIDE], so
+    many such loads; were they neighbours too, Triton would deal a lane's columns out to several threads, which shuffle.
+    WIDE = 0: [K, LANES], where rows start anywhere: neighbouring threads take neighbouring columns, so that the threads'
+    narrow loads coalesce; the hint keeps Triton from regrouping them.  (Triton deals a tile's first dimension out to the
+    blocks of a cluster: of [K, LANES] the K of a thread.)
     """
-    if WIDE:
-        return tl.arange(0, LANES)[None, :] * K + tl.arange(0, K)[:, None]
+    if WIDE > 1:
+        first = tl.arange(0, WIDE)[:, None, None] * LANES + tl.arange(0, LANES)[None, :, None]
+        return first * (K // WIDE) + tl.arange(0, K // WIDE)[None, None, :]
+    elif WIDE:
+        return tl.arange(0, LANES)[:, None] * K + tl.arange(0, K)[None, :]
     else:
         return tl.max_contiguous(tl.arange(0, LANES)[None, :] + tl.arange(0, K)[:, None] * LANES, [1, 1])
+
+
+@triton.jit
+def sum_of_lane(tile, WIDE: tl.constexpr):  # [LANES]
+    """Over the K columns of every thread."""
+    return tl.sum(tl.sum(tile, 0), 1) if WIDE > 1 else tl.sum(tile, 1 if WIDE else 0)
+
+
+@triton.jit
+def max_of_lane(tile, WIDE: tl.constexpr):  # [LANES]
+    return tl.max(tl.max(tile, 0), 1) if WIDE > 1 else tl.max(tile, 1 if WIDE else 0)
+
+
+@triton.jit
+def for_every_column(of_lane, WIDE: tl.constexpr):
+    """[LANES], to be broadcast to a tile."""
+    if WIDE > 1:
+        return of_lane[None, :, None]
+    elif WIDE:
+        return of_lane[:, None]
+    else:
+        return of_lane[None, :]
 
 
 @triton.jit
@@ -94,15 +126,31 @@ def slope_at(z, factor, cap, MAP: tl.constexpr):
 
 
 @triton.jit
-def load_tile(row_ptr, column, stride_column, high, factor, cap, MAP: tl.constexpr, MASKED: tl.constexpr):
+def in_float32(x, BY_BITS: tl.constexpr):
+    """BY_BITS: a bfloat16 as the upper half of a float32, exactly: 2 instructions a pair, where a conversion is 3.
+
+    Not in the gradient: sm_100 fuses the conversion into the subtraction of the maximum there, which leaves none.  Nor in
+    the statistics where a thread has one load: at T = 3 and 4 sm_100 then takes 50 registers, not 47, for a tenth of the
+    threads that wait for memory.
+    """
+    if BY_BITS and x.dtype == tl.bfloat16:
+        return (x.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
+    else:
+        return x.to(tl.float32)
+
+
+@triton.jit
+def load_tile(
+    row_ptr, column, stride_column, high, factor, cap, MAP: tl.constexpr, MASKED: tl.constexpr, BY_BITS: tl.constexpr
+):
     """Logits of the columns in float32; columns from `high` on are minus infinity, which adds nothing to any sum."""
     pointers = row_ptr + column.to(tl.int64) * stride_column
     if MASKED:
         inside = column < high
-        x = tl.load(pointers, mask=inside, other=0.0).to(tl.float32)
+        x = in_float32(tl.load(pointers, mask=inside, other=0.0), BY_BITS)
         return tl.where(inside, logits_of(x, factor, cap, MAP), float("-inf"))
     else:
-        return logits_of(tl.load(pointers).to(tl.float32), factor, cap, MAP)
+        return logits_of(in_float32(tl.load(pointers), BY_BITS), factor, cap, MAP)
 
 
 @triton.jit
@@ -112,12 +160,15 @@ def load_pair(
     student_stride_column, student_factor, student_cap,
     teacher_stride_column, teacher_factor, teacher_cap,
     NEED_KL: tl.constexpr, STUDENT_MAP: tl.constexpr, TEACHER_MAP: tl.constexpr, MASKED: tl.constexpr,
+    BY_BITS: tl.constexpr,  # see `in_float32`
 ):  # fmt: skip
     """(z, y) of the columns; without KL the teacher is not read."""
-    z = load_tile(student_row, column, student_stride_column, high, student_factor, student_cap, STUDENT_MAP, MASKED)
+    z = load_tile(
+        student_row, column, student_stride_column, high, student_factor, student_cap, STUDENT_MAP, MASKED, BY_BITS
+    )
     y = z
     if NEED_KL:
         y = load_tile(
-            teacher_row, column, teacher_stride_column, high, teacher_factor, teacher_cap, TEACHER_MAP, MASKED
+            teacher_row, column, teacher_stride_column, high, teacher_factor, teacher_cap, TEACHER_MAP, MASKED, BY_BITS
         )
     return z, y

@@ -28,12 +28,12 @@ class Temperature(NamedTuple):
 
     exp2_scale: float  # log2(e) / T
     inverse: float  # 1 / T
-    squarings: int  # log2(T) for T = 1, 2, 4; -1 for any other
+    power: int  # T if it is 1, 2, 3 or 4, else 0: see `formulas.exponentials`
 
 
 def temperature_arguments(temperature: float) -> Temperature:
-    squarings = {1.0: 0, 2.0: 1, 4.0: 2}.get(temperature, -1)
-    return Temperature(math.log2(math.e) / temperature, 1 / temperature, squarings)
+    power = int(temperature) if temperature in (1, 2, 3, 4) else 0
+    return Temperature(math.log2(math.e) / temperature, 1 / temperature, power)
 
 
 class MapArguments(NamedTuple):

@@ -15,7 +15,7 @@ log-ratio of an element less KL, which is their q-weighted mean, needs no logari
     dL/dy[j] = w_kl / T  e^{(y_j - m_t)/T} / e  (((y_j - m_t) - (z_j - m_s)) / T - c / e)
 
 Traffic, bf16: 6 bytes a pair, the floor; 8 with the teacher's gradient.  Special-function work: 3 exponentials a pair, 2
-where T is 1, 2 or 4.
+where T is 1, 2, 3 or 4.
 """
 
 import torch
@@ -23,30 +23,42 @@ import triton
 import triton.language as tl
 
 from ..logit_map import IDENTITY_MAP, LogitMap
-from .formulas import IDENTITY, exponentials, load_pair, row_offset, slope_at, tile_columns
+from .formulas import IDENTITY, INTERPRETED, exponentials, load_pair, row_offset, slope_at, tile_columns
 from .launch import Launch, default_launch, is_wide, map_arguments, temperature_arguments
 
 
 @triton.jit
 def student_gradient(
-    u, q,  # [K, LANES]: z - m_s; e^{(y - m_t)/T}, 0 without a teacher
-    is_label,  # [K, LANES]
+    u, q,  # tiles: z - m_s; e^{(y - m_t)/T}, 0 without a teacher
+    is_label,  # a tile
     w_ce, p_1_scale, p_T_scale, q_scale,  # w_ce; w_ce / d_1, w_kl / (T d_T), w_kl / (T e)
     exp2_scale,
-    NEED_CE: tl.constexpr, NEED_KL: tl.constexpr, SQUARINGS: tl.constexpr,
+    NEED_CE: tl.constexpr, HAS_LABEL: tl.constexpr, NEED_KL: tl.constexpr, POWER: tl.constexpr,
 ):  # fmt: skip
-    at_1, at_T = exponentials(u, exp2_scale, SQUARINGS)
+    """Of both terms with e^u a power of e^{u/T}, that is factored out: a multiplication less, one of 11 instructions.
+
+    Not in the label's tile, where p_1 - 1 and p_T - q have to cancel each by itself: near 1 both are a rounding of the sum.
+    """
+    at_1, at_T = exponentials(u, exp2_scale, POWER)
     gradient = tl.zeros_like(u)
-    if NEED_KL:
-        gradient = p_T_scale * at_T - q_scale * q
-    if NEED_CE:
-        gradient += p_1_scale * at_1 - tl.where(is_label, w_ce, 0.0)
+    if NEED_CE and NEED_KL and POWER > 0 and not HAS_LABEL:
+        factor = p_1_scale
+        for _ in tl.static_range(POWER - 1):
+            factor = factor * at_T
+        gradient = (factor + p_T_scale) * at_T - q_scale * q
+    else:
+        if NEED_KL:
+            gradient = p_T_scale * at_T - q_scale * q
+        if NEED_CE:
+            gradient += p_1_scale * at_1
+    if HAS_LABEL:
+        gradient -= tl.where(is_label, w_ce, 0.0)
     return gradient
 
 
 @triton.jit
 def teacher_gradient(
-    u, v, q,  # [K, LANES]: z - m_s, y - m_t, e^{v/T}
+    u, v, q,  # tiles: z - m_s, y - m_t, e^{v/T}
     q_scale,  # w_kl / (T e)
     inverse_T,
     mean_log_ratio,  # c / e, as the log-ratios less log(d_T / e)
@@ -62,13 +74,13 @@ def write_tile(
     column, high, label,  # column: [K, LANES]
     m_s, m_t, w_ce, p_1_scale, p_T_scale, q_scale, mean_log_ratio, exp2_scale, inverse_T,
     student_factor, student_cap, teacher_factor, teacher_cap,
-    NEED_CE: tl.constexpr, NEED_KL: tl.constexpr, TEACHER_GRAD: tl.constexpr, SQUARINGS: tl.constexpr,
-    STUDENT_MAP: tl.constexpr, TEACHER_MAP: tl.constexpr, MASKED: tl.constexpr,
+    NEED_CE: tl.constexpr, HAS_LABEL: tl.constexpr, NEED_KL: tl.constexpr, TEACHER_GRAD: tl.constexpr,
+    POWER: tl.constexpr, STUDENT_MAP: tl.constexpr, TEACHER_MAP: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Reads the logits of a tile and writes their gradients."""
     z, y = load_pair(
         student_row, teacher_row, column, high, student_stride_column, student_factor, student_cap,
-        teacher_stride_column, teacher_factor, teacher_cap, NEED_KL, STUDENT_MAP, TEACHER_MAP, MASKED,
+        teacher_stride_column, teacher_factor, teacher_cap, NEED_KL, STUDENT_MAP, TEACHER_MAP, MASKED, False,
     )  # fmt: skip
     u = z - m_s
     v = y - m_t
@@ -76,7 +88,7 @@ def write_tile(
     if NEED_KL:
         q = tl.exp2(v * exp2_scale)
     gradient = student_gradient(
-        u, q, column == label, w_ce, p_1_scale, p_T_scale, q_scale, exp2_scale, NEED_CE, NEED_KL, SQUARINGS
+        u, q, column == label, w_ce, p_1_scale, p_T_scale, q_scale, exp2_scale, NEED_CE, HAS_LABEL, NEED_KL, POWER
     )
     if STUDENT_MAP != IDENTITY:
         gradient *= slope_at(z, student_factor, student_cap, STUDENT_MAP)
@@ -105,22 +117,49 @@ def sweep_gradient(
     low, high, label,
     m_s, m_t, w_ce, p_1_scale, p_T_scale, q_scale, mean_log_ratio, exp2_scale, inverse_T,
     student_factor, student_cap, teacher_factor, teacher_cap,
-    NEED_CE: tl.constexpr, NEED_KL: tl.constexpr, TEACHER_GRAD: tl.constexpr, SQUARINGS: tl.constexpr,
+    NEED_CE: tl.constexpr, NEED_KL: tl.constexpr, TEACHER_GRAD: tl.constexpr, POWER: tl.constexpr,
     LANES: tl.constexpr, K: tl.constexpr, WIDE: tl.constexpr, STUDENT_MAP: tl.constexpr, TEACHER_MAP: tl.constexpr,
 ):  # fmt: skip
-    """Writes the gradients of columns low to high of one row."""
+    """Writes the gradients of columns low to high of one row.
+
+    The label's tile by itself, so that the others need no compare an element: 3 of 17 instructions a pair.
+    """
     TILE: tl.constexpr = LANES * K
     column = tile_columns(LANES, K, WIDE)
     whole = low + (high - low) // TILE * TILE
-    for start in range(low, whole, TILE):
+    with_label = whole
+    # Two ifs: the first condition is known to the compiler, the second is not
+    if NEED_CE:  # noqa: SIM102
+        if (label >= low) & (label < whole):
+            with_label = low + (label - low) // TILE * TILE
+    for start in range(low, with_label, TILE):
         write_tile(
             student_row, teacher_row, gradient_row, teacher_gradient_row,
             student_stride_column, teacher_stride_column, gradient_stride_column, teacher_gradient_stride_column,
             start + column, high, label,
             m_s, m_t, w_ce, p_1_scale, p_T_scale, q_scale, mean_log_ratio, exp2_scale, inverse_T,
             student_factor, student_cap, teacher_factor, teacher_cap,
-            NEED_CE, NEED_KL, TEACHER_GRAD, SQUARINGS, STUDENT_MAP, TEACHER_MAP, False,
+            NEED_CE, False, NEED_KL, TEACHER_GRAD, POWER, STUDENT_MAP, TEACHER_MAP, False,
         )  # fmt: skip
+    if NEED_CE:
+        if with_label < whole:
+            write_tile(
+                student_row, teacher_row, gradient_row, teacher_gradient_row,
+                student_stride_column, teacher_stride_column, gradient_stride_column, teacher_gradient_stride_column,
+                with_label + column, high, label,
+                m_s, m_t, w_ce, p_1_scale, p_T_scale, q_scale, mean_log_ratio, exp2_scale, inverse_T,
+                student_factor, student_cap, teacher_factor, teacher_cap,
+                NEED_CE, True, NEED_KL, TEACHER_GRAD, POWER, STUDENT_MAP, TEACHER_MAP, False,
+            )  # fmt: skip
+        for start in range(with_label + TILE, whole, TILE):
+            write_tile(
+                student_row, teacher_row, gradient_row, teacher_gradient_row,
+                student_stride_column, teacher_stride_column, gradient_stride_column, teacher_gradient_stride_column,
+                start + column, high, label,
+                m_s, m_t, w_ce, p_1_scale, p_T_scale, q_scale, mean_log_ratio, exp2_scale, inverse_T,
+                student_factor, student_cap, teacher_factor, teacher_cap,
+                NEED_CE, False, NEED_KL, TEACHER_GRAD, POWER, STUDENT_MAP, TEACHER_MAP, False,
+            )  # fmt: skip
     if whole < high:
         write_tile(
             student_row, teacher_row, gradient_row, teacher_gradient_row,
@@ -128,7 +167,7 @@ def sweep_gradient(
             whole + column, high, label,
             m_s, m_t, w_ce, p_1_scale, p_T_scale, q_scale, mean_log_ratio, exp2_scale, inverse_T,
             student_factor, student_cap, teacher_factor, teacher_cap,
-            NEED_CE, NEED_KL, TEACHER_GRAD, SQUARINGS, STUDENT_MAP, TEACHER_MAP, True,
+            NEED_CE, NEED_CE, NEED_KL, TEACHER_GRAD, POWER, STUDENT_MAP, TEACHER_MAP, True,
         )  # fmt: skip
 
 
@@ -138,10 +177,41 @@ def sweep_zeros(
 ):
     """Writes zeros to columns low to high of one row."""
     column = tile_columns(LANES, K, WIDE)
-    zeros = tl.zeros([K, LANES], gradient_row.dtype.element_ty)
+    zeros = tl.zeros(column.shape, gradient_row.dtype.element_ty)
     for start in range(low, high, LANES * K):
         pointers = gradient_row + (start + column).to(tl.int64) * gradient_stride_column
         tl.store(pointers, zeros, mask=start + column < high)
+
+
+@triton.jit
+def weighted_gradient(
+    student_row, teacher_row, gradient_row, teacher_gradient_row,  # pointers to the rows' first columns
+    student_stride_column, teacher_stride_column, gradient_stride_column, teacher_gradient_stride_column,
+    low, high, label, w_ce, w_kl,
+    m_s, d_1, d_T, m_t, e, c,  # the statistics of the whole row; c is used where TEACHER_GRAD
+    exp2_scale, inverse_T,
+    student_factor, student_cap, teacher_factor, teacher_cap,
+    NEED_CE: tl.constexpr, NEED_KL: tl.constexpr, TEACHER_GRAD: tl.constexpr, POWER: tl.constexpr,
+    LANES: tl.constexpr, K: tl.constexpr, WIDE: tl.constexpr, STUDENT_MAP: tl.constexpr, TEACHER_MAP: tl.constexpr,
+):  # fmt: skip
+    """Writes the gradients of columns low to high of one row from its weights and statistics."""
+    w_kl *= inverse_T
+    if (w_ce == 0) & (w_kl == 0):
+        sweep_zeros(gradient_row, gradient_stride_column, low, high, LANES, K, WIDE)
+        if TEACHER_GRAD:
+            sweep_zeros(teacher_gradient_row, teacher_gradient_stride_column, low, high, LANES, K, WIDE)
+    else:
+        mean_log_ratio = 0.0
+        if TEACHER_GRAD:
+            mean_log_ratio = c / e
+        sweep_gradient(
+            student_row, teacher_row, gradient_row, teacher_gradient_row,
+            student_stride_column, teacher_stride_column, gradient_stride_column, teacher_gradient_stride_column,
+            low, high, label,
+            m_s, m_t, w_ce, w_ce / d_1, w_kl / d_T, w_kl / e, mean_log_ratio, exp2_scale, inverse_T,
+            student_factor, student_cap, teacher_factor, teacher_cap,
+            NEED_CE, NEED_KL, TEACHER_GRAD, POWER, LANES, K, WIDE, STUDENT_MAP, TEACHER_MAP,
+        )  # fmt: skip
 
 
 @triton.jit(
@@ -164,7 +234,7 @@ def logit_gradient_kernel(
     N, V, columns_per_split,
     exp2_scale, inverse_T,
     student_factor, student_cap, teacher_factor, teacher_cap,  # see `logits_of`
-    NEED_CE: tl.constexpr, NEED_KL: tl.constexpr, TEACHER_GRAD: tl.constexpr, SQUARINGS: tl.constexpr,
+    NEED_CE: tl.constexpr, NEED_KL: tl.constexpr, TEACHER_GRAD: tl.constexpr, POWER: tl.constexpr,
     LANES: tl.constexpr, K: tl.constexpr, WIDE: tl.constexpr, STUDENT_MAP: tl.constexpr, TEACHER_MAP: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
@@ -178,32 +248,25 @@ def logit_gradient_kernel(
         teacher_gradient_row += row_offset(
             row, teacher_gradient_rows_inner, teacher_gradient_stride_outer, teacher_gradient_stride_inner
         )
-    w_ce = tl.load(ce_weight_ptr + row)
-    w_kl = tl.load(kl_weight_ptr + row) * inverse_T
-    if (w_ce == 0) & (w_kl == 0):
-        sweep_zeros(gradient_row, gradient_stride_column, low, high, LANES, K, WIDE)
-        if TEACHER_GRAD:
-            sweep_zeros(teacher_gradient_row, teacher_gradient_stride_column, low, high, LANES, K, WIDE)
-    else:
-        label = -1
-        if NEED_CE:
-            label = tl.load(labels_ptr + row).to(tl.int32)
-        m_s = tl.load(statistics_ptr + row)
-        d_1 = tl.load(statistics_ptr + 1 * N + row)
-        d_T = tl.load(statistics_ptr + 2 * N + row)
-        m_t = tl.load(statistics_ptr + 3 * N + row)
-        e = tl.load(statistics_ptr + 4 * N + row)
-        mean_log_ratio = 0.0
-        if TEACHER_GRAD:
-            mean_log_ratio = tl.load(statistics_ptr + 5 * N + row) / e
-        sweep_gradient(
-            student_row, teacher_row, gradient_row, teacher_gradient_row,
-            student_stride_column, teacher_stride_column, gradient_stride_column, teacher_gradient_stride_column,
-            low, high, label,
-            m_s, m_t, w_ce, w_ce / d_1, w_kl / d_T, w_kl / e, mean_log_ratio, exp2_scale, inverse_T,
-            student_factor, student_cap, teacher_factor, teacher_cap,
-            NEED_CE, NEED_KL, TEACHER_GRAD, SQUARINGS, LANES, K, WIDE, STUDENT_MAP, TEACHER_MAP,
-        )  # fmt: skip
+    label = -1
+    if NEED_CE:
+        label = tl.load(labels_ptr + row).to(tl.int32)
+    m_s = tl.load(statistics_ptr + row)
+    d_1 = tl.load(statistics_ptr + 1 * N + row)
+    d_T = tl.load(statistics_ptr + 2 * N + row)
+    m_t = tl.load(statistics_ptr + 3 * N + row)
+    e = tl.load(statistics_ptr + 4 * N + row)
+    c = 0.0
+    if TEACHER_GRAD:
+        c = tl.load(statistics_ptr + 5 * N + row)
+    weighted_gradient(
+        student_row, teacher_row, gradient_row, teacher_gradient_row,
+        student_stride_column, teacher_stride_column, gradient_stride_column, teacher_gradient_stride_column,
+        low, high, label, tl.load(ce_weight_ptr + row), tl.load(kl_weight_ptr + row),
+        m_s, d_1, d_T, m_t, e, c, exp2_scale, inverse_T,
+        student_factor, student_cap, teacher_factor, teacher_cap,
+        NEED_CE, NEED_KL, TEACHER_GRAD, POWER, LANES, K, WIDE, STUDENT_MAP, TEACHER_MAP,
+    )  # fmt: skip
 
 
 def logit_gradient(
@@ -228,7 +291,7 @@ def logit_gradient(
     N = outer * inner
     T, s, t = temperature_arguments(temperature), map_arguments(student_map), map_arguments(teacher_map)
     second = student if teacher is None else teacher
-    written = [_roundable(tensor) for tensor in gradients]
+    written = [roundable(tensor) for tensor in gradients]
     of_student, of_teacher = written[0], written[-1]
     logit_gradient_kernel[(N, launch.splits)](
         student, second, ce_weight if labels is None else labels, statistics, ce_weight, kl_weight,
@@ -237,7 +300,7 @@ def logit_gradient(
         of_student.shape[1], *of_student.stride(), of_teacher.shape[1], *of_teacher.stride(),
         N, V, launch.columns_per_split, T.exp2_scale, T.inverse, s.factor, s.cap, t.factor, t.cap,
         NEED_CE=labels is not None, NEED_KL=teacher is not None, TEACHER_GRAD=teacher_gradient is not None,
-        SQUARINGS=T.squarings, LANES=launch.lanes, K=launch.columns, WIDE=is_wide(student, second, *written),
+        POWER=T.power, LANES=launch.lanes, K=launch.columns, WIDE=is_wide(student, second, *written),
         STUDENT_MAP=s.kind, TEACHER_MAP=t.kind, **launch.options,
     )  # fmt: skip
     for target, source in zip(gradients, written, strict=True):
@@ -245,8 +308,8 @@ def logit_gradient(
             target.copy_(source)
 
 
-def _roundable(gradient: torch.Tensor) -> torch.Tensor:
+def roundable(gradient: torch.Tensor) -> torch.Tensor:
     """What the kernel writes: Triton's interpreter truncates to bfloat16 where GPUs round to nearest."""
-    if isinstance(logit_gradient_kernel, triton.JITFunction) or gradient.dtype != torch.bfloat16:
+    if not INTERPRETED.value or gradient.dtype != torch.bfloat16:
         return gradient
     return torch.empty(gradient.shape)

@@ -10,7 +10,7 @@ loop has neither a barrier nor a shuffle; the threads' tuples merge once, after 
 several programs, whose tuples `statistics.merge` joins in a fixed order.
 
 Traffic, bf16: 4 bytes a (student, teacher) pair, the floor.  Special-function work a pair: 3 exponentials, 2 where T is
-1, 2 or 4, plus one K-th of that for the move to new maxima.
+1, 2, 3 or 4, plus one K-th of that for the move to new maxima.
 """
 
 import torch
@@ -18,7 +18,16 @@ import triton
 import triton.language as tl
 
 from ..logit_map import IDENTITY_MAP, LogitMap
-from .formulas import exponentials, load_pair, row_offset, tile_columns
+from .formulas import (
+    INTERPRETED,
+    exponentials,
+    for_every_column,
+    load_pair,
+    max_of_lane,
+    row_offset,
+    sum_of_lane,
+    tile_columns,
+)
 from .launch import Launch, default_launch, is_wide, map_arguments, temperature_arguments
 
 LOWEST = tl.constexpr(-3.4028234663852886e38)  # the maximum of no columns; finite, so that LOWEST - LOWEST is 0
@@ -36,39 +45,85 @@ def scaled(value, factor):
 
 
 @triton.jit
-def rescale(m_s, d_1, d_T, m_t, e, c, M_s, M_t, exp2_scale, inverse_T, SQUARINGS: tl.constexpr):
+def factors_to(M_s, M_t, m_s, m_t, exp2_scale, POWER: tl.constexpr):
+    """Of d_1, of d_T, and of e and c, to count from the maxima (M_s, M_t) instead of (m_s, m_t)."""
+    a_1, a_T = exponentials(m_s - M_s, exp2_scale, POWER)
+    return a_1, a_T, tl.exp2((m_t - M_t) * exp2_scale)
+
+
+@triton.jit
+def shifted(m_s, m_t, e, c, M_s, M_t, inverse_T):
+    """c with its log-ratios from the new maxima, its exponentials still from the old ones.
+
+    No teacher mass adds nothing, also where the maxima are so far apart that their difference is infinite.
+    """
+    return c + e * tl.where(e == 0, 0.0, ((m_t - M_t) - (m_s - M_s)) * inverse_T)
+
+
+@triton.jit
+def rescale(m_s, d_1, d_T, m_t, e, c, M_s, M_t, exp2_scale, inverse_T, POWER: tl.constexpr):
     """The sums of a tuple against the maxima (M_s, M_t) instead of (m_s, m_t); on common maxima, tuples merge by `+`."""
-    a_1, a_T = exponentials(m_s - M_s, exp2_scale, SQUARINGS)
-    b = tl.exp2((m_t - M_t) * exp2_scale)
-    # No teacher mass adds nothing, also where the maxima are so far apart that their difference is infinite.
-    c += e * tl.where(e == 0, 0.0, ((m_t - M_t) - (m_s - M_s)) * inverse_T)
+    a_1, a_T, b = factors_to(M_s, M_t, m_s, m_t, exp2_scale, POWER)
+    c = shifted(m_s, m_t, e, c, M_s, M_t, inverse_T)
     return scaled(d_1, a_1), scaled(d_T, a_T), scaled(e, b), scaled(c, b)
+
+
+@triton.jit
+def larger(m_s, m_t, other_m_s, other_m_t):
+    return tl.maximum(m_s, other_m_s), tl.maximum(m_t, other_m_t)
+
+
+@triton.jit
+def added(d_1, d_T, e, c, other_d_1, other_d_T, other_e, other_c):
+    return d_1 + other_d_1, d_T + other_d_T, e + other_e, c + other_c
+
+
+@triton.jit
+def merged(m_s, d_1, d_T, m_t, e, c, exp2_scale, inverse_T, POWER: tl.constexpr):  # [parts] each
+    """The tuple of the union of several parts, threads or programs; scalars.
+
+    Two reductions, not six: each waits for all threads of the program.  The interpreter, which waits for nobody, adds one
+    part after another in a reduction of its own, and by halves in a sum.
+    """
+    if INTERPRETED:
+        M_s, M_t = tl.max(m_s, 0), tl.max(m_t, 0)
+        d_1, d_T, e, c = rescale(m_s, d_1, d_T, m_t, e, c, M_s, M_t, exp2_scale, inverse_T, POWER)
+        d_1, d_T, e, c = tl.sum(d_1, 0), tl.sum(d_T, 0), tl.sum(e, 0), tl.sum(c, 0)
+    else:
+        M_s, M_t = tl.reduce((m_s, m_t), 0, larger)
+        d_1, d_T, e, c = rescale(m_s, d_1, d_T, m_t, e, c, M_s, M_t, exp2_scale, inverse_T, POWER)
+        d_1, d_T, e, c = tl.reduce((d_1, d_T, e, c), 0, added)
+    return M_s, d_1, d_T, M_t, e, c
 
 
 @triton.jit
 def add_tile(
     m_s, d_1, d_T, m_t, e, c,  # [LANES] each: a tuple a thread
-    z, y,  # [K, LANES]
+    z, y,  # tiles
     exp2_scale, inverse_T,
-    NEED_CE: tl.constexpr, NEED_KL: tl.constexpr, SQUARINGS: tl.constexpr,
+    NEED_CE: tl.constexpr, NEED_KL: tl.constexpr, POWER: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """The tuples with the columns of one tile added."""
-    M_s = tl.maximum(m_s, tl.max(z, 0))
+    """The tuples with the columns of one tile added.
+
+    No choice as in `scaled` but for c: the other sums are finite, and are no partner's in another thread.
+    """
+    M_s = tl.maximum(m_s, max_of_lane(z, WIDE))
     M_t = m_t
     if NEED_KL:
-        M_t = tl.maximum(m_t, tl.max(y, 0))
-    d_1, d_T, e, c = rescale(m_s, d_1, d_T, m_t, e, c, M_s, M_t, exp2_scale, inverse_T, SQUARINGS)
-    u = z - M_s[None, :]
-    at_1, at_T = exponentials(u, exp2_scale, SQUARINGS)
+        M_t = tl.maximum(m_t, max_of_lane(y, WIDE))
+    a_1, a_T, b = factors_to(M_s, M_t, m_s, m_t, exp2_scale, POWER)
+    u = z - for_every_column(M_s, WIDE)
+    at_1, at_T = exponentials(u, exp2_scale, POWER)
     if NEED_CE:
-        d_1 += tl.sum(at_1, 0)
+        d_1 = d_1 * a_1 + sum_of_lane(at_1, WIDE)
     if NEED_KL:
-        v = y - M_t[None, :]
+        v = y - for_every_column(M_t, WIDE)
         q = tl.exp2(v * exp2_scale)
-        d_T += tl.sum(at_T, 0)
-        e += tl.sum(q, 0)
+        c = scaled(shifted(m_s, m_t, e, c, M_s, M_t, inverse_T), b)
+        d_T = d_T * a_T + sum_of_lane(at_T, WIDE)
+        e = e * b + sum_of_lane(q, WIDE)
         # No teacher mass adds nothing, also where v - u is infinite or inf - inf (masked tokens).
-        c += inverse_T * tl.sum(q * tl.where(q > 0, v - u, 0.0), 0)
+        c += inverse_T * sum_of_lane(q * tl.where(q > 0, v - u, 0.0), WIDE)
     return M_s, d_1, d_T, M_t, e, c
 
 
@@ -79,7 +134,7 @@ def sweep_statistics(
     low, high,  # the columns to sweep
     exp2_scale, inverse_T,
     student_factor, student_cap, teacher_factor, teacher_cap,
-    NEED_CE: tl.constexpr, NEED_KL: tl.constexpr, SQUARINGS: tl.constexpr, LANES: tl.constexpr, K: tl.constexpr,
+    NEED_CE: tl.constexpr, NEED_KL: tl.constexpr, POWER: tl.constexpr, LANES: tl.constexpr, K: tl.constexpr,
     WIDE: tl.constexpr, STUDENT_MAP: tl.constexpr, TEACHER_MAP: tl.constexpr,
 ):  # fmt: skip
     """The tuple (m_s, d_1, d_T, m_t, e, c) of columns low to high of one row; scalars."""
@@ -92,26 +147,36 @@ def sweep_statistics(
     e = tl.zeros([LANES], tl.float32)
     c = tl.zeros([LANES], tl.float32)
     whole = low + (high - low) // TILE * TILE
-    for start in range(low, whole, TILE):
+    # Two stages: the next tile is loaded while this one is used.  Of two loads a thread ptxas puts the teacher's behind the
+    # student's arithmetic, so that a tile waits for memory twice.  1.25 instructions a pair.
+    for start in tl.range(low, whole, TILE, num_stages=2 if WIDE > 1 else 1):
         z, y = load_pair(
             student_row, teacher_row, start + column, high, student_stride_column, student_factor, student_cap,
-            teacher_stride_column, teacher_factor, teacher_cap, NEED_KL, STUDENT_MAP, TEACHER_MAP, False,
+            teacher_stride_column, teacher_factor, teacher_cap, NEED_KL, STUDENT_MAP, TEACHER_MAP, False, WIDE > 1,
         )  # fmt: skip
         m_s, d_1, d_T, m_t, e, c = add_tile(
-            m_s, d_1, d_T, m_t, e, c, z, y, exp2_scale, inverse_T, NEED_CE, NEED_KL, SQUARINGS
+            m_s, d_1, d_T, m_t, e, c, z, y, exp2_scale, inverse_T, NEED_CE, NEED_KL, POWER, WIDE
         )
     if whole < high:
         z, y = load_pair(
             student_row, teacher_row, whole + column, high, student_stride_column, student_factor, student_cap,
-            teacher_stride_column, teacher_factor, teacher_cap, NEED_KL, STUDENT_MAP, TEACHER_MAP, True,
+            teacher_stride_column, teacher_factor, teacher_cap, NEED_KL, STUDENT_MAP, TEACHER_MAP, True, WIDE > 1,
         )  # fmt: skip
         m_s, d_1, d_T, m_t, e, c = add_tile(
-            m_s, d_1, d_T, m_t, e, c, z, y, exp2_scale, inverse_T, NEED_CE, NEED_KL, SQUARINGS
+            m_s, d_1, d_T, m_t, e, c, z, y, exp2_scale, inverse_T, NEED_CE, NEED_KL, POWER, WIDE
         )
-    M_s = tl.max(m_s, 0)
-    M_t = tl.max(m_t, 0)
-    d_1, d_T, e, c = rescale(m_s, d_1, d_T, m_t, e, c, M_s, M_t, exp2_scale, inverse_T, SQUARINGS)
-    return M_s, tl.sum(d_1, 0), tl.sum(d_T, 0), M_t, tl.sum(e, 0), tl.sum(c, 0)
+    return merged(m_s, d_1, d_T, m_t, e, c, exp2_scale, inverse_T, POWER)
+
+
+@triton.jit
+def store_statistics(out, stride, m_s, d_1, d_T, m_t, e, c):
+    """The six numbers of a tuple, `stride` elements apart."""
+    tl.store(out, m_s)
+    tl.store(out + 1 * stride, d_1)
+    tl.store(out + 2 * stride, d_T)
+    tl.store(out + 3 * stride, m_t)
+    tl.store(out + 4 * stride, e)
+    tl.store(out + 5 * stride, c)
 
 
 @triton.jit(do_not_specialize=["student_rows_inner", "teacher_rows_inner", "N"])
@@ -124,7 +189,7 @@ def row_statistics_kernel(
     N, V, columns_per_split,
     exp2_scale, inverse_T,
     student_factor, student_cap, teacher_factor, teacher_cap,  # see `logits_of`
-    NEED_CE: tl.constexpr, NEED_KL: tl.constexpr, SQUARINGS: tl.constexpr, LANES: tl.constexpr, K: tl.constexpr,
+    NEED_CE: tl.constexpr, NEED_KL: tl.constexpr, POWER: tl.constexpr, LANES: tl.constexpr, K: tl.constexpr,
     WIDE: tl.constexpr, STUDENT_MAP: tl.constexpr, TEACHER_MAP: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
@@ -138,15 +203,9 @@ def row_statistics_kernel(
     m_s, d_1, d_T, m_t, e, c = sweep_statistics(
         student_row, teacher_row, student_stride_column, teacher_stride_column, low, high, exp2_scale, inverse_T,
         student_factor, student_cap, teacher_factor, teacher_cap,
-        NEED_CE, NEED_KL, SQUARINGS, LANES, K, WIDE, STUDENT_MAP, TEACHER_MAP,
+        NEED_CE, NEED_KL, POWER, LANES, K, WIDE, STUDENT_MAP, TEACHER_MAP,
     )  # fmt: skip
-    out = statistics_ptr + split.to(tl.int64) * 6 * N + row
-    tl.store(out, m_s)
-    tl.store(out + 1 * N, d_1)
-    tl.store(out + 2 * N, d_T)
-    tl.store(out + 3 * N, m_t)
-    tl.store(out + 4 * N, e)
-    tl.store(out + 5 * N, c)
+    store_statistics(statistics_ptr + split.to(tl.int64) * 6 * N + row, N, m_s, d_1, d_T, m_t, e, c)
 
 
 def row_statistics(
@@ -171,7 +230,7 @@ def row_statistics(
         student, second, ce_weight, kl_weight, statistics,
         student.shape[1], *student.stride(), second.shape[1], *second.stride(),
         N, V, launch.columns_per_split, T.exp2_scale, T.inverse, s.factor, s.cap, t.factor, t.cap,
-        NEED_CE=need_ce, NEED_KL=teacher is not None, SQUARINGS=T.squarings, LANES=launch.lanes, K=launch.columns,
+        NEED_CE=need_ce, NEED_KL=teacher is not None, POWER=T.power, LANES=launch.lanes, K=launch.columns,
         WIDE=is_wide(student, second), STUDENT_MAP=s.kind, TEACHER_MAP=t.kind, **launch.options,
     )  # fmt: skip
     return statistics

@@ -7,11 +7,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fused_kd import cpu, kd_loss, linear, linear_kd_loss, matmul
+from fused_kd import cpu, kd_loss, linear_kd_loss, matmul, scaling
 from fused_kd.cli import main, plan
 from fused_kd.cli.memory import allocations, peak_bytes
 from fused_kd.cli.planning import paths
 from fused_kd.cli.planning.paths import EAGER, IN_PLACE, KD_LOSS, LINEAR, LossStep
+from fused_kd.one_launch import ONE, PLAN, TWO
+from fused_kd.one_launch_plan import DEVICES
 
 ALPHA, T = 0.5, 2.0
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -53,7 +55,7 @@ def small_blocks(monkeypatch):
     elements = 4 * 8192
     monkeypatch.setattr(cpu, "BLOCK_ELEMENTS", elements)
     monkeypatch.setattr(matmul, "SLAB_ELEMENTS", elements)
-    monkeypatch.setattr(linear, "BLOCK_ELEMENTS", elements)
+    monkeypatch.setattr(scaling, "BLOCK_ELEMENTS", elements)
     return 3 * elements * 4
 
 
@@ -84,7 +86,9 @@ def assert_measured(step, path, cpu_only):
     rest = 0 if path == EAGER else cpu_only + 400 * step.tokens
     for ballast in (0, forward):
         planned = max(forward, backward + ballast)
-        measured = peak_bytes(training_step(step, path, ballast), torch.device("cpu"))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv(PLAN, ONE if step.in_one_launch else TWO)
+            measured = peak_bytes(training_step(step, path, ballast), torch.device("cpu"))
         assert 0.98 * planned <= measured <= 1.02 * planned + rest, (path, ballast)
 
 
@@ -97,6 +101,12 @@ SHAPES = {"logits dominate": (256, 8192, 64, 96), "weights dominate": (64, 8192,
 @pytest.mark.parametrize("path", [EAGER, KD_LOSS, IN_PLACE, LINEAR])
 def test_ledgers_are_what_is_allocated(path, shape, dtype, trained, small_blocks):
     assert_measured(LossStep(*SHAPES[shape], dtype, trained), path, small_blocks)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("path", [KD_LOSS, IN_PLACE])
+def test_ledgers_of_two_launches(path, dtype, small_blocks):
+    assert_measured(LossStep(256, 8192, 64, 96, dtype, in_one_launch=False), path, small_blocks)
 
 
 @pytest.mark.parametrize("trained", [True, False])
@@ -202,7 +212,10 @@ def test_by_numbers(tmp_path, capsys):
     passes = 8192 * 128_256 * 2
     assert record["step"]["dtype"] == record["step"]["logits_dtype"] == "bfloat16"
     assert record["inputs"] == step.inputs
-    assert record["traffic"] == {"floor": 3 * passes, "kd_loss": 5 * passes}
+    assert record["traffic"] == {
+        "floor": 3 * passes, "kd_loss in one launch": 3 * passes, "kd_loss in two launches": 5 * passes
+    }  # fmt: skip
+    assert record["one_launch_devices"] == list(DEVICES)
     assert record["flops"] == step.flops
     assert record["chunks"]["chunks"] == step.chunks.chunks
     assert record["reserved_bytes"] == 20 * 10**9

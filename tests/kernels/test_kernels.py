@@ -45,6 +45,18 @@ def test_row_statistics(kernel_device, vocabulary, splits, temperature):
         assert ((merged[index].cpu() - oracle[index]).abs() <= 1e-6 * size).all()
 
 
+@pytest.mark.parametrize("temperature", [1.0, 2.0, 3.0, 4.0, 2.5])
+def test_of_one_class_both_terms_cancel_exactly(kernel_device, temperature):
+    """p_1 - 1 and p_T - q each by itself; a sum of p_1 and p_T would have been rounded."""
+    student, teacher, ce, kl = given(kernel_device, 1, rows=50)
+    labels = torch.zeros(50, dtype=torch.int64, device=kernel_device)
+    parts = kernels.row_statistics(student, teacher, ce, kl, temperature, True)
+    gradient = torch.full_like(student, torch.nan)
+    statistics = stats.merge(parts, temperature)
+    kernels.logit_gradient(student, teacher, labels, statistics, ce, kl, temperature, gradient)
+    assert torch.equal(gradient, torch.zeros_like(gradient))
+
+
 @pytest.mark.parametrize("vocabulary", SIZES)
 @pytest.mark.parametrize("splits", [1, 2, 5])
 @pytest.mark.parametrize(("need_ce", "need_kl"), [(True, True), (True, False), (False, True)])

@@ -3,8 +3,8 @@
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from .profile import Profile
-from .variants import LAYOUTS, SIZES, Variant
+from .profile import Profile, Resources
+from .variants import LAYOUTS, SIZES, Variant, planned_shape
 
 
 class Limits(NamedTuple):
@@ -12,20 +12,20 @@ class Limits(NamedTuple):
 
     instructions: float
     mufu: float
-    mufu_squared: float  # for T = 1, 2, 4, where e^z is a power of e^{z/T}
+    mufu_of_power: float  # for T = 1, 2, 3, 4, where e^z is a power of e^{z/T}
     bytes: float
 
 
 # An H100 at 3 TB/s has room for 39 instructions and 4.9 MUFU a pair in the statistics, 59 and 7.4 in the gradient.
 LIMITS = {
-    "row_statistics": Limits(instructions=27, mufu=3.6, mufu_squared=2.5, bytes=4.05),
-    "logit_gradient": Limits(instructions=30, mufu=3.1, mufu_squared=3.1, bytes=6.05),
+    "row_statistics": Limits(instructions=27, mufu=3.6, mufu_of_power=2.5, bytes=4.05),
+    "logit_gradient": Limits(instructions=30, mufu=3.1, mufu_of_power=3.1, bytes=6.05),
 }
 # Two tanh more, of 20 instructions each.  The statistics are then bound by arithmetic, at 1.7 times the time that memory
 # takes on an H100; a sweep of its own for the softcap would cost 8 bytes a pair on top of 4, three times that time.
-SOFTCAP = Limits(instructions=40, mufu=4, mufu_squared=4, bytes=0)
+SOFTCAP = Limits(instructions=40, mufu=4, mufu_of_power=4, bytes=0)
 # One multiply-add and three multiplications or choices more, and one array more to write.
-TEACHER_GRAD = Limits(instructions=7, mufu=0, mufu_squared=0, bytes=2)
+TEACHER_GRAD = Limits(instructions=7, mufu=0, mufu_of_power=0, bytes=2)
 WIDEST_ACCESS = 16  # bytes, on all the targets
 
 
@@ -47,6 +47,12 @@ def violations(variant: Variant, profile: Profile) -> Iterator[Violation]:
         yield from _wide_violations(variant, profile)
 
 
+def one_launch_violations(variant: Variant, resources: Resources) -> Iterator[Violation]:
+    """More registers than are planned leave fewer rows in flight, and fewer loads: slower, not wrong."""
+    yield from _at_most("spill", resources.spill, 0)
+    yield from _at_most("registers", resources.registers, planned_shape(variant).registers)
+
+
 def _wide_violations(variant: Variant, profile: Profile) -> Iterator[Violation]:
     def widest(*dtypes: str) -> int:
         return min(WIDEST_ACCESS, *(profile.columns * SIZES[dtype] for dtype in dtypes))
@@ -60,7 +66,7 @@ def _wide_violations(variant: Variant, profile: Profile) -> Iterator[Violation]:
         for given, more in ((variant.logit_map == "softcap", SOFTCAP), (variant.teacher_grad, TEACHER_GRAD)):
             if given:
                 limits = Limits(*map(sum, zip(limits, more, strict=True)))
-        mufu = limits.mufu if variant.temperature_name == "other" else limits.mufu_squared
+        mufu = limits.mufu if variant.temperature_name == "other" else limits.mufu_of_power
         yield from _at_most("instructions a pair", profile.instructions, limits.instructions)
         yield from _at_most("MUFU a pair", profile.kinds["mufu"], mufu)
         yield from _at_most("bytes a pair", profile.bytes, limits.bytes)

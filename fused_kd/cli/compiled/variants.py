@@ -4,6 +4,7 @@ A variant is named by what changes its code: dtypes, T, the terms of the loss, a
 arguments, which it compiles in: an integer that is 1, and whether integers and addresses are multiples of 16.
 """
 
+import importlib
 import subprocess
 import tempfile
 from collections.abc import Iterator
@@ -12,17 +13,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from . import amdgcn, sass
-from .profile import Profile, profile
+from .profile import Profile, Resources, profile
 
 if TYPE_CHECKING:  # triton and fused_kd.kernels are imported where a worker needs them, see `workers`
     from triton.compiler import ASTSource
 
 KERNELS = ("row_statistics", "logit_gradient")
+ONE_LAUNCH = ("cluster", "shared")  # of `kernels/loss_and_gradient.py`: the loops of both, in one kernel
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 TERMS = {"ce+kl": (True, True), "ce": (True, False), "kl": (False, True)}
-TEMPERATURES = (1.0, 2.0, 4.0, 3.0)  # 3 stands for every T without squarings
+TEMPERATURES = (1.0, 2.0, 3.0, 4.0, 2.5)  # 2.5 stands for every T of which e^z is no power of e^{z/T}
 MAPS = ("identity", "scale", "softcap")  # of a head's output to logits, the same for student and teacher
 SIZES = {"fp32": 4, "fp16": 2, "bf16": 2}
+DEVICES = {"sm_80": "A100", "sm_90": "H100", "sm_100": "B200", "gfx942": "MI300X"}  # that one launch is planned for
+SPLITS = 32  # programs a row of the form of several
 PROCESSORS = 132  # of the device that the launch is planned for; it decides the split of rows, which no loop sees
 
 
@@ -61,7 +65,7 @@ class Variant:
 
     @property
     def temperature_name(self) -> str:
-        return "other" if self.temperature not in (1, 2, 4) else f"{self.temperature:g}"
+        return "other" if self.temperature not in (1, 2, 3, 4) else f"{self.temperature:g}"
 
     @property
     def dtypes(self) -> str:
@@ -75,8 +79,22 @@ class Variant:
 
 
 def all_variants() -> list[Variant]:
-    """Every combination of options for bfloat16 on sm_90; elsewhere each option on its own, at T = 3."""
+    """Every combination of options for bfloat16 on sm_90; elsewhere each option on its own, at T = 2.5."""
     return list(dict.fromkeys(v for target in TARGETS for kernel in KERNELS for v in _variants(kernel, target)))
+
+
+def one_launch_variants() -> list[Variant]:
+    """The forms on the targets that they are planned for; registers are what two loops decide together."""
+    others = [("cluster", "fp32", "identity"), ("cluster", "bf16", "scale"), ("shared", "bf16", "softcap")]
+    return [
+        Variant(kernel, target, "bf16", "bf16", T, "ce+kl", "dense")
+        for kernel in ONE_LAUNCH
+        for target in TARGETS
+        if kernel == "shared" or target == "sm_90"
+        for T in (2.0, 3.0)
+    ] + [
+        Variant(kernel, "sm_90", dtype, dtype, 2.0, "ce+kl", "dense", logit_map) for kernel, dtype, logit_map in others
+    ]
 
 
 def _variants(kernel: str, target: str) -> Iterator[Variant]:
@@ -85,7 +103,7 @@ def _variants(kernel: str, target: str) -> Iterator[Variant]:
         for layout in ("dense", "padded", "odd"):
             for T in TEMPERATURES:
                 usual = [terms == "ce+kl", layout == "dense", T in TEMPERATURES[-1:]]
-                if thorough or sum(usual) >= 2:
+                if sum(usual) >= (1 if thorough else 2):
                     yield Variant(kernel, target, "bf16", "bf16", T, terms, layout)
     for student, teacher in (("fp16", "fp16"), ("fp32", "fp32"), ("bf16", "fp32"), ("fp32", "bf16")):
         for T in TEMPERATURES if thorough else TEMPERATURES[-1:]:
@@ -115,10 +133,12 @@ def call_arguments(variant: Variant) -> dict[str, Pointer | int | float]:
 
     z = _map_arguments(variant)
     layout = LAYOUTS[variant.layout]
+    in_one_launch = variant.kernel in ONE_LAUNCH
     N, V, need_ce = layout.rows, layout.vocabulary, TERMS[variant.terms][0]
     T = temperature_arguments(variant.temperature)
     dtypes = {"student": variant.student, "teacher": variant.teacher, "gradient": variant.student}
     dtypes["teacher_gradient"] = variant.teacher if variant.teacher_grad else variant.student
+    weight = Pointer("fp64", 8 * N) if in_one_launch else Pointer("fp32", 4 * N)
     pointers = {f"{name}_ptr": Pointer(dtype, N * V * SIZES[dtype]) for name, dtype in dtypes.items()}
     strides = {
         "student": (layout.student_stride, layout.column_stride),
@@ -130,8 +150,9 @@ def call_arguments(variant: Variant) -> dict[str, Pointer | int | float]:
         **pointers,
         "labels_ptr": Pointer("i64", 8 * N) if need_ce else Pointer("fp32", 4 * N),
         "statistics_ptr": Pointer("fp32", 24 * N),
-        "ce_weight_ptr": Pointer("fp32", 4 * N),
-        "kl_weight_ptr": Pointer("fp32", 4 * N),
+        "parts_ptr": Pointer("fp32", 24 * N * SPLITS),
+        "progress_ptr": Pointer("i32", 4 * (1 + N)),
+        **dict.fromkeys(("ce_weight_ptr", "kl_weight_ptr"), weight),
         "N": N,
         "V": V,
         "columns_per_split": launch(variant).columns_per_split,
@@ -143,7 +164,9 @@ def call_arguments(variant: Variant) -> dict[str, Pointer | int | float]:
         "teacher_cap": z.cap,
     }
     for name, (row, column) in strides.items():
-        arguments |= {f"{name}_rows_inner": N, f"{name}_stride_outer": N * row}
+        # One launch takes rows that are one stride apart as N batches of one.
+        inner, outer = (1, row) if in_one_launch else (N, N * row)
+        arguments |= {f"{name}_rows_inner": inner, f"{name}_stride_outer": outer}
         arguments |= {f"{name}_stride_inner": row, f"{name}_stride_column": column}
     return arguments
 
@@ -157,9 +180,41 @@ def _map_arguments(variant: Variant) -> Any:
     )
 
 
+def planned_shape(variant: Variant) -> Any:
+    """Of a kernel in one launch: threads, columns, and the registers that rows in flight are planned by."""
+    from fused_kd import one_launch_plan
+
+    device = one_launch_plan.DEVICES[DEVICES[variant.target]]
+    return one_launch_plan.CLUSTER if variant.kernel == "cluster" else device.shared
+
+
+def _one_launch(variant: Variant) -> Any:
+    from fused_kd.one_launch_plan import MAX_CTAS, OneLaunch
+
+    shape, vocabulary = planned_shape(variant), LAYOUTS[variant.layout].vocabulary
+    ctas, splits = (MAX_CTAS, 0) if variant.kernel == "cluster" else (1, SPLITS)
+    columns = shape.columns * 2 // max(SIZES[variant.student], SIZES[variant.teacher])
+    lanes = ctas * shape.num_warps * warp_size(variant.target)
+    per_split = -(-vocabulary // (max(1, splits) * lanes * columns)) * lanes * columns
+    return OneLaunch(
+        ctas,
+        shape.num_warps,
+        warp_size(variant.target),
+        columns,
+        splits,
+        per_split,
+        0,
+        0,
+        hits=True,
+        accesses=shape.columns // 8,
+    )
+
+
 def launch(variant: Variant) -> Any:
     from fused_kd.kernels.launch import plan
 
+    if variant.kernel in ONE_LAUNCH:
+        return _one_launch(variant)
     layout = LAYOUTS[variant.layout]
     student, teacher = SIZES[variant.student], SIZES[variant.teacher]
     written = max(student, teacher) if variant.teacher_grad else student
@@ -208,10 +263,8 @@ def specialise(value: Pointer | int | float, wanted: bool, target: str) -> tuple
 
 
 def _kernel(name: str) -> Any:
-    from fused_kd.kernels.logit_gradient import logit_gradient_kernel
-    from fused_kd.kernels.row_statistics import row_statistics_kernel
-
-    return {"row_statistics": row_statistics_kernel, "logit_gradient": logit_gradient_kernel}[name]
+    module = importlib.import_module(f"fused_kd.kernels.{'loss_and_gradient' if name in ONE_LAUNCH else name}")
+    return getattr(module, f"{name}_kernel")
 
 
 def _constants(variant: Variant) -> dict[str, int | bool]:
@@ -223,12 +276,14 @@ def _constants(variant: Variant) -> dict[str, int | bool]:
         "NEED_CE": need_ce,
         "NEED_KL": need_kl,
         "TEACHER_GRAD": variant.teacher_grad,
-        "SQUARINGS": temperature_arguments(variant.temperature).squarings,
+        "POWER": temperature_arguments(variant.temperature).power,
         "LANES": plan.lanes,
         "K": plan.columns,
-        "WIDE": LAYOUTS[variant.layout].wide,
+        "WIDE": LAYOUTS[variant.layout].wide * (plan.accesses if variant.kernel in ONE_LAUNCH else 1),
         "STUDENT_MAP": _map_arguments(variant).kind,
         "TEACHER_MAP": _map_arguments(variant).kind,
+        "S": SPLITS,
+        "S_ROUNDED": SPLITS,
     }
 
 
@@ -255,16 +310,24 @@ def ttir(variant: Variant) -> str:
 
 def measure(variant: Variant) -> Profile:
     plan = launch(variant)
-    compiled = compile_variant(variant)
+    found, read, code = _read(variant)
+    return profile(found, read.main_loop(code), plan.lanes, plan.columns, warp_size(variant.target))
+
+
+def figures(variant: Variant) -> Profile | Resources:
+    """Of a kernel with one loop all of them; of one with two, what belongs to the kernel."""
+    return _read(variant)[0] if variant.kernel in ONE_LAUNCH else measure(variant)
+
+
+def _read(variant: Variant) -> tuple[Resources, Any, str]:
+    """Resources, the module that reads the instruction set, and the code."""
+    compiled, num_warps = compile_variant(variant), launch(variant).num_warps
     shared = compiled.metadata.shared
     if "amdgcn" in compiled.asm:
         code = compiled.asm["amdgcn"]
-        resources, loop = amdgcn.resources(code, shared, plan.num_warps), amdgcn.main_loop(code)
-    else:
-        code = _disassemble(compiled.asm["cubin"])
-        arch = int(variant.target.removeprefix("sm_"))
-        resources, loop = sass.resources(code, shared, arch, plan.num_warps), sass.main_loop(code)
-    return profile(resources, loop, plan.lanes, plan.columns, warp_size(variant.target))
+        return amdgcn.resources(code, shared, num_warps), amdgcn, code
+    code = _disassemble(compiled.asm["cubin"])
+    return sass.resources(code, shared, int(variant.target.removeprefix("sm_")), num_warps), sass, code
 
 
 def _disassemble(cubin: bytes) -> str:

@@ -7,6 +7,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from ...one_launch import hits
+from ...one_launch_plan import DEVICES
 from ..words import dtype_name, spaced
 from . import paths
 from .paths import Array, Ledger, LossStep
@@ -85,12 +87,28 @@ def _lines(step: LossStep) -> list[str]:
         f"Products of the heads, on every path: {products}, 2 N V H each: {_flops(sum(flops.values()))} "
         f"({_flops(flops['student'])} + {_flops(flops['teacher'])}).",
         f"Traffic of the loss from logits: the floor is 3 U = {_size(3 * passes)}, both logits read, the gradient written "
-        f"(U = {step.dtype.itemsize} N V bytes); kd_loss has 5 U = {_size(5 * passes)}.",
+        f"(U = {step.dtype.itemsize} N V bytes).  kd_loss has 5 U = {_size(5 * passes)} in two launches, 3 U in one, which "
+        f"it takes {_one_launch(step)}.",
         "Eager and kd_loss are planned as a function that projects, takes the loss and returns it.  Variables that hold "
         f"logits through backward cost up to {_size(passes)} each.",
         "Left out: a few hundred bytes a token, blocks of 64 MB at most, CUDA's context and workspaces (about 0.5 GB), "
         "fragments.",
     ]  # fmt: skip
+
+
+def one_launch_devices(step: LossStep) -> list[str]:
+    """Of the devices that are known, those whose L2 holds the rows in flight, if the loss takes one launch at all."""
+    itemsizes = [step.dtype.itemsize] * 2
+    return [name for name, device in DEVICES.items() if step.in_one_launch and hits(device, step.vocab_size, itemsizes)]
+
+
+def _one_launch(step: LossStep) -> str:
+    devices = one_launch_devices(step)
+    if not step.in_one_launch:
+        return f"of {dtype_name(step.dtype)} logits on no device"
+    return (
+        f"where L2 holds the rows in flight: {', '.join(devices) if devices else 'none of the devices that are known'}"
+    )
 
 
 def record(step: LossStep, reserved: int, notes: list[str]) -> dict[str, Any]:
@@ -124,7 +142,11 @@ def record(step: LossStep, reserved: int, notes: list[str]) -> dict[str, Any]:
         },
         "products": step.products,
         "flops": step.flops,
-        "traffic": {"floor": 3 * step.logits_bytes, "kd_loss": 5 * step.logits_bytes},
+        "traffic": {
+            "floor": 3 * step.logits_bytes, "kd_loss in one launch": 3 * step.logits_bytes,
+            "kd_loss in two launches": 5 * step.logits_bytes,
+        },
+        "one_launch_devices": one_launch_devices(step),
         "reserved_bytes": reserved,
         "cards": [
             {

@@ -1,0 +1,43 @@
+"""Finished gradients times an upstream gradient, which came after them."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+BLOCK_ELEMENTS = 2**23  # of a float32 temporary: 32 MB
+
+
+def scaled(
+    gradients: Sequence[Tensor],
+    factor: Tensor,  # a scalar
+    dtypes: Sequence[torch.dtype],
+    *,
+    in_place: bool,  # where dtypes allow; otherwise what is given stays as it is
+) -> list[Tensor]:
+    """factor * gradient, in the dtype of what it is a gradient of."""
+    return [_scaled(gradient, factor, dtype, in_place) for gradient, dtype in zip(gradients, dtypes, strict=True)]
+
+
+def _scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype, in_place: bool) -> Tensor:
+    """Rounded once, a block of rows at a time."""
+    wide = torch.promote_types(gradient.dtype, torch.float32)
+    factor = factor.to(wide)  # the product of a 16-bit tensor and a scalar would round the scalar first
+    if torch.compiler.is_compiling():  # one loop, which the compiler places where it can
+        return (gradient.to(wide) * factor).to(dtype)
+    if gradient.dtype == dtype == wide:
+        return gradient.mul_(factor) if in_place else gradient * factor
+    result = gradient if in_place and gradient.dtype == dtype else torch.empty_like(gradient, dtype=dtype)
+    _multiply(gradient, factor, result)
+    return result
+
+
+def _multiply(source: Tensor, factor: Tensor, target: Tensor) -> None:
+    if source.dim() > 2:
+        for part, its_target in zip(source, target, strict=True):
+            _multiply(part, factor, its_target)
+        return
+    block = max(1, BLOCK_ELEMENTS // max(1, math.prod(source.shape[1:])))
+    for part, its_target in zip(source.split(block), target.split(block), strict=True):
+        its_target.copy_(part.to(factor.dtype) * factor)

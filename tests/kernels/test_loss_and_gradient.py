@@ -1,0 +1,259 @@
+"""The one-launch kernel beside the two launches whose device functions it shares, and its plan.
+
+The interpreter runs the programs of the shared form one after another: each waits only for those before it.
+"""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from fused_kd import kernels
+from fused_kd import statistics as stats
+from fused_kd.kernels.launch import Launch
+from fused_kd.logit_map import LogitMap
+from fused_kd.one_launch_plan import (
+    DEVICES,
+    L2_SHARE,
+    SHARED,
+    OneLaunch,
+    device_of_properties,
+    one_launch_plan,
+    resident_programs,
+)
+
+from ..oracle import relative_error
+
+LANES, K = 32, 8
+TILE = LANES * K
+SIZES = [1, 2, TILE - 1, TILE, TILE + 1, 3 * TILE, 5 * TILE + 17]  # as in test_kernels.py
+SPLITS = [0, 1, 5]  # 0: the cluster form, of one block
+
+
+def one_launch(vocabulary, splits):
+    columns = -(-vocabulary // (max(1, splits) * TILE)) * TILE
+    return OneLaunch(1, 1, 32, K, splits, columns, 0, 0, False)  # with empty slices where there are fewer tiles
+
+
+def given(device, vocabulary, rows=4, pad=0, outer=1):
+    gap = outer - 1  # between the rows of two batches, as in logits[:, :-1]
+    student = 3 * torch.randn(outer, rows // outer + gap, vocabulary + pad, device=device)
+    student = student[:, : rows // outer, :vocabulary]
+    teacher = 3 * torch.randn(1, rows, vocabulary, device=device)
+    labels = torch.randint(vocabulary, (rows,), device=device)
+    weights = torch.rand(rows, device=device) + 0.5
+    return student, teacher, labels, weights, 2 - weights
+
+
+def two_launches(student, teacher, labels, ce, kl, temperature, splits, *maps):
+    launch = Launch(LANES, K, 1, max(1, splits), one_launch(student.shape[-1], splits).columns_per_split)
+    parts = kernels.row_statistics(student, teacher, ce, kl, temperature, labels is not None, *maps, launch=launch)
+    statistics = stats.merge(parts, temperature)
+    gradient = torch.full_like(student, torch.nan)
+    kernels.logit_gradient(
+        student, teacher, labels, statistics, ce, kl, temperature, gradient, None, *maps, launch=launch
+    )
+    return statistics, gradient
+
+
+def check(inputs, temperature, splits, *maps, gradient=None):
+    """Bit for bit where threads alone are merged; where slices are, their merge rounds once or twice elsewhere."""
+    student, teacher, labels, ce, kl = inputs
+    statistics, expected = two_launches(student, teacher, labels, ce, kl, temperature, splits, *maps)
+    gradient = torch.full_like(student, torch.nan) if gradient is None else gradient
+    launch = one_launch(student.shape[-1], splits)
+    ours = kernels.loss_and_gradient(student, teacher, labels, ce, kl, temperature, gradient, *maps, launch=launch)
+    assert ours.shape == (6, student.shape[0] * student.shape[1])
+    if splits <= 1:
+        assert torch.equal(ours, statistics)
+        assert torch.equal(gradient, expected)
+        return
+    size = statistics.abs()
+    size[stats.C] += statistics[stats.E]  # c is a difference
+    assert ((ours - statistics).abs() <= 4e-7 * size).all()
+    # A gradient of one class is the difference of two roundings.
+    assert (gradient - expected).abs().max() <= 4e-7 * max(1.0, float(expected.abs().max()))
+    if student.shape[-1] > 2:
+        assert relative_error(gradient, expected.double()) < 4e-7
+
+
+@pytest.mark.parametrize("vocabulary", SIZES)
+@pytest.mark.parametrize("splits", SPLITS)
+@pytest.mark.parametrize("temperature", [2.0, 3.0])
+def test_is_what_two_launches_give(kernel_device, vocabulary, splits, temperature):
+    check(given(kernel_device, vocabulary), temperature, splits)
+
+
+@pytest.mark.parametrize("vocabulary", [16, 2 * TILE, 6 * TILE, 7 * TILE + 16])
+@pytest.mark.parametrize("splits", [1, 3])
+@pytest.mark.parametrize("temperature", [1.0, 2.0, 2.5])
+def test_columns_in_two_accesses(kernel_device, vocabulary, splits, temperature):
+    """Tiles of three dimensions, whose sums are taken in another order."""
+    student, teacher, labels, ce, kl = given(kernel_device, vocabulary)
+    statistics, expected = two_launches(student, teacher, labels, ce, kl, temperature, 1)
+    gradient = torch.full_like(student, torch.nan)
+    columns = -(-vocabulary // (splits * 2 * TILE)) * 2 * TILE
+    launch = OneLaunch(1, 1, 32, 2 * K, -(-vocabulary // columns), columns, 0, 0, False, accesses=2)
+    ours = kernels.loss_and_gradient(student, teacher, labels, ce, kl, temperature, gradient, launch=launch)
+    assert relative_error(ours, statistics.double()) < 4e-7
+    assert relative_error(gradient, expected.double()) < 4e-7
+
+
+@pytest.mark.parametrize("splits", SPLITS)
+@pytest.mark.parametrize(("need_ce", "need_kl"), [(True, False), (False, True)])
+def test_one_term(kernel_device, splits, need_ce, need_kl):
+    student, teacher, labels, ce, kl = given(kernel_device, 3 * TILE + 5)
+    terms = teacher if need_kl else None, labels if need_ce else None
+    check((student, *terms, ce * need_ce, kl * need_kl), 2.0, splits)
+
+
+@pytest.mark.parametrize("splits", SPLITS)
+@pytest.mark.parametrize("student_map", [LogitMap(0.5), LogitMap(2.0, 5.0)])
+@pytest.mark.parametrize("teacher_map", [LogitMap(), LogitMap(0.5, 3.0)])
+def test_logit_maps(kernel_device, splits, student_map, teacher_map):
+    check(given(kernel_device, 2 * TILE + 5), 3.0, splits, student_map, teacher_map)
+
+
+@pytest.mark.parametrize("splits", SPLITS)
+@pytest.mark.parametrize("pad", [0, 1, 16])  # rows at odd addresses, and at multiples of 16 bytes
+@pytest.mark.parametrize("outer", [1, 2])  # rows one stride apart, and not
+def test_gradient_in_the_students_place(kernel_device, splits, pad, outer):
+    student, teacher, labels, ce, kl = given(kernel_device, 5 * TILE, pad=pad, outer=outer)
+    apart = torch.empty_like(student)
+    launch = one_launch(5 * TILE, splits)
+    expected = kernels.loss_and_gradient(student, teacher, labels, ce, kl, 2.0, apart, launch=launch)
+    check((student, teacher, labels, ce, kl), 2.0, splits)
+    statistics = kernels.loss_and_gradient(student, teacher, labels, ce, kl, 2.0, student, launch=launch)
+    assert torch.equal(student, apart)
+    assert torch.equal(statistics, expected)
+
+
+@pytest.mark.parametrize("splits", SPLITS)
+@pytest.mark.parametrize(
+    "ignored", [[0], [1], [3], [0, 1, 2, 3]]
+)  # the first and the last row are waited for in their own way
+def test_rows_of_weight_zero_are_not_read(kernel_device, splits, ignored):
+    student, teacher, labels, ce, kl = given(kernel_device, 2 * TILE + 5)
+    ce[ignored] = kl[ignored] = 0
+    student[0, ignored] = teacher[0, ignored] = torch.nan
+    labels[ignored] = -100
+    gradient = torch.full_like(student, torch.nan)
+    launch = one_launch(2 * TILE + 5, splits)
+    statistics = kernels.loss_and_gradient(student, teacher, labels, ce, kl, 2.0, gradient, launch=launch)
+    assert torch.equal(statistics[:, ignored], stats.identity(len(ignored), device=kernel_device))
+    assert not gradient[0, ignored].any()
+    assert not gradient.isnan().any()
+    counted = [row for row in range(4) if row not in ignored]
+    assert (gradient[0, counted] != 0).any(1).all()
+
+
+@pytest.mark.parametrize("splits", SPLITS)
+@pytest.mark.parametrize("rows", [0, 1])
+def test_no_row_and_one_row(kernel_device, splits, rows):
+    if rows:
+        check(given(kernel_device, 2 * TILE + 5, rows=1), 2.0, splits)
+        return
+    student, teacher, labels, ce, kl = given(kernel_device, TILE, rows=0)
+    launch = one_launch(TILE, splits)
+    statistics = kernels.loss_and_gradient(student, teacher, labels, ce, kl, 2.0, student, launch=launch)
+    assert statistics.shape == (6, 0)
+
+
+@pytest.mark.parametrize("splits", SPLITS)
+@pytest.mark.parametrize("label", [0, TILE - 1, TILE, 2 * TILE, 3 * TILE - 1, 3 * TILE + 4])
+def test_labels_in_every_tile(kernel_device, splits, label):
+    """The label's tile is swept by itself: the first, one between, the last whole one, the one that is not whole."""
+    student, _, labels, ce, kl = given(kernel_device, 3 * TILE + 5)
+    labels.fill_(label)
+    gradient = torch.empty_like(student)
+    kernels.loss_and_gradient(student, None, labels, ce, 0 * kl, 1.0, gradient, launch=one_launch(3 * TILE + 5, splits))
+    expected = torch.softmax(student.double(), -1)
+    expected[..., label] -= 1
+    assert relative_error(gradient, expected * ce[:, None]) < 1e-6
+
+
+def test_bfloat16_by_the_default_plan(kernel_device):
+    student, teacher, labels, ce, kl = given(kernel_device, 20_000)
+    student, teacher = student.bfloat16(), teacher.bfloat16()
+    gradient = torch.empty_like(student)
+    statistics = kernels.loss_and_gradient(student, teacher, labels, ce, kl, 2.0, gradient)
+    merged = stats.merge(kernels.row_statistics(student, teacher, ce, kl, 2.0, True), 2.0)
+    expected = torch.empty_like(student)
+    kernels.logit_gradient(student, teacher, labels, merged, ce, kl, 2.0, expected)
+    assert torch.allclose(statistics, merged, rtol=4e-6)  # of 20 000 columns, in other orders
+    assert (gradient != expected).double().mean() < 0.001  # one unit in the last place
+
+
+@pytest.mark.parametrize("name", DEVICES)
+@pytest.mark.parametrize("rows", [1, 64, 8192, 10**6])
+@pytest.mark.parametrize("vocabulary", [1, 1000, 32_000, 128_256, 151_936, 262_144])
+@pytest.mark.parametrize("wide", [True, False])
+def test_plan_covers_every_column_once(name, rows, vocabulary, wide):
+    planned = one_launch_plan(rows, vocabulary, 4, 2, DEVICES[name], wide)
+    splits = max(1, planned.splits)
+    assert planned.columns_per_split * (splits - 1) < vocabulary <= planned.columns_per_split * splits
+    assert planned.rows_in_flight <= rows
+    if planned.splits:
+        assert planned.ctas == 1
+        assert planned.columns_per_split % (planned.lanes * planned.columns) == 0
+    else:
+        assert DEVICES[name].clusters
+        assert wide
+        assert planned.ctas in (1, 2, 4, 8, 16)
+
+
+@pytest.mark.parametrize("name", DEVICES)
+@pytest.mark.parametrize("vocabulary", [1000, 32_000, 128_256, 151_936, 262_144])
+@pytest.mark.parametrize("wide", [True, False])
+@pytest.mark.parametrize(("read", "written", "itemsize"), [(4, 2, 2), (4, 0, 2), (8, 4, 4), (2, 2, 2)])
+def test_plan_keeps_the_rows_in_flight_in_half_of_the_cache(name, vocabulary, wide, read, written, itemsize):
+    device = DEVICES[name]
+    planned = one_launch_plan(8192, vocabulary, read, written, device, wide, itemsize)
+    assert planned.hits
+    assert planned.bytes_in_flight <= 1.1 * L2_SHARE * device.l2_bytes
+    assert planned.rows_in_flight * vocabulary * read <= planned.bytes_in_flight
+
+
+def test_plan_of_the_shapes_that_were_modelled():
+    def plan(name, vocabulary):
+        return one_launch_plan(8192, vocabulary, 4, 2, DEVICES[name])
+
+    assert [(plan("H100", V).ctas, plan("H100", V).splits) for V in (32_000, 128_256)] == [(4, 0), (16, 0)]
+    assert [plan("H100", V).splits for V in (151_936, 262_144)] == [25, 43]
+    assert [plan("A100", V).splits for V in (32_000, 128_256)] == [16, 63]
+    assert [plan("B200", V).splits for V in (128_256, 262_144)] == [32, 64]
+    assert [plan(name, 128_256).accesses for name in ("H100", "A100", "B200")] == [1, 2, 2]
+
+
+def test_a_device_without_room_gets_one_tile_a_program_and_is_told():
+    tiny = DEVICES["A100"]._replace(l2_bytes=2**20)
+    planned = one_launch_plan(8192, 262_144, 4, 2, tiny)
+    assert planned.columns_per_split == planned.lanes * planned.columns
+    assert not planned.hits
+
+
+def test_registers_decide_how_many_programs_are_resident():
+    assert resident_programs(DEVICES["H100"], SHARED) == 5  # 65 536 / (48 * 256)
+    assert resident_programs(DEVICES["H100"], SHARED._replace(registers=32)) == 8  # 2048 / 256
+    assert resident_programs(DEVICES["H100"], SHARED._replace(registers=33)) == 6  # as 40
+    assert resident_programs(DEVICES["L40S"], SHARED._replace(registers=32)) == 6
+
+
+def test_devices_that_are_known_by_name_and_others():
+    def properties(**given):
+        return SimpleNamespace(**given)
+
+    known = properties(name="NVIDIA H100 80GB HBM3", multi_processor_count=132, L2_cache_size=50 * 2**20, major=9)
+    assert device_of_properties(known) == DEVICES["H100"]
+    slice_of_it = properties(
+        name="NVIDIA A100-SXM4-80GB MIG 3g.40gb", multi_processor_count=42, L2_cache_size=20 * 2**20
+    )
+    assert device_of_properties(slice_of_it) == DEVICES["A100"]._replace(processors=42, l2_bytes=20 * 2**20)
+    other = properties(
+        name="NVIDIA RTX A6000", multi_processor_count=84, L2_cache_size=6 * 2**20, major=8,
+        max_threads_per_multi_processor=1536, warp_size=32,
+    )  # fmt: skip
+    found = device_of_properties(other)
+    assert (found.processors, found.l2_bytes, found.clusters, found.threads) == (84, 6 * 2**20, False, 1536)
+    amd = properties(name="AMD Instinct MI210", multi_processor_count=104, gcnArchName="gfx90a", major=9, warp_size=64)
+    assert not device_of_properties(amd).clusters
