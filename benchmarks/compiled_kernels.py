@@ -145,8 +145,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for finding in findings(outcome):
             print(f"FINDING {chip} {case.name}: {finding}")
     with_findings = sum(bool(findings(outcome)) for outcome in outcomes.values())
-    launches = 2 * len(cases) * len(chips)
-    print(f"{len(cases)} cases, both kernels, on {', '.join(chips)}: {launches} launches, {with_findings} findings")
+    launches = len(chips) * sum(1 + (case.form == "two launches") for case in cases)
+    print(f"{len(cases)} cases on {', '.join(chips)}: {launches} launches, {with_findings} findings")
     return 1 if with_findings else 0
 
 

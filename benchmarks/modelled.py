@@ -3,10 +3,10 @@
     FUSED_KD_SIMULATOR=folder python benchmarks/modelled.py --json benchmarks/results/modelled.json
 
 The compiled kernels run on a few rows of bfloat16 logits, T = 2, forward and backward; the simulator counts what they move
-and issue, and its model of the chip extrapolates to 8 192 rows.  It is a model: good for ratios between such kernels on one
-chip, not for times.  Of the L2 cache it grants half of the nominal capacity.  The floor is the time of reading both logits
-and writing the gradient once at the chip's achievable bandwidth.  Heads are left out: of a loss that projects hidden states
-only its own kernels count.
+and issue, and its model of the chip extrapolates to 8 192 rows (`one_launch.py` says how for ours).  It is a model: good
+for ratios between such kernels on one chip, not for times.  Of the L2 cache it grants half of the nominal capacity.  The
+floor is the time of reading both logits and writing the gradient once at the chip's achievable bandwidth.  Heads are left
+out: of a loss that projects hidden states only its own kernels count.
 
 `compiled_kernels.py --help` says what the folder must hold; its launches also have `kernel`, `n_ctas`, and what its
 `extrapolate` takes.
@@ -21,6 +21,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import one_launch
 import torch
 from compiled_kernels import SIMULATOR, SIMULATOR_FOLDER
 from rich.console import Console
@@ -33,7 +34,8 @@ from fused_kd.cli.benchmarking.suite import TEMPERATURE
 from fused_kd.cli.words import spaced
 
 CHIPS = ("a100", "h100", "b200")
-VOCABULARIES = (32_000, 128_256, 262_144)
+VOCABULARIES = (32_000, 128_256, 151_936, 262_144)
+TWO_LAUNCHES = f"{peers.OURS}, two launches"  # for what one launch is not for, such as row losses one by one
 # Rows that run: the simulator wants four programs a launch, and flash-linear-attention cuts hidden states into 8 chunks.
 ROWS, MODELLED_ROWS = {"logits": 4, "hidden": 32}, 8192
 # Scales finished gradients by the upstream gradient, which is 1: then it reads nothing else.
@@ -41,8 +43,8 @@ AFTER = ("elementwise_mul_kernel",)
 OTHERS = ("Liger CE + TVD", "Liger CE", "fla fused KL")
 
 
-def ours(logits: problems.Inputs) -> None:
-    """The two launches, as planned for the rows that are modelled on the chip at hand."""
+def two_launches(logits: problems.Inputs) -> None:
+    """As planned for the rows that are modelled on the chip at hand."""
     from fused_kd import kernels
     from fused_kd import statistics as stats
     from fused_kd.kernels.launch import plan
@@ -66,7 +68,7 @@ def of_peer(peer: peers.Peer) -> Callable[[problems.Inputs], None]:
 
 def subjects() -> dict[str, tuple[str, str, Callable[[problems.Inputs], None]]]:
     """What is computed and of which inputs, by name."""
-    found = {peers.OURS: ("CE + KL", "logits", ours)}
+    found = {TWO_LAUNCHES: ("CE + KL", "logits", two_launches)}
     for peer in peers.PEERS:
         if peer.name in OTHERS and peer.missing(torch.device("cuda")) is None:
             found[peer.name] = peer.computes, peer.inputs, of_peer(peer)
@@ -94,6 +96,13 @@ def modelled(simulator: Any, chip: str, V: int, inputs: str, run: Callable[[prob
     }
 
 
+def in_one_launch(simulator: Any, chip: str, V: int) -> dict[str, Any]:
+    """What kd_loss does there with a loss whose gradient is needed."""
+    figures = one_launch.modelled(simulator, one_launch.Target(chip, V, MODELLED_ROWS, 0, 0), TEMPERATURE)
+    names = ("bytes_a_pair", "modelled_seconds", "times_the_floor")
+    return {"launches": 1, **{name: figures[name] for name in names}, "bound_by": [next(iter(figures["bounds"]))]}
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--chip", action="append", choices=CHIPS, help=f"repeatable (default: {' '.join(CHIPS)})")
@@ -105,21 +114,20 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     sys.path.insert(0, folder)
     simulator = importlib.import_module(SIMULATOR)
-    work = [
-        (chip, V, name, *subject)
-        for chip in options.chip or CHIPS
-        for V in VOCABULARIES
-        for name, subject in subjects().items()
-    ]
+    shapes_modelled = [(chip, V) for chip in options.chip or CHIPS for V in VOCABULARIES]
     results = []
-    for chip, V, name, computes, inputs, run in track(work, "simulating", console=Console(stderr=True)):
-        given = {"chip": chip, "vocab_size": V, "rows": MODELLED_ROWS, "peer": name, "computes": computes}
-        try:
-            results.append(given | modelled(simulator, chip, V, inputs, run))
-        except Exception as error:  # another's kernel that the simulator has not the instructions for
-            if name == peers.OURS:
-                raise
-            results.append(given | {"reason": f"{type(error).__name__}: {error}"[:160]})
+    for chip, V in track(shapes_modelled, "simulating", console=Console(stderr=True)):
+        given = {"chip": chip, "vocab_size": V, "rows": MODELLED_ROWS}
+        ours = {"peer": peers.OURS, "computes": "CE + KL"}
+        results.append(given | ours | in_one_launch(simulator, chip, V))
+        for name, (computes, inputs, run) in subjects().items():
+            subject = given | {"peer": name, "computes": computes}
+            try:
+                results.append(subject | modelled(simulator, chip, V, inputs, run))
+            except Exception as error:  # another's kernel that the simulator has not the instructions for
+                if name == TWO_LAUNCHES:
+                    raise
+                results.append(subject | {"reason": f"{type(error).__name__}: {error}"[:160]})
     Console(width=None if sys.stdout.isatty() else 150).print(table(results))
     if options.json:
         versions = record.versions("liger-kernel", "fla-core")

@@ -12,9 +12,18 @@ from rich.console import Console
 from rich.table import Table
 
 from fused_kd.cli import record
-from fused_kd.cli.compiled.bounds import Violation, violations
-from fused_kd.cli.compiled.profile import Profile
-from fused_kd.cli.compiled.variants import KERNELS, TARGETS, Variant, all_variants, measure
+from fused_kd.cli.compiled.bounds import Violation, one_launch_violations, violations
+from fused_kd.cli.compiled.profile import Profile, Resources
+from fused_kd.cli.compiled.variants import (
+    KERNELS,
+    ONE_LAUNCH,
+    TARGETS,
+    Variant,
+    all_variants,
+    figures,
+    one_launch_variants,
+    planned_shape,
+)
 from fused_kd.cli.compiled.workers import in_workers
 
 DESCRIPTION = """\
@@ -30,6 +39,8 @@ Columns of the table, counts a pair:
   mufu, fma, alu, conv  special functions; float32 arithmetic; compares, selects, integers; conversions and unpacking
   B, load, store        bytes of global memory; bytes of the narrowest access
   sync                  barriers, shuffles, shared and local memory
+
+Of both loops in one launch, a second table has the registers beside those that its rows in flight are planned by.
 """
 NAMES = ("kernel", "target", "dtypes", "T", "terms", "layout", "map", "gradients")
 COUNTS = ("instr", "mufu", "fma", "alu", "conv", "B", "load", "store", "sync")
@@ -42,7 +53,9 @@ def parser() -> argparse.ArgumentParser:
         description=DESCRIPTION, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--target", action="append", choices=TARGETS, help="only this target (repeatable)")
-    parser.add_argument("--kernel", action="append", choices=KERNELS, help="only this kernel (repeatable)")
+    parser.add_argument(
+        "--kernel", action="append", choices=(*KERNELS, *ONE_LAUNCH), help="only this kernel (repeatable)"
+    )
     parser.add_argument(
         "--variant", action="append", metavar="WORDS", help='only variants with these words, as in "bf16/bf16 T=2"'
     )
@@ -54,7 +67,7 @@ def parser() -> argparse.ArgumentParser:
     return parser
 
 
-def chosen_variants(options: argparse.Namespace) -> list[Variant]:
+def chosen_variants(options: argparse.Namespace, variants: Iterable[Variant]) -> list[Variant]:
     def chosen(variant: Variant) -> bool:
         words = variant.name.split()
         return (
@@ -63,7 +76,7 @@ def chosen_variants(options: argparse.Namespace) -> list[Variant]:
             and (not options.variant or any(set(wanted.split()) <= set(words) for wanted in options.variant))
         )
 
-    return [variant for variant in all_variants() if chosen(variant)]
+    return [variant for variant in variants if chosen(variant)]
 
 
 def table(profiles: dict[Variant, Profile]) -> Table:
@@ -88,6 +101,16 @@ def _row(v: Variant, p: Profile) -> Iterator[str]:
     yield f"{sum(p.kinds[kind] for kind in ('barrier', 'shuffle', 'shared', 'local')):.2f}"
 
 
+def table_of_one_launch(found: dict[Variant, Resources]) -> Table:
+    table = Table(box=None, header_style="bold", padding=(0, 1, 0, 0))
+    for name in ("form", "target", "T", "regs", "planned", "spill", "shared", "warps"):
+        table.add_column(name, no_wrap=True)
+    for v, r in found.items():
+        counts = (r.registers, planned_shape(v).registers, r.spill, r.shared, r.resident_warps)
+        table.add_row(v.kernel, v.target, v.temperature_name, *map(str, counts))
+    return table
+
+
 def write_json(path: Path, profiles: dict[Variant, Profile], failures: Iterable[str]) -> None:
     entries = [
         {**vars(variant), **profile.as_dict(), "violations": [str(v) for v in violations(variant, profile)]}
@@ -96,25 +119,35 @@ def write_json(path: Path, profiles: dict[Variant, Profile], failures: Iterable[
     record.write_json(path, {"versions": record.versions(), "variants": entries, "failures": list(failures)})
 
 
-def broken_bounds(profiles: dict[Variant, Profile]) -> list[tuple[Variant, Violation]]:
-    return [(variant, violation) for variant, profile in profiles.items() for violation in violations(variant, profile)]
+def broken_bounds(
+    profiles: dict[Variant, Profile], in_one_launch: dict[Variant, Resources]
+) -> Iterator[tuple[Variant, Violation]]:
+    for variant, profile in profiles.items():
+        yield from ((variant, violation) for violation in violations(variant, profile))
+    for variant, found in in_one_launch.items():
+        yield from ((variant, violation) for violation in one_launch_violations(variant, found))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parser().parse_args(arguments)
-    variants = chosen_variants(options)
-    if not variants:
+    variants = chosen_variants(options, all_variants())
+    of_one_launch = chosen_variants(options, one_launch_variants())
+    if not variants + of_one_launch:
         parser().error("no variant has all of these; see --list")
     if options.list:
-        print("\n".join(variant.name for variant in variants))
+        print("\n".join(variant.name for variant in variants + of_one_launch))
         return 0
     console = Console()
     if not console.is_terminal:
         console = Console(width=180)  # a log has no width to fit
-    results = in_workers(measure, variants, options.workers)
+    results = in_workers(figures, variants + of_one_launch, options.workers)
     profiles = {variant: result for variant, result in results.items() if isinstance(result, Profile)}
+    in_one_launch = {variant: result for variant, result in results.items() if isinstance(result, Resources)}
     failures = [f"{v.name}: {type(r).__name__}: {r}" for v, r in results.items() if isinstance(r, BaseException)]
-    console.print(table(profiles))
+    if profiles:
+        console.print(table(profiles))
+    if in_one_launch:
+        console.print(table_of_one_launch(in_one_launch))
     if options.listing:
         for variant, profile in profiles.items():
             print("", variant.name, *profile.listing, sep="\n")
@@ -122,11 +155,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         write_json(options.json, profiles, failures)
     for failure in failures:
         print(f"FAILED {failure}")
-    broken = broken_bounds(profiles) if options.check else []
+    broken = list(broken_bounds(profiles, in_one_launch)) if options.check else []
     for variant, violation in broken:
         print(f"BROKEN {variant.name}: {violation}")
     if options.check and not broken and not failures:
-        print(f"{len(profiles)} variants keep their bounds")
+        print(f"{len(profiles) + len(in_one_launch)} variants keep their bounds")
     return 1 if failures or broken else 0
 
 

@@ -45,7 +45,7 @@ LAYOUTS = {  # of student and teacher
 
 @dataclass(frozen=True)
 class Case:
-    """A launch of both kernels."""
+    """Statistics and gradient, in two launches or in one."""
 
     dtypes: str
     temperature: float
@@ -55,6 +55,7 @@ class Case:
     layout: str
     vocabulary: int
     splits: int
+    form: str
     gradients: str
     labels: str
     logits: str
@@ -63,7 +64,8 @@ class Case:
     def name(self) -> str:
         return (
             f"{self.dtypes} T={self.temperature:g} {self.terms} maps {self.student_map}/{self.teacher_map} {self.layout} "
-            f"V={self.vocabulary} splits={self.splits} gradients: {self.gradients} {self.labels} {self.logits}"
+            f"V={self.vocabulary} splits={self.splits} {self.form} gradients: {self.gradients} "
+            f"{self.labels} {self.logits}"
         )
 
     @property
@@ -82,6 +84,11 @@ OPTIONS: dict[str, tuple] = {
     # the compiler knows that it is a multiple of 16, and one of which it knows nothing.
     "vocabulary": (1, 611, 2048, 2608, 2611),
     "splits": (1, 3),  # of fewer tiles than splits the last splits have no columns
+    "form": (
+        "two launches",
+        "cluster",
+        "programs",
+    ),  # the last two in one launch, over `splits` blocks or programs a row
     "gradients": ("student", "student in place", "both", "both in place"),
     "labels": ("i64", "i32"),
     "logits": ("finite", "masked"),  # masked: some columns are minus infinity
@@ -96,7 +103,8 @@ def possible(options: dict[str, object]) -> bool:
     )
     # A softcap makes minus infinity finite again: teacher mass where the student has none, an infinite divergence.
     infinite = options.get("logits") == "masked" and options.get("teacher_map") == "softcap"
-    return not (without_teacher or infinite)
+    in_one_launch = options.get("form", "two launches") != "two launches"
+    return not (without_teacher or infinite or (in_one_launch and teacher_gradient))
 
 
 def groups(size: int) -> Iterator[tuple[Option, ...]]:

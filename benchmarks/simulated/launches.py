@@ -6,6 +6,7 @@ written.
 """
 
 import importlib
+import sys
 import warnings
 import zlib
 from collections.abc import Callable, Iterator
@@ -40,6 +41,7 @@ BOUND_OF_SOFTCAP = 24.0  # from float64
 AGAINST = tuple(BOUND)
 MISROUNDED_BOUND = 0.001  # of 16-bit elements, one unit in the last place off; 0.06% measured
 WRITE_BLOCK = 1024
+WITHOUT_CLUSTERS = ("a100",)
 POISON = 255  # every byte; a NaN in all the dtypes
 
 
@@ -172,6 +174,11 @@ def write_kernel(memory_ptr, values_ptr, places_ptr, number, BLOCK: tl.constexpr
     tl.store(memory_ptr + place, tl.load(values_ptr + place, mask=mask, other=0.0), mask=mask)
 
 
+@triton.jit
+def acquired_by_swap(count_ptr):
+    return tl.atomic_cas(count_ptr, -1, -1, sem="acquire")
+
+
 def launch(case: Case, itemsize: int) -> Any:
     """The plan for so many rows and columns, but for the splits."""
     from fused_kd.kernels.launch import plan
@@ -181,9 +188,27 @@ def launch(case: Case, itemsize: int) -> Any:
     return whole._replace(splits=case.splits, columns_per_split=-(-case.vocabulary // (case.splits * tile)) * tile)
 
 
-def run(case: Case, given: Inputs) -> dict[str, Tensor]:
-    """Results of both kernels: statistics [S, 6, N], gradients [N, V]."""
+def one_launch(case: Case, itemsize: int, clusters: bool) -> Any:
+    """Of the cluster form 2 blocks a row, or 1 where there are no clusters, as behind a softcap."""
+    from fused_kd.one_launch_plan import OneLaunch
+
+    columns = 16 // itemsize
+    if case.form == "cluster":
+        ctas = 1 + (case.splits > 1 and clusters and "softcap" not in (case.student_map, case.teacher_map))
+        return OneLaunch(ctas, 4, 32, columns, 0, case.vocabulary, 0, 0, hits=False)
+    columns *= 2  # of a thread, in two accesses
+    tile = 4 * 32 * columns
+    per_split = (
+        -(-case.vocabulary // (case.splits * tile)) * tile
+    )  # the last splits have no columns where tiles are few
+    return OneLaunch(1, 4, 32, columns, case.splits, per_split, 0, 0, hits=False, accesses=2)
+
+
+def run(case: Case, given: Inputs, clusters: bool = True) -> dict[str, Tensor]:
+    """Results of the kernels: statistics [S, 6, N], gradients [N, V]."""
     from fused_kd import kernels
+
+    loss_and_gradient = sys.modules["fused_kd.kernels.loss_and_gradient"]  # the package has a function of that name
 
     need_ce, need_kl = TERMS[case.terms]
     maps = LOGIT_MAPS[case.student_map], LOGIT_MAPS[case.teacher_map]
@@ -191,7 +216,16 @@ def run(case: Case, given: Inputs) -> dict[str, Tensor]:
     weights = given.ce_weight, given.kl_weight
     read = [tensor.element_size() for tensor in (given.student, teacher) if tensor is not None]
     written = read if given.teacher_gradient is not None else read[:1]
+    # The checker for races takes an acquiring load for any other, and a compare-and-swap for what orders programs.
+    loss_and_gradient.acquired = acquired_by_swap
     torch.use_deterministic_algorithms(True)  # what PyTorch allocates is NaN until it is written
+    if case.form != "two launches":
+        merged = kernels.loss_and_gradient(
+            given.student, teacher, labels, *weights, case.temperature, given.gradient, *maps,
+            launch=one_launch(case, max(read), clusters),
+        )  # fmt: skip
+        torch.use_deterministic_algorithms(False)
+        return _named(merged[None], given.gradient, None)
     parts = kernels.row_statistics(
         given.student, teacher, *weights, case.temperature, need_ce, *maps, launch(case, min(read))
     )
@@ -253,7 +287,7 @@ def simulate(folder: Path, item: tuple[Case, str]) -> Outcome:
         views = [given.student, given.teacher, *given.only_written]
         before = [_bytes(view).clone() for view in views]
         try:
-            results = run(case, given)
+            results = run(case, given, clusters=chip not in WITHOUT_CLUSTERS)
         except Exception as error:
             return Outcome((), (f"{type(error).__name__}: {error}",))
     findings = []

@@ -1,0 +1,152 @@
+"""What the one-launch kernel would take on GPUs that are not here, by a simulator's model, beside what it has to reach.
+
+    FUSED_KD_SIMULATOR=folder python benchmarks/one_launch.py --json benchmarks/results/one_launch.json
+
+It is launched as planned for 8 192 rows of bfloat16 logits.  Of the cluster form four rows run, and the simulator
+extrapolates, as in `modelled.py`.  Of the shared form, whose programs read again what others have read, so many rows run
+that their programs fill the chip three times, and the model's figures for that launch are scaled as they are: with its
+last programs, which leave part of the chip idle.  It is a model: good for ratios between such kernels on one chip, not for
+times; the floor is that of `modelled.py`.
+
+Columns of the table:
+  form       blocks of a cluster, or programs a row; warps and columns a thread
+  in flight  rows, as planned and as the compiled kernel's registers make it
+  of floor   modelled time, over reading both logits and writing the gradient once at the achievable bandwidth
+  bounds     of the model's resources the largest three, over the floor's time
+  instr      machine instructions a pair, an estimate; the PTX instructions that were executed are counted
+
+Exit code: 0, also where there is no simulator; with --check 1 where a target is missed.
+"""
+
+import argparse
+import importlib
+import os
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from compiled_kernels import SIMULATOR, SIMULATOR_FOLDER
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from fused_kd.cli import record
+from fused_kd.cli.benchmarking import tables
+
+ROWS = 8192
+TEMPERATURES = (2.0, 3.0)
+CLUSTER_ROWS = 4  # the simulator extrapolates from so many
+FILLED = 3  # times that the programs that run fill the chip
+MOST_ROWS = 512
+
+
+class Target(NamedTuple):
+    chip: str
+    vocab_size: int
+    rows: int
+    bytes_a_pair: float
+    times_the_floor: float
+
+
+TARGETS = (
+    *(Target("h100", V, ROWS, 6.4, 1.15) for V in (32_000, 128_256, 151_936, 262_144)),
+    *(Target("h100", 128_256, N, 10.0, 1.6) for N in (64, 512)),
+    *(Target("a100", V, ROWS, 7.0, 1.25) for V in (32_000, 128_256)),
+    *(Target("b200", V, ROWS, 6.4, 1.35) for V in (128_256, 262_144)),
+)
+
+
+def modelled(simulator: Any, target: Target, temperature: float) -> dict[str, Any]:
+    from fused_kd import kernels
+    from fused_kd.one_launch_plan import DEVICES, one_launch_plan
+
+    planned = one_launch_plan(target.rows, target.vocab_size, 4, 2, DEVICES[target.chip.upper()])
+    is_cluster = planned.splits == 0
+    fill = max(1, FILLED * planned.rows_in_flight)
+    rows = min(target.rows, CLUSTER_ROWS if is_cluster else min(MOST_ROWS, fill))
+    generator = torch.Generator().manual_seed(0)
+    student, teacher = ((3 * torch.randn(1, rows, target.vocab_size, generator=generator)).bfloat16() for _ in range(2))
+    labels = torch.randint(target.vocab_size, (rows,), generator=generator)
+    weight, gradient = torch.ones(rows, dtype=torch.float64), torch.empty_like(student)
+    with simulator.device(target.chip) as device:
+        kernels.loss_and_gradient(student, teacher, labels, weight, weight, temperature, gradient, launch=planned)
+        launch = device.launches[-1]
+        estimate = device.extrapolate(launch, rows=target.rows) if is_cluster else launch.estimate()
+    chip = launch.chip
+    modelled_rows = target.rows if is_cluster else rows
+    pairs = modelled_rows * target.vocab_size
+    floor = 6 * pairs / (chip.hbm_gbs * 1e3 * chip.hbm_fraction)  # microseconds
+    bounds = {name: time / floor for name, time in sorted(estimate.bounds.items(), key=lambda item: -item[1])}
+    resident = launch.occupancy.ctas * chip.sms
+    return {
+        **target._asdict(), "temperature": temperature, "target_bytes_a_pair": target.bytes_a_pair,
+        "target_times_the_floor": target.times_the_floor,
+        "plan": planned._asdict(), "rows_run": rows, "rows_modelled": modelled_rows,
+        "rows_in_flight": min(target.rows, resident / (planned.splits or planned.ctas)),
+        "registers": launch.registers, "spilled": launch.spill_bytes,
+        "bytes_a_pair": estimate.dram_bytes / pairs, "times_the_floor": estimate.kernel_us / floor,
+        "modelled_seconds": estimate.kernel_us / 1e6 * target.rows / modelled_rows,
+        "bounds": bounds,
+        "instructions_a_pair": 32 * sum(launch.instr.values()) / (rows * target.vocab_size),
+        "ptx_instructions_a_pair": 32 * sum(launch.ptx.values()) / (rows * target.vocab_size),
+    }  # fmt: skip
+
+
+def meets(result: dict[str, Any]) -> bool:
+    """Compared as they are printed: the targets have as many digits."""
+    return (
+        round(result["bytes_a_pair"], 1) <= result["target_bytes_a_pair"]
+        and round(result["times_the_floor"], 2) <= result["target_times_the_floor"]
+        and result["spilled"] == 0
+    )
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    chips = sorted({target.chip for target in TARGETS})
+    parser.add_argument("--chip", action="append", choices=chips, help=f"repeatable (default: {' '.join(chips)})")
+    parser.add_argument("--check", action="store_true", help="exit with 1 where a target is missed")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write every figure to FILE")
+    options = parser.parse_args(arguments)
+    folder = os.environ.get(SIMULATOR_FOLDER)
+    if not folder:
+        print(f"{SIMULATOR_FOLDER} names no folder: nothing was run")
+        return 0
+    sys.path.insert(0, folder)
+    simulator = importlib.import_module(SIMULATOR)
+    targets = [target for target in TARGETS if target.chip in (options.chip or chips)]
+    work = [(target, temperature) for target in targets for temperature in TEMPERATURES]
+    results = [modelled(simulator, *item) for item in track(work, "simulating", console=Console(stderr=True))]
+    Console(width=None if sys.stdout.isatty() else 190).print(table(results))
+    if options.json:
+        record.write_json(
+            options.json, {"command": "benchmarks/one_launch.py", "versions": record.versions(), "results": results}
+        )
+    return int(options.check and not all(map(meets, results)))
+
+
+def table(results: list[dict[str, Any]]) -> Table:
+    table = Table(title="MODELLED, not measured: bfloat16, one launch, loss and gradient", title_justify="left")
+    for heading in ("chip", "V", "N", "T", "form", "rows run", "in flight", "regs", "bytes a pair", "of floor"):
+        table.add_column(heading, justify="left" if heading in ("chip", "form") else "right", no_wrap=True)
+    for heading in ("target", "met", "bounds", "instr (PTX)"):
+        table.add_column(heading, no_wrap=True)
+    for r in results:
+        plan = r["plan"]
+        what = f"{plan['splits']} programs" if plan["splits"] else f"cluster of {plan['ctas']}"
+        table.add_row(
+            r["chip"], tables.spaced(r["vocab_size"]), tables.spaced(r["rows"]), f"{r['temperature']:g}",
+            f"{what}, {plan['num_warps']} warps, K = {plan['columns']}", str(r["rows_run"]),
+            f"{plan['rows_in_flight']}, {r['rows_in_flight']:.0f}",
+            f"{r['registers']}" + (f" (spills {r['spilled']})" if r["spilled"] else ""),
+            f"{r['bytes_a_pair']:.2f}", f"{r['times_the_floor']:.2f}",
+            f"{r['target_bytes_a_pair']:g}, {r['target_times_the_floor']:g}", "yes" if meets(r) else "no",
+            ", ".join(f"{name} {share:.2f}" for name, share in list(r["bounds"].items())[:3]),
+            f"{r['instructions_a_pair']:.1f} ({r['ptx_instructions_a_pair']:.1f})",
+        )  # fmt: skip
+    return table
+
+
+if __name__ == "__main__":
+    sys.exit(main())
