@@ -156,7 +156,7 @@ class KDLossAndGradientFunction(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         ce_weight, kl_weight, ce, kl, gradient = ctx.saved_tensors
         of_weights = weight_gradients(ctx.needs_input_grad[3:5], upstream, ce_weight, kl_weight, ce, kl)
-        if torch.is_grad_enabled() or _graph_is_kept():
+        if torch.compiler.is_compiling() or torch.is_grad_enabled() or _graph_is_kept():
             (gradient,) = scaled([gradient], upstream, [gradient.dtype], in_place=False)
         else:
             ops.scale_(gradient, upstream)

@@ -117,9 +117,10 @@ def sweep(
             rows = slice(first, first + chunk_rows)
             z = student.logits(rows, student_logits)
             y = None if teacher is None or teacher_logits is None else teacher.logits(rows, teacher_logits)
-            arguments = (None if labels is None else labels[rows]), ce_weight[rows], kl_weight[rows], options.kd
+            of_chunk = None if labels is None else labels[rows]
+            arguments = of_chunk, ce_weight[rows], kl_weight[rows], options.kd
             of_logits = (z, y) if len(gradients) > 1 else (z, None)  # written over the logits
-            if len(gradients) == 1 and fits_one_launch(z, y, arguments[0], options.kd):
+            if len(gradients) == 1 and fits_one_launch(z, y, of_chunk, options.kd):
                 values, _ = row_values_and_gradient(z, y, *arguments, in_place=True)
             else:
                 values = row_values(z, y, *arguments)

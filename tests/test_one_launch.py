@@ -239,6 +239,17 @@ def test_any_upstream_gradient_and_backward_again(device, dtype, inplace, upstre
         loss.backward()
 
 
+def test_a_compiled_backward_multiplies_too(one_launch):
+    """Compiled autograd traces a backward pass whose forward pass was not compiled."""
+    compiled_autograd = pytest.importorskip("torch._dynamo.compiled_autograd")
+    student, teacher, labels = inputs()
+    expected = torch.autograd.grad(3 * kd_loss(student, teacher, labels), student)
+    loss = 3 * kd_loss(student, teacher, labels)
+    with compiled_autograd._enable(torch.compile(backend="aot_eager")):
+        loss.backward()
+    assert torch.equal(student.grad, *expected)
+
+
 def test_logits_changed_before_backward_raise(one_launch):
     student, teacher, labels = inputs()
     logits = student * 1

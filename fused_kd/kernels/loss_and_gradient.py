@@ -110,8 +110,10 @@ def merged_parts(
 
 @triton.jit
 def acquired(count_ptr):
-    """Of an addition of 0 Triton makes an acquiring load, which costs the chip less than one that writes: as a
-    compare-and-swap, 12 of 67 instructions a pair at V = 151 936 on a simulated H100."""
+    """Of an addition of 0 Triton makes an acquiring load, which costs less than an operation that writes.
+
+    A compare-and-swap is 12 of 67 instructions a pair at V = 151 936 on a simulated H100.
+    """
     return tl.atomic_add(count_ptr, 0, sem="acquire")
 
 
