@@ -16,6 +16,7 @@ HAS_CUDA = torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "
 if not HAS_CUDA:
     os.environ["TRITON_INTERPRET"] = "1"
 import fused_kd.kernels  # noqa: E402, F401
+from fused_kd import cpu, matmul, scaling  # noqa: E402
 from fused_kd.cli import interpreter  # noqa: E402
 from fused_kd.one_launch import ONE, PLAN, TWO  # noqa: E402
 
@@ -76,3 +77,17 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> int:
+    """For measured memory: what a CPU alone takes, in blocks of 128 KB, here a few rows; gives the bytes of three.
+
+    PyTorch's own products take none.  Those of oneDNN take, on a CPU without instructions for bfloat16, float32 copies,
+    twice a bfloat16 result's size.
+    """
+    elements = 2**15
+    for module, name in ((cpu, "BLOCK_ELEMENTS"), (matmul, "SLAB_ELEMENTS"), (scaling, "BLOCK_ELEMENTS")):
+        monkeypatch.setattr(module, name, elements)
+    monkeypatch.setattr(torch.backends.mkldnn, "enabled", False)
+    return 3 * elements * 4

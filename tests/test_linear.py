@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
-from fused_kd import KDLossOutput, LinearKDLoss, checks, chunk_plan, linear, linear_kd_loss, reference, scaling
+from fused_kd import KDLossOutput, LinearKDLoss, checks, chunk_plan, linear, linear_kd_loss, reference
 from fused_kd.cli.memory import peak_bytes
 from fused_kd.linear_operator import linear_row_losses
 from fused_kd.matmul import accumulate, project
@@ -533,16 +533,6 @@ def peak(given: Given, **options) -> int:
             loss.backward()
 
     return peak_bytes(step, torch.device("cpu"))
-
-
-@pytest.fixture
-def small_blocks(monkeypatch):
-    """The CPU operators' own buffers, and those that convert dtypes, in proportion to the small shapes here."""
-    from fused_kd import cpu, matmul
-
-    monkeypatch.setattr(cpu, "BLOCK_ELEMENTS", 4 * 8000)
-    monkeypatch.setattr(matmul, "SLAB_ELEMENTS", 4 * 8000)
-    monkeypatch.setattr(scaling, "BLOCK_ELEMENTS", 4 * 8000)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

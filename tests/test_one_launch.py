@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from fused_kd import autograd, cpu, kd_loss, kernels, linear_kd_loss, ops, reference, scaling
+from fused_kd import autograd, cpu, kd_loss, kernels, linear_kd_loss, ops, reference
 from fused_kd import one_launch as one_launch_module
 from fused_kd.cli.memory import peak_bytes
 from fused_kd.logit_map import LogitMap
@@ -288,10 +288,9 @@ def test_a_row_whose_weight_is_zero_in_float32_alone_has_a_value(device):
 
 @pytest.mark.parametrize("inplace", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.usefixtures("small_blocks")
 def test_peak_memory_is_not_above_that_of_two_launches(monkeypatch, inplace, dtype):
     """Of a step from hidden states: logits of both models, loss, backward through the head."""
-    monkeypatch.setattr(cpu, "BLOCK_ELEMENTS", 4 * 8000)
-    monkeypatch.setattr(scaling, "BLOCK_ELEMENTS", 4 * 8000)
     rows, vocabulary = 256, 8000
     logits_bytes = rows * vocabulary * dtype.itemsize
     hidden, weight, teacher_weight = (torch.randn(n, 16, dtype=dtype) for n in (rows, vocabulary, vocabulary))

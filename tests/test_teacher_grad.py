@@ -5,7 +5,7 @@ import warnings
 import pytest
 import torch
 
-from fused_kd import kd_loss, linear, linear_kd_loss, reference, scaling
+from fused_kd import kd_loss, linear, linear_kd_loss, reference
 from fused_kd.cli.memory import peak_bytes
 
 from .oracle import relative_error
@@ -244,11 +244,8 @@ def test_linear_computes_only_what_is_asked_for(device, needed):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("chunk", [16, 128, 256])  # 256: one chunk
-def test_memory_is_what_the_plan_says(dtype, chunk, monkeypatch):
-    from fused_kd import cpu, matmul
-
-    for module, name in ((cpu, "BLOCK_ELEMENTS"), (matmul, "SLAB_ELEMENTS"), (scaling, "BLOCK_ELEMENTS")):
-        monkeypatch.setattr(module, name, 4 * 8000)
+@pytest.mark.usefixtures("small_blocks")
+def test_memory_is_what_the_plan_says(dtype, chunk):
     shapes = (256, H_S), (8000, H_S), (256, H_T), (8000, H_T)
     leaves = [torch.randn(*shape, dtype=dtype, requires_grad=True) for shape in shapes]
     labels, bound = torch.randint(8000, (256,)), chunk * 2 * 8000 * dtype.itemsize

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fused_kd import cpu, kd_loss, linear_kd_loss, matmul, scaling
+from fused_kd import kd_loss, linear_kd_loss
 from fused_kd.cli import main, plan
 from fused_kd.cli.memory import allocations, peak_bytes
 from fused_kd.cli.planning import paths
@@ -47,16 +47,6 @@ def losses(step):
             *heads, alpha=ALPHA, temperature=T, logits_dtype=step.logits_dtype, workspace_bytes=step.workspace_bytes
         ),
     }
-
-
-@pytest.fixture
-def small_blocks(monkeypatch):
-    """Gives the bytes of what is CPU only, in blocks of 4 rows: the operators' buffers and conversions to float32."""
-    elements = 4 * 8192
-    monkeypatch.setattr(cpu, "BLOCK_ELEMENTS", elements)
-    monkeypatch.setattr(matmul, "SLAB_ELEMENTS", elements)
-    monkeypatch.setattr(scaling, "BLOCK_ELEMENTS", elements)
-    return 3 * elements * 4
 
 
 def training_step(step, path, ballast=0):
@@ -123,6 +113,7 @@ def test_float16_is_planned_as_bfloat16():
 
 @pytest.mark.parametrize("trained", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.usefixtures("small_blocks")
 def test_eager_allocates_and_releases_what_the_ledger_says_in_its_order(dtype, trained):
     step = LossStep(128, 8192, 128, 8, dtype, trained)
     ledger = paths.eager(step)
