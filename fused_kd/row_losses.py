@@ -7,6 +7,7 @@ from torch import Tensor
 
 from . import one_launch, ops
 from . import statistics as stats
+from .cpu import statistics_dtype
 from .logit_map import IDENTITY_MAP, LogitMap
 
 
@@ -72,9 +73,13 @@ def fits_one_launch(
     labels: Tensor | None,  # [N]
     options: KDOptions,
 ) -> bool:
-    """For values and gradient of the same terms: one that is only logged has no gradient."""
+    """For values and gradient of the same terms: one that is only logged has no gradient.
+
+    In the dtype of the logits' own: not in float64 for the sake of a teacher that is left out.
+    """
     same_terms = (labels is None or options.ce_in_loss) and (teacher is None or options.kl_in_loss)
-    return same_terms and one_launch.is_chosen(student, teacher, options.vocab_size)
+    same_dtype = options.dtype == statistics_dtype(student, teacher)
+    return same_terms and same_dtype and one_launch.is_chosen(student, teacher, options.vocab_size)
 
 
 def row_values_and_gradient(

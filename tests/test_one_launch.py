@@ -87,6 +87,13 @@ def test_other_losses_take_two_launches(on_an_h100, taken, dtype, options):
     assert taken == ["KDLoss"]
 
 
+def test_a_loss_in_float64_for_a_teacher_that_is_left_out_takes_two(one_launch, taken):
+    student, teacher, labels = inputs()
+    loss = kd_loss(student, teacher.double(), labels, alpha=0.0)
+    assert taken == ["KDLoss"]
+    assert relative_error(loss.detach(), reference.kd_loss(student.double(), teacher.double(), labels, alpha=0.0)) < 1e-14
+
+
 def test_without_a_gradient_there_is_none(on_an_h100, taken):
     student, teacher, labels = inputs()
     kd_loss(student.detach(), teacher, labels)
