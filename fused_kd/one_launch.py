@@ -18,7 +18,7 @@ PLAN = "FUSED_KD_PLAN"
 AUTO, ONE, TWO = "auto", "one-launch", "two-launches"
 MANY_ROWS = 2**20
 # Interpreted, an operation costs the same whatever its size: wide tiles; and several programs a row, to test their merge.
-INTERPRETED_LANES, INTERPRETED_SPLITS = 1024, 3
+INTERPRETED_LANES, INTERPRETED_SPLITS = 1024, 2
 
 
 def requested() -> str | OneLaunch:

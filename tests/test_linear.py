@@ -17,10 +17,10 @@ from fused_kd.row_losses import KDOptions, row_values
 
 from .oracle import EPSILON, relative_error
 
-N, V, H_S, H_T = 40, 1237, 24, 40
-# Bytes for 16 float32 tokens a chunk, so that the last one has 8.  Below 4 rows a thread, BLAS sums the hidden gradient's
+N, V, H_S, H_T = 28, 1237, 24, 40
+# Bytes for 10 float32 tokens a chunk, so that the last one has 8.  Below 4 rows a thread, BLAS sums the hidden gradient's
 # V terms one after another, and its error, three times that of more rows, is not ours.
-CHUNKED = 16 * 2 * 1280 * 4
+CHUNKED = 10 * 2 * 1280 * 4
 F_S, F_T = 2 * N * V * H_S, 2 * N * V * H_T
 
 
