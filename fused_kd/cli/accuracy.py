@@ -1,6 +1,8 @@
 """The configurations of `fused-kd check`, and the error of a loss against the float64 oracle on one of them."""
 
+import contextlib
 import itertools
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -9,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .. import kd_loss, reference
+from ..one_launch import ONE, PLAN, TWO
 from .words import dtype_name
 
 EPSILON = torch.finfo(torch.float32).eps
@@ -45,16 +48,24 @@ class Case:
     counted: str  # of ROWS: which rows count
     reduction: str
     seed: int
+    plan: str = TWO  # ONE: the gradient comes with the loss, and is multiplied by the upstream gradient when that comes
 
     def __str__(self) -> str:
         return (
             f"[{self.rows}, {self.vocabulary}] {self.dtypes}, T={self.temperature}, alpha={self.alpha}, {self.logits} "
-            f"logits, rows {self.counted}, {self.reduction}"
+            f"logits, rows {self.counted}, {self.reduction}, {self.plan}"
         )
 
     @property
-    def rounds_once(self) -> bool:
-        """Whether there is one right value of a gradient's element: the exact one, rounded to 16 bits."""
+    def options(self) -> tuple[float | str, ...]:
+        return self.temperature, self.alpha, self.logits, self.counted, self.reduction, self.plan
+
+    @property
+    def has_right_values(self) -> bool:
+        """Whether there is one right value of a gradient's element: the exact one, rounded to 16 bits.
+
+        In one launch: that of an upstream gradient of 1, rounded, times the upstream gradient, rounded.
+        """
         return self.student_dtype.itemsize == 2
 
     @property
@@ -79,9 +90,9 @@ class Errors:
     loss_eager: float
     gradient: float
     gradient_eager: float
-    misrounded: float  # share of 16-bit gradient elements that are not the oracle's, rounded; 0 for float32
+    misrounded: float  # share of 16-bit gradient elements that are not the oracle's, as often rounded; 0 for float32
     nan: bool  # a NaN where the oracle has none
-    off: bool  # a 16-bit gradient element off by more than a unit in its last place and float32's own error
+    off: bool  # a 16-bit gradient element off by more than a unit in the last place each time, and float32's own error
 
     @property
     def loss_ratio(self) -> float:
@@ -91,13 +102,13 @@ class Errors:
     def gradient_ratio(self) -> float:
         return _ratio(self.gradient, self.gradient_eager)
 
-    def failures(self, half_precision: bool) -> list[str]:
+    def failures(self, has_right_values: bool) -> list[str]:
         found = []
         if self.nan:
             found.append("NaN where the oracle has none")
         if not self.loss <= max(RATIO_BOUND * self.loss_eager, EPSILON):
             found.append(f"loss error {self.loss:.1e}, eager's {self.loss_eager:.1e}")
-        if half_precision:
+        if has_right_values:
             if not self.misrounded <= MISROUNDED_BOUND:
                 found.append(f"{self.misrounded:.1%} of the gradient is not the oracle's, rounded")
             if self.off:
@@ -111,23 +122,27 @@ def cases(quick: bool = False) -> list[Case]:
     """Every shape with every dtype pair; within these every temperature and kind of logits, and in turn the rest."""
     alphas, counted = itertools.cycle(ALPHAS), itertools.cycle(ROWS)
     reductions = itertools.cycle(["mean", "none", "sum", "mean", "none"])  # 5: out of step with the cycles of 3
+    plans = itertools.cycle([TWO, ONE])
     result: list[Case] = []
     for (rows, vocabulary), dtypes, logits, temperature in itertools.product(SHAPES, DTYPES, LOGITS, TEMPERATURES):
         everything = rows * vocabulary < 200_000 and dtypes[0] == dtypes[1]
         for _ in range(len(ALPHAS) if everything else 1):
             if len(result) % 9 == 0:
                 next(counted)  # so that every pair of alpha and rows comes up
+            alpha, rows_counted, reduction = next(alphas), next(counted), next(reductions)
+            has_choice = reduction != "none" and dtypes[0] != torch.float16
             result.append(
                 Case(
                     rows,
                     vocabulary,
                     *dtypes,
                     temperature,
-                    next(alphas),
+                    alpha,
                     logits,
-                    next(counted),
-                    next(reductions),
+                    rows_counted,
+                    reduction,
                     seed=len(result),
+                    plan=next(plans) if has_choice else TWO,
                 )
             )
     return result[::17] if quick else result
@@ -159,6 +174,18 @@ def inputs(case: Case, device: torch.device, seed: int) -> Inputs:
     return Inputs(student.to(device), teacher.to(device), labels.to(device), token_weights, upstream.to(device))
 
 
+@contextlib.contextmanager
+def planned(plan: str) -> Iterator[None]:
+    before = os.environ.get(PLAN)
+    os.environ[PLAN] = plan
+    try:
+        yield
+    finally:
+        os.environ.pop(PLAN)
+        if before is not None:
+            os.environ[PLAN] = before
+
+
 def loss_and_gradient(
     function: Callable[..., Any], case: Case, given: Inputs, dtype: torch.dtype | None
 ) -> tuple[Tensor, Tensor]:
@@ -178,23 +205,25 @@ def measure(case: Case, device: torch.device) -> Errors:
     """Runs a case, as often as it takes for a sample."""
     found: dict[str, list[Tensor]] = {name: [] for name in ("ours", "eager", "oracle")}
     gradients: dict[str, list[Tensor]] = {name: [] for name in found}
-    scales = []
+    scales, factors = [], []
     for repeat in range(max(1, SAMPLE_ROWS // case.rows, SAMPLE_ELEMENTS // (case.rows * case.vocabulary))):
         given = inputs(case, device, seed=1000 * case.seed + repeat)
         scales.append(_term_scale(case, given))
+        factors.append(given.upstream.sum().expand(case.rows) if case.plan == ONE else torch.ones_like(given.upstream))
         for name, (function, dtype) in {
             "ours": (kd_loss, None),
             "eager": (reference.kd_loss, torch.float32),
             "oracle": (reference.kd_loss, torch.float64),
         }.items():
-            rows, gradient = loss_and_gradient(function, case, given, dtype)
+            with planned(case.plan):
+                rows, gradient = loss_and_gradient(function, case, given, dtype)
             found[name].append(rows)
             gradients[name].append(gradient)
     losses = {name: torch.cat(parts) for name, parts in found.items()}
     ours, eager, oracle = (torch.cat(gradients[name]) for name in found)
     misrounded, off = 0.0, False
     if ours.dtype != torch.float32:
-        misrounded, off = _rounding(ours, oracle, (eager - oracle).abs(), torch.cat(scales))
+        misrounded, off = _rounding(ours, oracle, (eager - oracle).abs(), torch.cat(scales), torch.cat(factors))
     return Errors(
         loss=relative_error(losses["ours"], losses["oracle"]),
         loss_eager=relative_error(losses["eager"], losses["oracle"]),
@@ -220,15 +249,25 @@ def _term_scale(case: Case, given: Inputs) -> Tensor:
     return scale * max(1 - case.alpha, case.alpha * case.temperature)
 
 
-def _rounding(ours: Tensor, oracle: Tensor, eager_error: Tensor, term_scale: Tensor) -> tuple[float, bool]:
+def _rounding(
+    ours: Tensor,  # [N, V]
+    oracle: Tensor,  # [N, V]
+    eager_error: Tensor,  # [N, V]
+    term_scale: Tensor,  # [N]
+    factor: Tensor,  # [N], by which a gradient was multiplied once it was rounded
+) -> tuple[float, bool]:
     """The share of misrounded elements, and whether one is further off than rounding explains.
 
     An element may be one unit in its last place off, and beyond that as far as float32 is before it is rounded: by twice
-    eager's largest error in the row, or twice one float32 epsilon of the terms that cancel.
+    eager's largest error in the row, or twice one float32 epsilon of the terms that cancel.  If it was multiplied then,
+    that holds for it before, and its product may be another unit off.
     """
-    rounded = oracle.float().to(ours.dtype)
+    factor = factor[:, None]
+    first = oracle / factor
+    rounded = (first.float().to(ours.dtype).float() * factor).to(ours.dtype)
     float32_error = torch.maximum(eager_error.amax(1), EPSILON * term_scale)[:, None]
-    allowed = unit_in_last_place(oracle, ours.dtype) + RATIO_BOUND * float32_error
+    allowed = unit_in_last_place(first, ours.dtype) * factor + RATIO_BOUND * float32_error
+    allowed += torch.where(factor == 1, 0.0, unit_in_last_place(oracle, ours.dtype))
     return float((ours != rounded).double().mean()), bool(((ours.double() - oracle).abs() > allowed).any())
 
 

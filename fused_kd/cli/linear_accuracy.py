@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import linear_kd_loss, reference
+from ..one_launch import ONE, TWO
 from .accuracy import (
     ALPHAS,
     LOGITS,
@@ -15,6 +16,7 @@ from .accuracy import (
     SAMPLE_ROWS,
     Case,
     Errors,
+    planned,
     relative_error,
 )
 
@@ -34,7 +36,7 @@ class LinearCase(Case):
         return f"from hidden states {super().__str__()}"
 
     @property
-    def rounds_once(self) -> bool:
+    def has_right_values(self) -> bool:
         return False  # 16-bit heads round their logits too
 
     @property
@@ -57,6 +59,7 @@ class Inputs:
 def cases(quick: bool = False) -> list[LinearCase]:
     alphas, counted = itertools.cycle(ALPHAS), itertools.cycle(ROWS)
     reductions = itertools.cycle(["mean", "none", "sum", "mean", "none"])
+    plans = itertools.cycle([TWO, ONE])
     result: list[LinearCase] = []
     for (rows, vocabulary), dtype, logits, temperature in itertools.product(SHAPES, DTYPES, LOGITS, TEMPERATURES):
         if len(result) % 3 == 0:
@@ -64,7 +67,7 @@ def cases(quick: bool = False) -> list[LinearCase]:
         if len(result) % 9 == 0:
             next(counted)
         options = temperature, next(alphas), logits, next(counted), next(reductions)
-        result.append(LinearCase(rows, vocabulary, dtype, dtype, *options, seed=len(result)))
+        result.append(LinearCase(rows, vocabulary, dtype, dtype, *options, seed=len(result), plan=next(plans)))
     return result[::17] if quick else result
 
 
@@ -131,7 +134,8 @@ def measure(case: LinearCase, device: torch.device) -> Errors:
     for repeat in range(max(1, SAMPLE_ROWS // case.rows)):
         given = inputs(case, device, seed=1000 * case.seed + repeat)
         for name in names:
-            samples[name].append([result.flatten() for result in results(name, case, given)])
+            with planned(case.plan):
+                samples[name].append([result.flatten() for result in results(name, case, given)])
     ours, eager, oracle = ([torch.cat(parts) for parts in zip(*samples[name], strict=True)] for name in names)
     loss, *gradients = zip(
         *(

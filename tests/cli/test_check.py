@@ -1,5 +1,6 @@
 """`fused-kd check`: what it prints, its exit codes, and that it can fail."""
 
+import contextlib
 import json
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import torch
 
 from fused_kd import kd_loss, linear_kd_loss
 from fused_kd.cli import accuracy, linear_accuracy, main
+from fused_kd.one_launch import ONE, PLAN, TWO
 
 
 def test_quick_check_passes_and_writes_every_figure(tmp_path, capsys):
@@ -25,6 +27,7 @@ def test_the_table_has_what_it_promises():
     for field, values in {
         "temperature": accuracy.TEMPERATURES, "alpha": accuracy.ALPHAS, "logits": accuracy.LOGITS,
         "counted": accuracy.ROWS, "reduction": ["mean", "sum", "none"], "vocabulary": [151_936, 262_144],
+        "plan": [ONE, TWO],
     }.items():  # fmt: skip
         assert set(values) <= {getattr(case, field) for case in cases}
     assert len({(c.alpha, c.counted, c.temperature) for c in cases}) == 45
@@ -45,15 +48,33 @@ WRONG = {
 
 
 @pytest.mark.parametrize("mistake", WRONG)
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_check_fails_for_a_wrong_loss(mistake, dtype, monkeypatch):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("plan", [ONE, TWO])
+def test_check_fails_for_a_wrong_loss(mistake, dtype, plan, monkeypatch):
     case = next(
-        c for c in accuracy.cases()
-        if str(c.student_dtype).endswith(dtype) and c.temperature == 4.0 and c.alpha == 0.3 and c.rows == 33
+        c for c in CASES
+        if (c.student_dtype, c.plan) == (dtype, plan) and c.temperature == 4.0 and c.alpha == 0.3 and c.rows == 33
     )  # fmt: skip
-    assert accuracy.measure(case, torch.device("cpu")).failures(dtype == "bfloat16") == []
+    assert failures_of(case) == []
     monkeypatch.setattr(accuracy, "kd_loss", WRONG[mistake])
-    assert accuracy.measure(case, torch.device("cpu")).failures(dtype == "bfloat16") != []
+    assert failures_of(case) != []
+
+
+@pytest.mark.parametrize("plan", [ONE, TWO])
+def test_how_often_a_gradient_is_rounded_is_checked(plan, monkeypatch):
+    """In one launch before and after the upstream gradient multiplies it, in two launches after it alone."""
+    case = next(c for c in CASES if c.student_dtype == torch.bfloat16 and c.plan == plan and c.reduction == "mean")
+    assert failures_of(case) == []
+    monkeypatch.setattr(accuracy, "planned", lambda _: contextlib.nullcontext())
+    monkeypatch.setenv(PLAN, TWO if plan == ONE else ONE)
+    assert "not the oracle's, rounded" in failures_of(case)[0]
+
+
+CASES = accuracy.cases()
+
+
+def failures_of(case):
+    return accuracy.measure(case, torch.device("cpu")).failures(case.has_right_values)
 
 
 LINEAR_WRONG = {
@@ -77,9 +98,6 @@ def test_a_failed_configuration_gives_exit_code_1(monkeypatch, capsys):
     monkeypatch.setattr(accuracy, "kd_loss", WRONG["0.1% too large"])
     assert main(["check", "--backend", "cpu", "--loss", "logits", "--verbose"]) == 1
     assert "FAILED [129, 1023]" in capsys.readouterr().out
-
-
-CASES = accuracy.cases()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
