@@ -5,9 +5,7 @@ Run `python benchmarks/compiled_kernels.py --help` in an environment where fused
 
 import argparse
 import functools
-import importlib.util
 import itertools
-import os
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -16,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
+from simulated import simulator
 from simulated.cases import Case, covering_cases
 
 from fused_kd.cli.compiled.workers import in_workers, interpreted
@@ -25,8 +24,6 @@ if TYPE_CHECKING:
 
 CHIPS = ("a100", "h100", "h200", "b200")
 DEFAULT_CHIPS = ("a100", "h100", "b200")
-SIMULATOR = "simgpu"  # the module
-SIMULATOR_FOLDER = "FUSED_KD_SIMULATOR"  # the environment variable
 
 DESCRIPTION = f"""\
 Launches both Triton kernels as compiled for each chip, on a simulator that executes their PTX on the CPU, and reports
@@ -35,9 +32,9 @@ rows, writes beyond a gradient's rows, and results that are not those of Triton'
 Any two of the options (dtypes, temperature, terms, maps of the logits, memory layout, size, splits of a row, which
 gradients and where they are written, labels, masked logits) meet in at least one launch.
 
-{SIMULATOR_FOLDER} names the folder of the simulator, a module `{SIMULATOR}` with `device(chip, check_races=, check_init=,
-cache_model=)`, a context in which launches with CPU tensors are simulated, and whose `poison(tensor)` marks memory that may
-not be read.  Without it nothing is run.
+{simulator.FOLDER} names the folder of the simulator, a module `{simulator.MODULE}` with `device(chip, check_races=,
+check_init=, cache_model=)`, a context in which launches with CPU tensors are simulated, and whose `poison(tensor)` marks
+memory that may not be read.  Without it nothing is run.
 
 Columns of the table:
   cases          in each of which one row of six counts for nothing, and two for one term of the loss
@@ -130,13 +127,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.list:
         print("\n".join(case.name for case in cases))
         return 0
-    folder = os.environ.get(SIMULATOR_FOLDER)
-    if not folder:
-        print(f"skipped: {SIMULATOR_FOLDER} names no simulator")
+    if not simulator.is_there(parser()):
         return 0
-    sys.path.append(folder)  # the workers' too
-    if importlib.util.find_spec(SIMULATOR) is None:
-        parser().error(f"{SIMULATOR_FOLDER}: no module {SIMULATOR} in {folder}")
     outcomes = run(cases, chips, options.workers)
     console = Console()
     console = console if console.is_terminal else Console(width=140)  # a log has no width to fit

@@ -14,8 +14,6 @@ Exit code: 0, also where there is no simulator.
 """
 
 import argparse
-import importlib
-import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -23,10 +21,10 @@ from typing import Any
 
 import one_launch
 import torch
-from compiled_kernels import SIMULATOR, SIMULATOR_FOLDER
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
+from simulated.simulator import load
 
 from fused_kd.cli import record
 from fused_kd.cli.benchmarking import peers, problems, shapes
@@ -108,12 +106,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--chip", action="append", choices=CHIPS, help=f"repeatable (default: {' '.join(CHIPS)})")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every figure to FILE")
     options = parser.parse_args(arguments)
-    folder = os.environ.get(SIMULATOR_FOLDER)
-    if not folder:
-        print(f"{SIMULATOR_FOLDER} names no folder: nothing was run")
+    simulator = load(parser)
+    if simulator is None:
         return 0
-    sys.path.insert(0, folder)
-    simulator = importlib.import_module(SIMULATOR)
     shapes_modelled = [(chip, V) for chip in options.chip or CHIPS for V in VOCABULARIES]
     results = []
     for chip, V in track(shapes_modelled, "simulating", console=Console(stderr=True)):

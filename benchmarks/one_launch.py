@@ -19,17 +19,15 @@ Exit code: 0, also where there is no simulator; with --check 1 where a target is
 """
 
 import argparse
-import importlib
-import os
 import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from compiled_kernels import SIMULATOR, SIMULATOR_FOLDER
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
+from simulated.simulator import load
 
 from fused_kd.cli import record
 from fused_kd.cli.benchmarking import tables
@@ -109,12 +107,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--check", action="store_true", help="exit with 1 where a target is missed")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every figure to FILE")
     options = parser.parse_args(arguments)
-    folder = os.environ.get(SIMULATOR_FOLDER)
-    if not folder:
-        print(f"{SIMULATOR_FOLDER} names no folder: nothing was run")
+    simulator = load(parser)
+    if simulator is None:
         return 0
-    sys.path.insert(0, folder)
-    simulator = importlib.import_module(SIMULATOR)
     targets = [target for target in TARGETS if target.chip in (options.chip or chips)]
     work = [(target, temperature) for target in targets for temperature in TEMPERATURES]
     results = [modelled(simulator, *item) for item in track(work, "simulating", console=Console(stderr=True))]

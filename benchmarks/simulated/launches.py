@@ -26,6 +26,7 @@ from fused_kd.cli.compiled.variants import PROCESSORS, TERMS
 from fused_kd.logit_map import LogitMap
 
 from .cases import LAYOUTS, ROWS, Case, Placement
+from .simulator import MODULE
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 # A cap that bends most of the logits, of standard deviation 3.
@@ -282,7 +283,7 @@ def simulate(folder: Path, item: tuple[Case, str]) -> Outcome:
     file = _file(folder, case)
     expected = torch.load(file) if file.exists() else {}
     given = inputs(case)
-    with importlib.import_module("simgpu").device(chip, check_races=True, check_init=True, cache_model=False) as device:
+    with importlib.import_module(MODULE).device(chip, check_races=True, check_init=True, cache_model=False) as device:
         poison(given, device.poison)
         views = [given.student, given.teacher, *given.only_written]
         before = [_bytes(view).clone() for view in views]

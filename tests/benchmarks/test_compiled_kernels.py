@@ -11,7 +11,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
 pytest.importorskip("rich")
 compiled_kernels: Any = pytest.importorskip("compiled_kernels")
-from simulated import cases  # noqa: E402
+from simulated import cases, simulator  # noqa: E402
 
 
 @pytest.mark.parametrize("size", [1, 2])
@@ -47,13 +47,13 @@ def test_rows_of_a_layout_do_not_overlap():
 
 
 def test_without_a_simulator_it_is_skipped(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
-    monkeypatch.delenv(compiled_kernels.SIMULATOR_FOLDER, raising=False)
+    monkeypatch.delenv(simulator.FOLDER, raising=False)
     assert compiled_kernels.main(["--quick"]) == 0
     assert capsys.readouterr().out == "skipped: FUSED_KD_SIMULATOR names no simulator\n"
 
 
 def test_a_folder_without_the_simulator_is_wrong_use(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
-    monkeypatch.setenv(compiled_kernels.SIMULATOR_FOLDER, str(tmp_path))
+    monkeypatch.setenv(simulator.FOLDER, str(tmp_path))
     monkeypatch.setattr(sys, "path", list(sys.path))
     with pytest.raises(SystemExit) as exit_:
         compiled_kernels.main(["--quick"])

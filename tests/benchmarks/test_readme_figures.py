@@ -11,6 +11,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 pytest.importorskip("rich")
 readme: Any = pytest.importorskip("readme")
 modelled: Any = pytest.importorskip("modelled")
+from simulated import simulator  # noqa: E402
 
 
 def test_the_readme_says_what_the_records_say():
@@ -61,6 +62,6 @@ def test_what_is_modelled_is_labelled_so():
 
 
 def test_without_a_simulator_nothing_is_modelled(monkeypatch, capsys):
-    monkeypatch.delenv(modelled.SIMULATOR_FOLDER, raising=False)
+    monkeypatch.delenv(simulator.FOLDER, raising=False)
     assert modelled.main([]) == 0
-    assert "names no folder: nothing was run" in capsys.readouterr().out
+    assert "names no simulator" in capsys.readouterr().out
