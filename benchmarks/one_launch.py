@@ -2,14 +2,14 @@
 
     FUSED_KD_SIMULATOR=folder python benchmarks/one_launch.py --json benchmarks/results/one_launch.json
 
-It is launched as planned for 8 192 rows of bfloat16 logits.  Of the cluster form four rows run, and the simulator
+It is launched as planned for 8 192 rows of bfloat16 logits.  Of the form of whole rows four run, and the simulator
 extrapolates, as in `modelled.py`.  Of the shared form, whose programs read again what others have read, so many rows run
 that their programs fill the chip three times, and the model's figures for that launch are scaled as they are: with its
 last programs, which leave part of the chip idle.  It is a model: good for ratios between such kernels on one chip, not for
 times; the floor is that of `modelled.py`.
 
 Columns of the table:
-  form       blocks of a cluster, or programs a row; warps and columns a thread
+  form       one program a row, blocks of a cluster, or programs a row; warps and columns a thread
   in flight  rows, as planned and as the compiled kernel's registers make it
   of floor   modelled time, over reading both logits and writing the gradient once at the achievable bandwidth
   bounds     of the model's resources the largest three, over the floor's time
@@ -34,7 +34,7 @@ from fused_kd.cli.benchmarking import tables
 
 ROWS = 8192
 TEMPERATURES = (2.0, 3.0)
-CLUSTER_ROWS = 4  # the simulator extrapolates from so many
+WHOLE_ROWS = 4  # the simulator extrapolates from so many
 FILLED = 3  # times that the programs that run fill the chip
 MOST_ROWS = 512
 
@@ -48,9 +48,10 @@ class Target(NamedTuple):
 
 
 TARGETS = (
-    *(Target("h100", V, ROWS, 6.4, 1.15) for V in (32_000, 128_256, 151_936, 262_144)),
+    Target("h100", 1000, ROWS, 6.4, 1.25),
+    *(Target("h100", V, ROWS, 6.4, 1.15) for V in (32_000, 50_257, 100_352, 128_256, 151_936, 262_144)),
     *(Target("h100", 128_256, N, 10.0, 1.6) for N in (64, 512)),
-    *(Target("a100", V, ROWS, 7.0, 1.25) for V in (32_000, 128_256)),
+    *(Target("a100", V, ROWS, 7.0, 1.25) for V in (1000, 32_000, 50_257, 128_256)),
     *(Target("b200", V, ROWS, 6.4, 1.35) for V in (128_256, 262_144)),
 )
 
@@ -59,10 +60,11 @@ def modelled(simulator: Any, target: Target, temperature: float) -> dict[str, An
     from fused_kd import kernels
     from fused_kd.one_launch_plan import DEVICES, one_launch_plan
 
-    planned = one_launch_plan(target.rows, target.vocab_size, 4, 2, DEVICES[target.chip.upper()])
-    is_cluster = planned.splits == 0
+    wide = target.vocab_size % 16 == 0
+    planned = one_launch_plan(target.rows, target.vocab_size, 4, 2, DEVICES[target.chip.upper()], wide)
+    is_whole = planned.splits == 0
     fill = max(1, FILLED * planned.rows_in_flight)
-    rows = min(target.rows, CLUSTER_ROWS if is_cluster else min(MOST_ROWS, fill))
+    rows = min(target.rows, WHOLE_ROWS if is_whole else min(MOST_ROWS, fill))
     generator = torch.Generator().manual_seed(0)
     student, teacher = ((3 * torch.randn(1, rows, target.vocab_size, generator=generator)).bfloat16() for _ in range(2))
     labels = torch.randint(target.vocab_size, (rows,), generator=generator)
@@ -70,9 +72,9 @@ def modelled(simulator: Any, target: Target, temperature: float) -> dict[str, An
     with simulator.device(target.chip) as device:
         kernels.loss_and_gradient(student, teacher, labels, weight, weight, temperature, gradient, launch=planned)
         launch = device.launches[-1]
-        estimate = device.extrapolate(launch, rows=target.rows) if is_cluster else launch.estimate()
+        estimate = device.extrapolate(launch, rows=target.rows) if is_whole else launch.estimate()
     chip = launch.chip
-    modelled_rows = target.rows if is_cluster else rows
+    modelled_rows = target.rows if is_whole else rows
     pairs = modelled_rows * target.vocab_size
     floor = 6 * pairs / (chip.hbm_gbs * 1e3 * chip.hbm_fraction)  # microseconds
     bounds = {name: time / floor for name, time in sorted(estimate.bounds.items(), key=lambda item: -item[1])}
@@ -129,7 +131,8 @@ def table(results: list[dict[str, Any]]) -> Table:
         table.add_column(heading, no_wrap=True)
     for r in results:
         plan = r["plan"]
-        what = f"{plan['splits']} programs" if plan["splits"] else f"cluster of {plan['ctas']}"
+        one = "one program" if plan["ctas"] == 1 else f"cluster of {plan['ctas']}"
+        what = f"{plan['splits']} programs" if plan["splits"] else one
         table.add_row(
             r["chip"], tables.spaced(r["vocab_size"]), tables.spaced(r["rows"]), f"{r['temperature']:g}",
             f"{what}, {plan['num_warps']} warps, K = {plan['columns']}", str(r["rows_run"]),

@@ -11,26 +11,39 @@ import math
 from typing import NamedTuple
 
 L2_SHARE = 0.5
-# A cluster's blocks sweep the same columns twice, and find part of them in L1 where it holds what is in flight on the
-# multiprocessor: on an H100 41 rows of 513 KB hit in 26 MB.
-L1_BYTES, L1_SAVES = 192 * 1024, 0.8
-MAX_CTAS = 16
-MIN_TILES = 3  # of a program, or a block of a cluster: below, reductions and starts cost as much as the sweeps
+# What L2 has to hold may be a little over that share: it is an upper bound, and a step less is a program's work less,
+# against what it does once.
+SLACK = 1.05
+L1_SAVES = 0.8  # on an H100 41 rows of 513 KB, half of them in L1, hit in 26 MB
+RESIDENT = 32  # programs that a multiprocessor holds, whatever their size
+# Of `OneLaunch.work`: on an H100, T = 3, instructions take longer than memory from 1.6 on.
+ENOUGH = 1.6
+FILLED = 0.5  # the share of the programs that a device can hold that keep its memory busy
+ONCE = 2.0  # tiles that the start of a program, or of a cluster, and its reductions are worth
+SHARED_ONCE, SHARED_OF_ROW = 0.6, 4.0  # the same of a program that shares a row, and of a row's merge
 
 
 class Shape(NamedTuple):
-    """Of a program, and the most registers a thread that it compiles to (T = 2 and 3, bf16)."""
+    """Of a program, and the registers a thread that it compiles to (T = 2 and 3, bf16).
+
+    The fewest, in steps of 8: with more a multiprocessor holds fewer programs, and fewer rows are in flight.
+    """
 
     num_warps: int
     columns: int  # K
     registers: int
 
 
-CLUSTER = Shape(8, 8, 48)
-SHARED = Shape(8, 8, 48)
-# Two loads in flight of each input a thread, and those of the next tile; the tuple moves to new maxima half as often.
-# Where instructions bind most (B200, 37 to 38 a pair): 2 warps reduce in half of one less than 4.
-SHARED_DEEP = Shape(2, 16, 72)
+# One program a row.  With two loads in flight of each input a thread where a multiprocessor has twice the bandwidth of an
+# H100's: a B200, T = 3, V = 8 192, takes 1.34 of the floor's time, with one 1.93.
+WHOLE = tuple(Shape(num_warps, 8, 48) for num_warps in (1, 2, 4, 8))
+WHOLE_DEEP = tuple(Shape(num_warps, 16, 64) for num_warps in (1, 2, 4))
+CLUSTER = Shape(8, 8, 48)  # of each of its blocks
+CTAS = (2, 4, 8, 16)
+# Two loads in flight of each input a thread, and those of the next tile; the tuple moves to new maxima half as often.  And
+# 2 warps reduce in half of one instruction a pair less than 4.  Modelled for an H100, T = 3, V = 32 001 / 50 304 / 262 144:
+# 1.04 / 1.01 / 1.03 of the floor's time; as 8 warps and 8 columns 1.38 / 1.14 / 1.03.
+SHARED = Shape(2, 16, 64)
 
 
 class Device(NamedTuple):
@@ -40,21 +53,22 @@ class Device(NamedTuple):
     warp_size: int = 32
     registers: int = 65536  # of a multiprocessor, of 4 bytes and one thread
     threads: int = 2048  # resident on a multiprocessor
-    shared: Shape = SHARED_DEEP  # the better one by the simulator's model, for the form of that name
+    l1_bytes: int = 0  # of a multiprocessor, as far as it is counted on
+    whole: tuple[Shape, ...] = WHOLE
+    shared: Shape = SHARED
 
 
 MIB = 2**20
 DEVICES = {
     "A100": Device(108, 40 * MIB, False),
-    "H100": Device(132, 50 * MIB, True, shared=SHARED),
-    "H200": Device(132, 50 * MIB, True, shared=SHARED),
+    "H100": Device(132, 50 * MIB, True, l1_bytes=192 * 1024),
+    "H200": Device(132, 50 * MIB, True, l1_bytes=192 * 1024),
     # Modelled, V = 128 256: as a cluster 1.9 of the floor's time, shared 1.3.
-    "B200": Device(148, 126 * MIB, False, shared=SHARED_DEEP._replace(registers=64)),
+    "B200": Device(148, 126 * MIB, False, whole=WHOLE_DEEP),
     "L40S": Device(142, 96 * MIB, False, threads=1536),
     "RTX 4090": Device(128, 72 * MIB, False, threads=1536),
-    "MI300X": Device(  # its cache is the one behind its L2s
-        304, 256 * MIB, False, warp_size=64, registers=131072, shared=SHARED_DEEP._replace(registers=96)
-    ),
+    # Its cache is the one behind its L2s.
+    "MI300X": Device(304, 256 * MIB, False, warp_size=64, registers=131072, shared=SHARED._replace(registers=80)),
 }
 
 
@@ -69,6 +83,7 @@ class OneLaunch(NamedTuple):
     bytes_in_flight: int  # what L2 has to hold for the second sweep to hit
     hits: bool  # whether it does, by half of its nominal capacity
     accesses: int = 1  # of 16 bytes each, by which a thread loads its columns
+    work: float = 0.0  # an estimate: instructions over those of the columns alone, times what few rows leave idle
 
     @property
     def lanes(self) -> int:
@@ -84,7 +99,21 @@ def resident_programs(device: Device, shape: Shape) -> int:
     """Blocks of that shape that a multiprocessor holds; registers are dealt out to warps by 256."""
     threads = shape.num_warps * device.warp_size
     of_warp = -(-shape.registers * device.warp_size // 256) * 256
-    return max(1, min(device.threads // threads, device.registers // of_warp // shape.num_warps))
+    return max(1, min(RESIDENT, device.threads // threads, device.registers // of_warp // shape.num_warps))
+
+
+class Row(NamedTuple):
+    vocabulary: int
+    pair_bytes: int  # read
+    swept_bytes: int  # read and written
+    itemsize: int
+
+    def columns(self, shape: Shape) -> int:
+        """K: as many times 16 bytes as of bfloat16."""
+        return max(1, shape.columns * 2 // self.itemsize)
+
+    def accesses(self, shape: Shape) -> int:
+        return max(1, self.columns(shape) * self.itemsize // 16)
 
 
 def one_launch_plan(
@@ -96,45 +125,63 @@ def one_launch_plan(
     wide: bool = True,  # rows start at multiples of 16 bytes
     itemsize: int = 2,  # bytes of an element of a thread's widest tensor, which takes 16 bytes of it at once
 ) -> OneLaunch:
-    """A cluster a row where 8 warps a block keep few enough rows in flight, else enough programs a row that they are few.
+    """One program a row, or one cluster, if that is in L2 and has little to do but its columns; else several programs.
 
-    Modelled for an H100, T = 2 and 3, both take 1.00 to 1.05 of the floor's time.  The cluster needs no memory and nobody
-    waits; but it is of at most 16 blocks, which at V above 150 000 leaves too many rows in flight.
+    Modelled for an H100, T = 2 and 3, each takes 1.00 to 1.05 of the floor's time where it is planned.  A program or
+    cluster needs no memory and waits for nobody.  But more than one program on each multiprocessor, of long rows, are too
+    many rows in flight, and so are clusters of 16 blocks at V above 150 000.  And its last tile takes as long with few
+    columns as with all: where blocks of a cluster have 3.1 tiles, at V = 50 304 and 100 352, it is 1.30 of that time.
     """
-    l2 = L2_SHARE * device.l2_bytes
-    pair = vocabulary * read_itemsize
-    swept = vocabulary * (read_itemsize + written_itemsize)
-    scale = 2 / itemsize  # K columns of 16 bytes
-
+    row = Row(vocabulary, vocabulary * read_itemsize, vocabulary * (read_itemsize + written_itemsize), itemsize)
+    plans = [_of_whole_rows(rows, row, device, shape, 1) for shape in device.whole]
     if device.clusters and wide:
-        columns = max(1, int(CLUSTER.columns * scale))
-        tiles = vocabulary / (CLUSTER.num_warps * device.warp_size * columns)
-        ctas = min(MAX_CTAS, 2 ** max(0, math.floor(math.log2(max(1.0, tiles / MIN_TILES)))))
-        resident = max(1, device.processors * resident_programs(device, CLUSTER) // ctas)
-        in_flight = min(rows, resident)
-        in_l1 = pair / ctas * resident_programs(device, CLUSTER) <= L1_BYTES
-        size = int(in_flight * (max(pair, L1_SAVES * swept) if in_l1 else swept))
-        if size <= l2:
-            return OneLaunch(
-                ctas, CLUSTER.num_warps, device.warp_size, columns, 0, vocabulary, in_flight, size, hits=True
-            )
+        plans += [_of_whole_rows(rows, row, device, CLUSTER, ctas) for ctas in CTAS]
+    shared = _of_shared_rows(rows, row, device)
+    hitting = [plan for plan in (*plans, shared) if plan.hits]
+    enough = [plan for plan in hitting if plan.work <= ENOUGH]
+    return (enough or sorted(hitting, key=lambda plan: plan.work) or [shared])[0]
 
-    shape = device.shared
-    columns = max(1, int(shape.columns * scale))
-    tile = shape.num_warps * device.warp_size * columns
-    tiles = -(-vocabulary // tile)
-    resident = device.processors * resident_programs(device, shape)
-    fitting = max(1, int(l2 // swept))
-    splits = min(tiles, -(-resident // fitting))
-    # A little over the share of L2 rather than a tile less: whatever a program does once counts against its tiles.
-    tiles_per_split = int(tiles / splits + 0.1)
-    splits = -(-tiles // tiles_per_split)
-    in_flight = min(rows, round(resident / splits))
-    size = in_flight * swept
+
+def _of_whole_rows(rows: int, row: Row, device: Device, shape: Shape, ctas: int) -> OneLaunch:
+    """A program, or a cluster of several blocks, for each row."""
+    columns, resident = row.columns(shape), resident_programs(device, shape)
+    tiles = row.vocabulary / (ctas * shape.num_warps * device.warp_size * columns)
+    in_flight = min(rows, max(1, device.processors * resident // ctas))
+    idle = _idle(device.processors * resident, rows * ctas)
+    # Its threads sweep the same columns twice, and find part of them in L1 where that holds the pairs in flight there.
+    in_l1 = row.pair_bytes / ctas * resident <= device.l1_bytes
+    size = int(in_flight * (max(row.pair_bytes, L1_SAVES * row.swept_bytes) if in_l1 else row.swept_bytes))
     return OneLaunch(
-        1, shape.num_warps, device.warp_size, columns, splits, tiles_per_split * tile, in_flight, size, size <= 1.1 * l2,
-        accesses=max(1, columns * itemsize // 16),
+        ctas, shape.num_warps, device.warp_size, columns, 0, row.vocabulary, in_flight, size, _hits(size, device),
+        accesses=row.accesses(shape), work=idle * (math.ceil(tiles) + ONCE) / tiles,
     )  # fmt: skip
+
+
+def _of_shared_rows(rows: int, row: Row, device: Device) -> OneLaunch:
+    """As few programs a row as leave few enough rows in flight, and fill the device."""
+    shape = device.shared
+    columns, resident = row.columns(shape), device.processors * resident_programs(device, shape)
+    tile = shape.num_warps * device.warp_size * columns
+    tiles = -(-row.vocabulary // tile)
+    splits = math.ceil(max(resident * row.swept_bytes / (SLACK * L2_SHARE * device.l2_bytes), FILLED * resident / rows))
+    # The most whole tiles a program that make at least so many programs.
+    tiles_per_split = tiles if splits == 1 else max(1, -(-tiles // (splits - 1)) - 1)
+    splits = -(-tiles // tiles_per_split)
+    in_flight = min(rows, resident // splits)
+    size = in_flight * row.swept_bytes
+    return OneLaunch(
+        1, shape.num_warps, device.warp_size, columns, splits, tiles_per_split * tile, in_flight, size,
+        _hits(size, device), accesses=row.accesses(shape),
+        work=_idle(resident, rows * splits) * (tiles + SHARED_ONCE * splits + SHARED_OF_ROW) * tile / row.vocabulary,
+    )  # fmt: skip
+
+
+def _idle(resident: int, programs: int) -> float:
+    return max(1.0, FILLED * resident / programs)
+
+
+def _hits(size: int, device: Device) -> bool:
+    return size <= SLACK * L2_SHARE * device.l2_bytes
 
 
 def device_of_properties(properties: object) -> Device:

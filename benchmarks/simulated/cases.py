@@ -84,11 +84,8 @@ OPTIONS: dict[str, tuple] = {
     # the compiler knows that it is a multiple of 16, and one of which it knows nothing.
     "vocabulary": (1, 611, 2048, 2608, 2611),
     "splits": (1, 3),  # of fewer tiles than splits the last splits have no columns
-    "form": (
-        "two launches",
-        "cluster",
-        "programs",
-    ),  # the last two in one launch, over `splits` blocks or programs a row
+    # The last two in one launch: one program or cluster a row, or `splits` programs.
+    "form": ("two launches", "whole", "programs"),
     "gradients": ("student", "student in place", "both", "both in place"),
     "labels": ("i64", "i32"),
     "logits": ("finite", "masked"),  # masked: some columns are minus infinity

@@ -190,18 +190,18 @@ def launch(case: Case, itemsize: int) -> Any:
 
 
 def one_launch(case: Case, itemsize: int, clusters: bool) -> Any:
-    """Of the cluster form 2 blocks a row, or 1 where there are no clusters, as behind a softcap."""
+    """Of whole rows a program with two accesses, or a cluster of 2 blocks with one, of 1 where it must be (a softcap)."""
     from fused_kd.one_launch_plan import OneLaunch
 
     columns = 16 // itemsize
-    if case.form == "cluster":
+    if case.form == "whole":
         ctas = 1 + (case.splits > 1 and clusters and "softcap" not in (case.student_map, case.teacher_map))
-        return OneLaunch(ctas, 4, 32, columns, 0, case.vocabulary, 0, 0, hits=False)
+        accesses = 1 + (case.splits == 1)
+        return OneLaunch(ctas, 4, 32, accesses * columns, 0, case.vocabulary, 0, 0, hits=False, accesses=accesses)
     columns *= 2  # of a thread, in two accesses
     tile = 4 * 32 * columns
-    per_split = (
-        -(-case.vocabulary // (case.splits * tile)) * tile
-    )  # the last splits have no columns where tiles are few
+    # The last splits have no columns where tiles are few.
+    per_split = -(-case.vocabulary // (case.splits * tile)) * tile
     return OneLaunch(1, 4, 32, columns, case.splits, per_split, 0, 0, hits=False, accesses=2)
 
 

@@ -26,7 +26,7 @@ GPU = "H100"  # that launches are planned for
 KERNELS = {  # by module
     "row_statistics": ("row_statistics_kernel",),
     "logit_gradient": ("logit_gradient_kernel",),
-    "loss_and_gradient": ("cluster_kernel", "shared_kernel"),
+    "loss_and_gradient": ("whole_kernel", "shared_kernel"),
     "scale": ("scale_kernel",),
 }
 ALLOCATIONS = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}

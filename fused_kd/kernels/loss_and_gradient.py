@@ -3,8 +3,8 @@
 A row is swept twice, first for its six statistics (`row_statistics.py`), then for its gradient (`logit_gradient.py`); the
 second sweep hits the L2 cache if few enough rows are in flight.  `one_launch_plan.py` says how many are.  Two forms:
 
-Cluster: one program a row, that spans the blocks of a thread-block cluster (Triton's num_ctas; sm_90 and later).  Its
-threads' tuples merge through the cluster's shared memory.  Nobody waits for another program.
+Whole: one program a row, or one that spans the blocks of a thread-block cluster (Triton's num_ctas; sm_90 and later).  Its
+threads' tuples merge through shared memory, the cluster's.  Nobody waits for another program.
 
 Shared: S programs a row, on any GPU, that merge through global memory.  A program takes a ticket t from an atomic counter
 and with it slice s = t % S of row r = t // S.  It stores the tuple of that slice and counts it as published; who publishes
@@ -48,7 +48,7 @@ from .row_statistics import LOWEST, merged, store_statistics, sweep_statistics
     do_not_specialize=["N"],
     do_not_specialize_on_alignment=["student_rows_inner", "teacher_rows_inner", "gradient_rows_inner"],
 )
-def cluster_kernel(
+def whole_kernel(
     student_ptr, teacher_ptr,  # [outer, inner, V]
     labels_ptr,  # [N]; read where NEED_CE
     ce_weight_ptr, kl_weight_ptr,  # [N], of any precision; a row with both 0 is not read
@@ -229,7 +229,7 @@ def loss_and_gradient(
         **launch.options,
     }  # fmt: skip
     if launch.splits == 0:
-        cluster_kernel[(N,)](*tensors, *strides, N, V, *numbers, **options)
+        whole_kernel[(N,)](*tensors, *strides, N, V, *numbers, **options)
     else:
         S = launch.splits
         parts = torch.empty(N, 6, S, dtype=torch.float32, device=student.device)

@@ -30,7 +30,7 @@ def test_only_what_cannot_be_launched_is_left_out():
     without_teacher = [("teacher_map", "scale"), ("teacher_map", "softcap"), ("gradients", "both")]
     without_teacher += [("gradients", "both in place")]
     infinite = frozenset([("teacher_map", "softcap"), ("logits", "masked")])
-    both = itertools.product(["both", "both in place"], ["cluster", "programs"])
+    both = itertools.product(["both", "both in place"], ["whole", "programs"])
     one_launch = {frozenset([("gradients", gradients), ("form", form)]) for gradients, form in both}
     without = {frozenset([("terms", "ce"), option]) for option in without_teacher}
     assert every - pairs == without | one_launch | {infinite}

@@ -14,7 +14,7 @@ pytest.importorskip("triton")
 pytest.importorskip("rich")
 static_profile: Any = pytest.importorskip("static_profile")
 from fused_kd.cli.compiled import amdgcn, bounds, sass, variants, workers  # noqa: E402
-from fused_kd.cli.compiled.profile import profile  # noqa: E402
+from fused_kd.cli.compiled.profile import Resources, profile  # noqa: E402
 
 ONE = "row_statistics sm_90 bf16/bf16 T=2 ce+kl dense identity"
 
@@ -196,6 +196,16 @@ def test_specialisation_is_that_of_tritons_jit(layout: str):
         pytest.skip(f"another Triton: {pairs}")
     for ours, theirs in pairs:
         assert ours == theirs
+
+
+@pytest.mark.parametrize(
+    ("dtype", "registers", "kept"),
+    [("bf16", 56, False), ("bf16", 57, True), ("bf16", 80, True), ("bf16", 81, False), ("fp32", 40, True)],
+)
+def test_registers_are_those_that_rows_in_flight_are_planned_by(dtype: str, registers: int, kept: bool):
+    """64 on an H100."""
+    variant = variants.Variant("shared", "sm_90", dtype, dtype, 2.0, "ce+kl", "dense")
+    assert (not list(bounds.one_launch_violations(variant, Resources(registers, 0, 0, 32)))) == kept
 
 
 def test_one_variant_keeps_its_bounds(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

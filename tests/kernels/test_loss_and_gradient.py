@@ -15,8 +15,9 @@ from fused_kd.logit_map import LogitMap
 from fused_kd.one_launch_plan import (
     DEVICES,
     L2_SHARE,
-    SHARED,
+    SLACK,
     OneLaunch,
+    Shape,
     device_of_properties,
     one_launch_plan,
     resident_programs,
@@ -27,7 +28,7 @@ from ..oracle import relative_error
 LANES, K = 32, 8
 TILE = LANES * K
 SIZES = [1, 2, TILE - 1, TILE, TILE + 1, 3 * TILE, 5 * TILE + 17]  # as in test_kernels.py
-SPLITS = [0, 1, 5]  # 0: the cluster form, of one block
+SPLITS = [0, 1, 5]  # 0: whole rows
 
 
 def one_launch(vocabulary, splits):
@@ -197,8 +198,7 @@ def test_plan_covers_every_column_once(name, rows, vocabulary, wide):
         assert planned.ctas == 1
         assert planned.columns_per_split % (planned.lanes * planned.columns) == 0
     else:
-        assert DEVICES[name].clusters
-        assert wide
+        assert planned.ctas == 1 or (DEVICES[name].clusters and wide)
         assert planned.ctas in (1, 2, 4, 8, 16)
 
 
@@ -210,7 +210,7 @@ def test_plan_keeps_the_rows_in_flight_in_half_of_the_cache(name, vocabulary, wi
     device = DEVICES[name]
     planned = one_launch_plan(8192, vocabulary, read, written, device, wide, itemsize)
     assert planned.hits
-    assert planned.bytes_in_flight <= 1.1 * L2_SHARE * device.l2_bytes
+    assert planned.bytes_in_flight <= SLACK * L2_SHARE * device.l2_bytes
     assert planned.rows_in_flight * vocabulary * read <= planned.bytes_in_flight
 
 
@@ -219,10 +219,42 @@ def test_plan_of_the_shapes_that_were_modelled():
         return one_launch_plan(8192, vocabulary, 4, 2, DEVICES[name])
 
     assert [(plan("H100", V).ctas, plan("H100", V).splits) for V in (32_000, 128_256)] == [(4, 0), (16, 0)]
-    assert [plan("H100", V).splits for V in (151_936, 262_144)] == [25, 43]
+    assert [plan("H100", V).splits for V in (50_304, 100_352, 151_936, 262_144)] == [25, 49, 75, 128]
     assert [plan("A100", V).splits for V in (32_000, 128_256)] == [16, 63]
     assert [plan("B200", V).splits for V in (128_256, 262_144)] == [32, 64]
     assert [plan(name, 128_256).accesses for name in ("H100", "A100", "B200")] == [1, 2, 2]
+
+
+@pytest.mark.parametrize("name", DEVICES)
+@pytest.mark.parametrize("vocabulary", range(25_000, 270_000, 7_000))
+def test_plan_has_little_to_do_but_the_columns(name, vocabulary):
+    """A last tile takes as long with few columns as with all: 1.3 of the floor's time where three are of use."""
+    planned = one_launch_plan(8192, vocabulary, 4, 2, DEVICES[name])
+    tile = planned.lanes * planned.columns
+    columns = -(-vocabulary // tile) * tile  # as if the slices of a row were one
+    assert columns <= vocabulary * planned.work <= 1.75 * vocabulary
+
+
+@pytest.mark.parametrize("name", DEVICES)
+@pytest.mark.parametrize("vocabulary", [500, 1000, 2000])
+def test_short_rows_take_one_program_each(name, vocabulary):
+    planned = one_launch_plan(8192, vocabulary, 4, 2, DEVICES[name])
+    assert (planned.ctas, planned.splits) == (1, 0)
+    assert planned.lanes * planned.columns <= 1.03 * vocabulary
+
+
+@pytest.mark.parametrize("name", DEVICES)
+@pytest.mark.parametrize("rows", [1, 8, 32, 64])
+@pytest.mark.parametrize("vocabulary", [8192, 32_000, 128_256, 262_144])
+def test_few_rows_fill_the_device_as_far_as_they_can(name, rows, vocabulary):
+    """With half of the programs that it can hold, or with a tile each."""
+    device = DEVICES[name]
+    planned = one_launch_plan(rows, vocabulary, 4, 2, device)
+    shape = Shape(planned.num_warps, planned.columns, 64)  # or fewer registers
+    wanted = device.processors * resident_programs(device, shape) / 2
+    tile = planned.num_warps * device.warp_size * planned.columns
+    programs = planned.splits or planned.ctas
+    assert rows * programs >= wanted or programs * tile >= min(vocabulary, 16 * tile)
 
 
 def test_a_device_without_room_gets_one_tile_a_program_and_is_told():
@@ -232,11 +264,12 @@ def test_a_device_without_room_gets_one_tile_a_program_and_is_told():
     assert not planned.hits
 
 
-def test_registers_decide_how_many_programs_are_resident():
-    assert resident_programs(DEVICES["H100"], SHARED) == 5  # 65 536 / (48 * 256)
-    assert resident_programs(DEVICES["H100"], SHARED._replace(registers=32)) == 8  # 2048 / 256
-    assert resident_programs(DEVICES["H100"], SHARED._replace(registers=33)) == 6  # as 40
-    assert resident_programs(DEVICES["L40S"], SHARED._replace(registers=32)) == 6
+@pytest.mark.parametrize(
+    ("name", "registers", "programs"),
+    [("H100", 48, 5), ("H100", 32, 8), ("H100", 33, 6), ("L40S", 32, 6)],  # 65 536 / (48 * 256); 2048 / 256; as 40
+)
+def test_registers_decide_how_many_programs_are_resident(name, registers, programs):
+    assert resident_programs(DEVICES[name], Shape(8, 8, registers)) == programs
 
 
 def test_devices_that_are_known_by_name_and_others():

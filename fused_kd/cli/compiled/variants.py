@@ -19,7 +19,8 @@ if TYPE_CHECKING:  # triton and fused_kd.kernels are imported where a worker nee
     from triton.compiler import ASTSource
 
 KERNELS = ("row_statistics", "logit_gradient")
-ONE_LAUNCH = ("cluster", "shared")  # of `kernels/loss_and_gradient.py`: the loops of both, in one kernel
+# Of `kernels/loss_and_gradient.py`, the loops of both in one kernel: a program a row, a cluster a row, several programs.
+ONE_LAUNCH = {"whole": "whole_kernel", "cluster": "whole_kernel", "shared": "shared_kernel"}
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 TERMS = {"ce+kl": (True, True), "ce": (True, False), "kl": (False, True)}
 TEMPERATURES = (1.0, 2.0, 3.0, 4.0, 2.5)  # 2.5 stands for every T of which e^z is no power of e^{z/T}
@@ -90,7 +91,7 @@ def one_launch_variants() -> list[Variant]:
         Variant(kernel, target, "bf16", "bf16", T, "ce+kl", "dense")
         for kernel in ONE_LAUNCH
         for target in TARGETS
-        if kernel == "shared" or target == "sm_90"
+        if kernel != "cluster" or target == "sm_90"
         for T in (2.0, 3.0)
     ] + [
         Variant(kernel, "sm_90", dtype, dtype, 2.0, "ce+kl", "dense", logit_map) for kernel, dtype, logit_map in others
@@ -185,14 +186,15 @@ def planned_shape(variant: Variant) -> Any:
     from fused_kd import one_launch_plan
 
     device = one_launch_plan.DEVICES[DEVICES[variant.target]]
-    return one_launch_plan.CLUSTER if variant.kernel == "cluster" else device.shared
+    return {"whole": device.whole[-1], "cluster": one_launch_plan.CLUSTER, "shared": device.shared}[variant.kernel]
 
 
 def _one_launch(variant: Variant) -> Any:
-    from fused_kd.one_launch_plan import MAX_CTAS, OneLaunch
+    from fused_kd.one_launch_plan import CTAS, OneLaunch
 
     shape, vocabulary = planned_shape(variant), LAYOUTS[variant.layout].vocabulary
-    ctas, splits = (MAX_CTAS, 0) if variant.kernel == "cluster" else (1, SPLITS)
+    ctas = CTAS[-1] if variant.kernel == "cluster" else 1
+    splits = SPLITS if variant.kernel == "shared" else 0
     columns = shape.columns * 2 // max(SIZES[variant.student], SIZES[variant.teacher])
     lanes = ctas * shape.num_warps * warp_size(variant.target)
     per_split = -(-vocabulary // (max(1, splits) * lanes * columns)) * lanes * columns
@@ -263,8 +265,9 @@ def specialise(value: Pointer | int | float, wanted: bool, target: str) -> tuple
 
 
 def _kernel(name: str) -> Any:
-    module = importlib.import_module(f"fused_kd.kernels.{'loss_and_gradient' if name in ONE_LAUNCH else name}")
-    return getattr(module, f"{name}_kernel")
+    if name in ONE_LAUNCH:
+        return getattr(importlib.import_module("fused_kd.kernels.loss_and_gradient"), ONE_LAUNCH[name])
+    return getattr(importlib.import_module(f"fused_kd.kernels.{name}"), f"{name}_kernel")
 
 
 def _constants(variant: Variant) -> dict[str, int | bool]:
