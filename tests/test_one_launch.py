@@ -153,7 +153,6 @@ def test_a_softcap_is_not_launched_as_a_cluster(on_an_h100, kernel_device, monke
     monkeypatch.setattr(
         module, "default_one_launch", lambda *a, **k: planned.append(default_one_launch(*a, **k)) or planned[-1]
     )
-    monkeypatch.setattr("fused_kd.one_launch_plan.WHOLE", ())
     logits = torch.randn(1, 2, 4096, device=kernel_device).bfloat16()
     weight = torch.ones(2, dtype=torch.float64, device=kernel_device)
     maps = [LogitMap(1.0, cap or math.inf) for cap in (student_cap, teacher_cap)]

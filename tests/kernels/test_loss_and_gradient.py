@@ -193,7 +193,7 @@ def test_plan_covers_every_column_once(name, rows, vocabulary, wide):
     planned = one_launch_plan(rows, vocabulary, 4, 2, DEVICES[name], wide)
     splits = max(1, planned.splits)
     assert planned.columns_per_split * (splits - 1) < vocabulary <= planned.columns_per_split * splits
-    assert planned.rows_in_flight <= rows
+    assert 1 <= planned.rows_in_flight <= rows
     if planned.splits:
         assert planned.ctas == 1
         assert planned.columns_per_split % (planned.lanes * planned.columns) == 0
