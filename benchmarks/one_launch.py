@@ -60,7 +60,7 @@ def modelled(simulator: Any, target: Target, temperature: float) -> dict[str, An
     from fused_kd import kernels
     from fused_kd.one_launch_plan import DEVICES, one_launch_plan
 
-    wide = target.vocab_size % 16 == 0
+    wide = target.vocab_size % 16 == 0  # as `is_wide` finds the rows below
     planned = one_launch_plan(target.rows, target.vocab_size, 4, 2, DEVICES[target.chip.upper()], wide)
     is_whole = planned.splits == 0
     fill = max(1, FILLED * planned.rows_in_flight)

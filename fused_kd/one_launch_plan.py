@@ -31,8 +31,17 @@ class Shape(NamedTuple):
     """
 
     num_warps: int
-    columns: int  # K
+    columns: int  # K, of bfloat16
     registers: int
+
+    @property
+    def accesses(self) -> int:
+        """Of 16 bytes each, by which a thread loads its columns."""
+        return self.columns // 8
+
+    def columns_of(self, itemsize: int) -> int:
+        """K of elements of so many bytes, in as many accesses."""
+        return 16 * self.accesses // itemsize
 
 
 # One program a row.  With two loads in flight of each input a thread where a multiprocessor has twice the bandwidth of an
@@ -107,14 +116,7 @@ class Row(NamedTuple):
     vocabulary: int
     pair_bytes: int  # read
     swept_bytes: int  # read and written
-    itemsize: int
-
-    def columns(self, shape: Shape) -> int:
-        """K: as many times 16 bytes as of bfloat16."""
-        return max(1, shape.columns * 2 // self.itemsize)
-
-    def accesses(self, shape: Shape) -> int:
-        return max(1, self.columns(shape) * self.itemsize // 16)
+    itemsize: int  # of a thread's widest tensor
 
 
 @functools.lru_cache  # 15 microseconds, twice a loss
@@ -129,10 +131,10 @@ def one_launch_plan(
 ) -> OneLaunch:
     """One program a row, or one cluster, if that is in L2 and has little to do but its columns; else several programs.
 
-    Modelled for an H100, T = 2 and 3, each takes 1.00 to 1.05 of the floor's time where it is planned.  A program or
-    cluster needs no memory and waits for nobody.  But more than one program on each multiprocessor, of long rows, are too
-    many rows in flight, and so are clusters of 16 blocks at V above 150 000.  And its last tile takes as long with few
-    columns as with all: where blocks of a cluster have 3.1 tiles, at V = 50 304 and 100 352, it is 1.30 of that time.
+    Modelled for an H100, T = 3, V from 8 192 on, each takes 1.00 to 1.05 of the floor's time where it is planned.  A
+    program or cluster needs no memory and waits for nobody.  But programs of whole rows are too many rows in flight where
+    these are long, and so are clusters of 16 blocks at V above 150 000.  And its last tile takes as long with few columns
+    as with all: where blocks of a cluster have 3.1 tiles, at V = 50 304 and 100 352, it is 1.30 of that time.
     """
     row = Row(vocabulary, vocabulary * read_itemsize, vocabulary * (read_itemsize + written_itemsize), itemsize)
     plans = [_of_whole_rows(rows, row, device, shape, 1) for shape in device.whole]
@@ -146,7 +148,7 @@ def one_launch_plan(
 
 def _of_whole_rows(rows: int, row: Row, device: Device, shape: Shape, ctas: int) -> OneLaunch:
     """A program, or a cluster of several blocks, for each row."""
-    columns, resident = row.columns(shape), resident_programs(device, shape)
+    columns, resident = shape.columns_of(row.itemsize), resident_programs(device, shape)
     tiles = row.vocabulary / (ctas * shape.num_warps * device.warp_size * columns)
     in_flight = min(rows, max(1, device.processors * resident // ctas))
     idle = _idle(device.processors * resident, rows * ctas)
@@ -155,14 +157,14 @@ def _of_whole_rows(rows: int, row: Row, device: Device, shape: Shape, ctas: int)
     size = int(in_flight * (max(row.pair_bytes, L1_SAVES * row.swept_bytes) if in_l1 else row.swept_bytes))
     return OneLaunch(
         ctas, shape.num_warps, device.warp_size, columns, 0, row.vocabulary, in_flight, size, _hits(size, device),
-        accesses=row.accesses(shape), work=idle * (math.ceil(tiles) + ONCE) / tiles,
+        accesses=shape.accesses, work=idle * (math.ceil(tiles) + ONCE) / tiles,
     )  # fmt: skip
 
 
 def _of_shared_rows(rows: int, row: Row, device: Device) -> OneLaunch:
     """As few programs a row as leave few enough rows in flight, and fill the device."""
     shape = device.shared
-    columns, resident = row.columns(shape), device.processors * resident_programs(device, shape)
+    columns, resident = shape.columns_of(row.itemsize), device.processors * resident_programs(device, shape)
     tile = shape.num_warps * device.warp_size * columns
     tiles = -(-row.vocabulary // tile)
     splits = math.ceil(max(resident * row.swept_bytes / (SLACK * L2_SHARE * device.l2_bytes), FILLED * resident / rows))
@@ -173,7 +175,7 @@ def _of_shared_rows(rows: int, row: Row, device: Device) -> OneLaunch:
     size = in_flight * row.swept_bytes
     return OneLaunch(
         1, shape.num_warps, device.warp_size, columns, splits, tiles_per_split * tile, in_flight, size,
-        _hits(size, device), accesses=row.accesses(shape),
+        _hits(size, device), accesses=shape.accesses,
         work=_idle(resident, rows * splits) * (tiles + SHARED_ONCE * splits + SHARED_OF_ROW) * tile / row.vocabulary,
     )  # fmt: skip
 

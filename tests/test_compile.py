@@ -25,11 +25,6 @@ def fresh_compiler():
     torch._dynamo.reset()
 
 
-def sizes(dynamic):
-    """Two with one graph for both; of static sizes each takes a compilation of its own."""
-    return (N, N - 2) if dynamic else (N,)
-
-
 def gradients(function, *leaves):
     value = function(*leaves)
     found = torch.autograd.grad(value, leaves, allow_unused=True)  # unused: a teacher that is a constant
@@ -66,7 +61,7 @@ def test_kd_loss_is_one_graph(options, dynamic):
         return (result.loss + 0 * result.kl if options.get("return_parts") else result).sum()
 
     compiled = compile_(loss, fullgraph=True, dynamic=dynamic)
-    for rows in sizes(dynamic):
+    for rows in (N, N - 2):
         leaves = [torch.randn(2, rows, V, requires_grad=True) for _ in range(2)]
         for ours, eager in zip(gradients(compiled, *leaves), gradients(loss, *leaves), strict=True):
             assert relative_error(ours, eager.double()) < 1e-6  # the compiler's own tanh
@@ -97,7 +92,7 @@ def test_linear_kd_loss_is_one_graph_and_equal_to_the_last_bit(options, dynamic)
             teacher = [tensor.detach() for tensor in teacher]
         return linear_kd_loss(hidden, weight, *teacher, labels[: hidden.shape[0]], student_bias=bias, **options).sum()
 
-    for rows in sizes(dynamic):
+    for rows in (N, N - 2):
         hidden, teacher_hidden = torch.randn(rows, H_S, requires_grad=True), torch.randn(rows, H_T, requires_grad=True)
         assert equal_to_the_last_bit(loss, hidden, weight, bias, teacher_hidden, teacher_weight, dynamic=dynamic)
 

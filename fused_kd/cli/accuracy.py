@@ -1,11 +1,12 @@
 """The configurations of `fused-kd check`, and the error of a loss against the float64 oracle on one of them."""
 
-import contextlib
 import itertools
 import os
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -174,16 +175,8 @@ def inputs(case: Case, device: torch.device, seed: int) -> Inputs:
     return Inputs(student.to(device), teacher.to(device), labels.to(device), token_weights, upstream.to(device))
 
 
-@contextlib.contextmanager
-def planned(plan: str) -> Iterator[None]:
-    before = os.environ.get(PLAN)
-    os.environ[PLAN] = plan
-    try:
-        yield
-    finally:
-        os.environ.pop(PLAN)
-        if before is not None:
-            os.environ[PLAN] = before
+def planned(plan: str) -> AbstractContextManager[object]:
+    return patch.dict(os.environ, {PLAN: plan})
 
 
 def loss_and_gradient(

@@ -112,7 +112,7 @@ def merged_parts(
 def acquired(count_ptr):
     """Of an addition of 0 Triton makes an acquiring load, which costs less than an operation that writes.
 
-    A compare-and-swap is 12 of 67 instructions a pair at V = 151 936 on a simulated H100.
+    A compare-and-swap is 0.3 of 50 instructions a pair at V = 151 936 on a simulated H100; 12 of 67 in programs of 8 warps.
     """
     return tl.atomic_add(count_ptr, 0, sem="acquire")
 

@@ -199,12 +199,16 @@ def test_specialisation_is_that_of_tritons_jit(layout: str):
 
 
 @pytest.mark.parametrize(
-    ("dtype", "registers", "kept"),
-    [("bf16", 56, False), ("bf16", 57, True), ("bf16", 80, True), ("bf16", 81, False), ("fp32", 40, True)],
-)
-def test_registers_are_those_that_rows_in_flight_are_planned_by(dtype: str, registers: int, kept: bool):
+    ("dtype", "logit_map", "registers", "kept"),
+    [
+        ("bf16", "identity", 56, False), ("bf16", "identity", 57, True), ("bf16", "identity", 64, True),
+        ("bf16", "identity", 65, False), ("bf16", "softcap", 72, True), ("bf16", "softcap", 73, False),
+        ("fp32", "identity", 40, True),
+    ],
+)  # fmt: skip
+def test_registers_are_those_that_rows_in_flight_are_planned_by(dtype: str, logit_map: str, registers: int, kept: bool):
     """64 on an H100."""
-    variant = variants.Variant("shared", "sm_90", dtype, dtype, 2.0, "ce+kl", "dense")
+    variant = variants.Variant("shared", "sm_90", dtype, dtype, 2.0, "ce+kl", "dense", logit_map)
     assert (not list(bounds.one_launch_violations(variant, Resources(registers, 0, 0, 32)))) == kept
 
 

@@ -28,7 +28,8 @@ SOFTCAP = Limits(instructions=40, mufu=4, mufu_of_power=4, bytes=0)
 TEACHER_GRAD = Limits(instructions=7, mufu=0, mufu_of_power=0, bytes=2)
 WIDEST_ACCESS = 16  # bytes, on all the targets
 REGISTER_STEP = 8  # in which a thread gets them
-MOST_REGISTERS = 1.25  # times those that are planned; between Triton 3.8 and 3.9 they differ as much on gfx942
+# More than are planned, in steps: on gfx942 Triton 3.8 and 3.9 differ by as much, and two tanh take a step.
+MORE_OF_TARGET, MORE_OF_SOFTCAP = {"gfx942": 2}, 1
 
 
 class Violation(NamedTuple):
@@ -53,7 +54,8 @@ def one_launch_violations(variant: Variant, resources: Resources) -> Iterator[Vi
     """Fewer registers than planned put more rows in flight, which L2 may not hold; more leave fewer, and fewer loads."""
     planned = planned_shape(variant).registers
     yield from _at_most("spill", resources.spill, 0)
-    yield from _at_most("registers", resources.registers, MOST_REGISTERS * planned)
+    steps = MORE_OF_TARGET.get(variant.target, 0) + MORE_OF_SOFTCAP * (variant.logit_map == "softcap")
+    yield from _at_most("registers", resources.registers, planned + steps * REGISTER_STEP)
     if variant.student == variant.teacher == "bf16":
         yield from _at_least("registers", resources.registers, planned - REGISTER_STEP + 1)
 

@@ -195,7 +195,7 @@ def _one_launch(variant: Variant) -> Any:
     shape, vocabulary = planned_shape(variant), LAYOUTS[variant.layout].vocabulary
     ctas = CTAS[-1] if variant.kernel == "cluster" else 1
     splits = SPLITS if variant.kernel == "shared" else 0
-    columns = shape.columns * 2 // max(SIZES[variant.student], SIZES[variant.teacher])
+    columns = shape.columns_of(max(SIZES[variant.student], SIZES[variant.teacher]))
     lanes = ctas * shape.num_warps * warp_size(variant.target)
     per_split = -(-vocabulary // (max(1, splits) * lanes * columns)) * lanes * columns
     return OneLaunch(
@@ -208,7 +208,7 @@ def _one_launch(variant: Variant) -> Any:
         0,
         0,
         hits=True,
-        accesses=shape.columns // 8,
+        accesses=shape.accesses,
     )
 
 
