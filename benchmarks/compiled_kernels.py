@@ -1,6 +1,6 @@
 """Runs the compiled kernels without a GPU, on a simulator of its instructions, with every check that it has.
 
-Run `python benchmarks/compiled_kernels.py --help` in an environment where fused_kd is installed with its extra `cli`.
+Run `python -m benchmarks.compiled_kernels --help` in an environment where fused_kd is installed with its extra `cli`.
 """
 
 import argparse
@@ -14,13 +14,14 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
-from simulated import simulator
-from simulated.cases import Case, covering_cases
 
 from fused_kd.cli.compiled.workers import in_workers, interpreted
 
+from .simulated import simulator
+from .simulated.cases import Case, covering_cases
+
 if TYPE_CHECKING:
-    from simulated.launches import Difference, Outcome
+    from .simulated.launches import Difference, Outcome
 
 CHIPS = ("a100", "h100", "h200", "b200")
 DEFAULT_CHIPS = ("a100", "h100", "b200")
@@ -68,7 +69,7 @@ def chosen_cases(options: argparse.Namespace) -> list[Case]:
 
 
 def run(cases: Sequence[Case], chips: Sequence[str], workers: int) -> "dict[tuple[Case, str], Outcome | BaseException]":
-    from simulated import launches  # imports Triton, which a worker may only after it is prepared
+    from .simulated import launches  # imports Triton, which a worker may only after it is prepared
 
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -89,7 +90,7 @@ def findings(outcome: "Outcome | BaseException") -> Sequence[str]:
 
 def table(outcomes: "dict[tuple[Case, str], Outcome | BaseException]", chips: Sequence[str]) -> Table:
     """The largest differences on each chip."""
-    from simulated.launches import AGAINST, RESULTS
+    from .simulated.launches import AGAINST, RESULTS
 
     table = Table(box=None, header_style="bold", padding=(0, 2, 0, 0))
     for name in ("chip", "result"):

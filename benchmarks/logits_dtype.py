@@ -1,6 +1,6 @@
 """What the rounding of 16-bit logits costs: the gradients of linear_kd_loss with either `logits_dtype`, against float64.
 
-    python benchmarks/logits_dtype.py
+    python -m benchmarks.logits_dtype
 
 Heads in bfloat16; the oracle takes the same bfloat16 hidden states and weights in float64.  Logits are flat (standard
 deviation 0.1), of standard deviation 2 with one class 20 above the rest, or heavy-tailed (Student's t); with the package

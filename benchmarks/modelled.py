@@ -1,6 +1,6 @@
 """What the kernels would take on GPUs that are not here, by a simulator's model: ours and others' beside one another.
 
-    FUSED_KD_SIMULATOR=folder python benchmarks/modelled.py --json benchmarks/results/modelled.json
+    FUSED_KD_SIMULATOR=folder python -m benchmarks.modelled --json benchmarks/results/modelled.json
 
 The compiled kernels run on a few rows of bfloat16 logits, T = 2, forward and backward; the simulator counts what they move
 and issue, and its model of the chip extrapolates to 8 192 rows (`one_launch.py` says how for ours).  It is a model: good
@@ -19,17 +19,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import one_launch
 import torch
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
-from simulated.simulator import load
 
 from fused_kd.cli import record
 from fused_kd.cli.benchmarking import peers, problems, shapes
 from fused_kd.cli.benchmarking.suite import TEMPERATURE
 from fused_kd.cli.words import spaced
+
+from . import one_launch
+from .simulated.simulator import load
 
 CHIPS = ("a100", "h100", "b200")
 VOCABULARIES = (32_000, 128_256, 151_936, 262_144)
@@ -126,7 +127,7 @@ def main(arguments: list[str] | None = None) -> int:
     Console(width=None if sys.stdout.isatty() else 150).print(table(results))
     if options.json:
         versions = record.versions("liger-kernel", "fla-core")
-        record.write_json(options.json, {"command": "benchmarks/modelled.py", "versions": versions, "results": results})
+        record.write_json(options.json, {"command": "benchmarks.modelled", "versions": versions, "results": results})
     return 0
 
 

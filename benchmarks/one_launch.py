@@ -1,6 +1,6 @@
 """What the one-launch kernel would take on GPUs that are not here, by a simulator's model, beside what it has to reach.
 
-    FUSED_KD_SIMULATOR=folder python benchmarks/one_launch.py --json benchmarks/results/one_launch.json
+    FUSED_KD_SIMULATOR=folder python -m benchmarks.one_launch --json benchmarks/results/one_launch.json
 
 It is launched as planned for 8 192 rows of bfloat16 logits.  Of the form of whole rows four run, and the simulator
 extrapolates, as in `modelled.py`.  Of the shared form, whose programs read again what others have read, so many rows run
@@ -27,10 +27,11 @@ import torch
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
-from simulated.simulator import load
 
 from fused_kd.cli import record
 from fused_kd.cli.benchmarking import tables
+
+from .simulated.simulator import load
 
 ROWS = 8192
 TEMPERATURES = (2.0, 3.0)
@@ -118,7 +119,7 @@ def main(arguments: list[str] | None = None) -> int:
     Console(width=None if sys.stdout.isatty() else 190).print(table(results))
     if options.json:
         record.write_json(
-            options.json, {"command": "benchmarks/one_launch.py", "versions": record.versions(), "results": results}
+            options.json, {"command": "benchmarks.one_launch", "versions": record.versions(), "results": results}
         )
     return int(options.check and not all(map(meets, results)))
 

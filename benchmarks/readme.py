@@ -2,8 +2,8 @@
 
     fused-kd bench --json benchmarks/results/cpu.json --output benchmarks/results
     fused-kd bench --part compiled --json benchmarks/results/compiled.json
-    python benchmarks/readme.py
-    python benchmarks/readme.py --check    # exit code 1 where the section is not what the records say
+    python -m benchmarks.readme
+    python -m benchmarks.readme --check    # exit code 1 where the section is not what the records say
 
 compiled.json belongs to the kernels as they are; cpu.json, which they do not touch, may be older.  modelled.json
 (`modelled.py --json`) is needed too; gpu.json, where there is one, gets tables of its own.
@@ -23,7 +23,7 @@ from fused_kd.cli.words import spaced
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 README = ROOT / "README.md"
-BEGIN, END = "<!-- written by benchmarks/readme.py: begin -->", "<!-- end -->"
+BEGIN, END = "<!-- written by benchmarks.readme: begin -->", "<!-- end -->"
 
 
 def section() -> str:
@@ -132,7 +132,7 @@ def main(arguments: list[str] | None = None) -> int:
     if options.check:
         if new != text:
             print(
-                f"{README.name} is not what benchmarks/results/ says: run python benchmarks/readme.py", file=sys.stderr
+                f"{README.name} is not what benchmarks/results/ says: run python -m benchmarks.readme", file=sys.stderr
             )
         return int(new != text)
     README.write_text(new)

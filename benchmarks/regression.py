@@ -1,6 +1,6 @@
 """Figures that do not depend on the machine's mood, beside those recorded: a regression of the code fails here.
 
-Run `python benchmarks/regression.py --help` in an environment where fused_kd is installed with its extra `cli`.
+Run `python -m benchmarks.regression --help` in an environment where fused_kd is installed with its extra `cli`.
 """
 
 import argparse
@@ -10,14 +10,15 @@ from collections.abc import Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
 
-from gate import compiled, memory, steps, times
-from gate.comparison import BETTER, OK, WORSE, Comparison, compare
-from gate.figures import GROUPS, KINDS, Figures
-from gate.record import FILE, Operators, Record, release
 from rich.console import Console
 from rich.table import Table
 
 from fused_kd.cli.record import versions, write_json
+
+from .gate import compiled, memory, steps, times
+from .gate.comparison import BETTER, OK, WORSE, Comparison, compare
+from .gate.figures import GROUPS, KINDS, Figures
+from .gate.record import FILE, Operators, Record, release
 
 DESCRIPTION = """\
 Measures what a change of the code can make worse on any machine, without a GPU, and compares it with what is recorded in
@@ -132,7 +133,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"recorded in {options.record}")
         return 0
     if failed:
-        print("If a figure may be what it is now, record it: python benchmarks/regression.py --update")
+        print("If a figure may be what it is now, record it: python -m benchmarks.regression --update")
     return 1 if failed else 0
 
 

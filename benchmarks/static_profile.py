@@ -1,6 +1,6 @@
 """Registers, spills and the instruction mix of every compiled variant of the kernels, with no GPU.
 
-Run `python benchmarks/static_profile.py --help` in an environment where fused_kd is installed with its extra `cli`.
+Run `python -m benchmarks.static_profile --help` in an environment where fused_kd is installed with its extra `cli`.
 """
 
 import argparse

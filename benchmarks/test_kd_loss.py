@@ -5,9 +5,9 @@
 A peer that cannot run here is skipped with the reason; one that is not what it says it is fails.
 """
 
-from conftest import DEVICE, DTYPE, cases
-
 from fused_kd.cli.benchmarking import shapes
+
+from .conftest import DEVICE, DTYPE, cases
 
 
 @cases([shape for shape in shapes.model_shapes(DEVICE, DTYPE) if shape.inputs == "logits"])

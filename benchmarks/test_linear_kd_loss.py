@@ -7,11 +7,12 @@ A peer that cannot run here is skipped with the reason; one that is not what it 
 
 import pytest
 import torch
-from conftest import DEVICE, DTYPE, cases
 
 from fused_kd import linear_kd_loss
 from fused_kd.cli.benchmarking import problems, shapes
 from fused_kd.cli.memory import peak_bytes
+
+from .conftest import DEVICE, DTYPE, cases
 
 
 @cases([shape for shape in shapes.model_shapes(DEVICE, DTYPE) if shape.inputs == "hidden"])

@@ -3,9 +3,9 @@
 pytest benchmarks/test_sweeps.py --benchmark-columns=median,iqr --benchmark-group-by=group
 """
 
-from conftest import DEVICE, DTYPE, cases
-
 from fused_kd.cli.benchmarking import shapes
+
+from .conftest import DEVICE, DTYPE, cases
 
 
 @cases(shapes.sweep_shapes(DEVICE, DTYPE), passes=("both",))

@@ -7,11 +7,9 @@ from typing import Any
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
-
 pytest.importorskip("rich")
-compiled_kernels: Any = pytest.importorskip("compiled_kernels")
-from simulated import cases, simulator  # noqa: E402
+compiled_kernels: Any = pytest.importorskip("benchmarks.compiled_kernels")
+from benchmarks.simulated import cases, simulator  # noqa: E402
 
 
 @pytest.mark.parametrize("size", [1, 2])

@@ -1,17 +1,13 @@
 """The README's figures are those of the records, and the scripts that make them say what they lack."""
 
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
-
 pytest.importorskip("rich")
-readme: Any = pytest.importorskip("readme")
-modelled: Any = pytest.importorskip("modelled")
-from simulated import simulator  # noqa: E402
+readme: Any = pytest.importorskip("benchmarks.readme")
+modelled: Any = pytest.importorskip("benchmarks.modelled")
+from benchmarks.simulated import simulator  # noqa: E402
 
 
 def test_the_readme_says_what_the_records_say():
@@ -32,7 +28,7 @@ def test_a_figure_typed_by_hand_is_seen_and_written_over(copy, capsys):
     section = before[before.index(readme.BEGIN) : before.index(readme.END)]
     copy.write_text(before.replace(section, section.replace(" MB", " GB", 1)))
     assert readme.main(["--check"]) == 1
-    assert "run python benchmarks/readme.py" in capsys.readouterr().err
+    assert "run python -m benchmarks.readme" in capsys.readouterr().err
     assert readme.main([]) == 0
     assert copy.read_text() == before
 

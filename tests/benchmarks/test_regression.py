@@ -1,23 +1,19 @@
 """The regression gate: what fails it and what does not, that it counts what is launched, its record, its exit codes."""
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
-
 pytest.importorskip("triton")
 pytest.importorskip("rich")
-regression: Any = pytest.importorskip("regression")
-from gate import compiled, memory, steps, times  # noqa: E402
-from gate.comparison import BETTER, GONE, NEW, OK, WORSE, compare  # noqa: E402
-from gate.figures import KINDS  # noqa: E402
-from gate.record import FILE, Record  # noqa: E402
-
+regression: Any = pytest.importorskip("benchmarks.regression")
+from benchmarks.gate import compiled, memory, steps, times  # noqa: E402
+from benchmarks.gate.comparison import BETTER, GONE, NEW, OK, WORSE, compare  # noqa: E402
+from benchmarks.gate.figures import KINDS  # noqa: E402
+from benchmarks.gate.record import FILE, Record  # noqa: E402
 from fused_kd import kd_loss, linear, ops  # noqa: E402
 from fused_kd import statistics as stats  # noqa: E402
 from fused_kd.cli.compiled.variants import all_variants  # noqa: E402

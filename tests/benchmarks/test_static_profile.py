@@ -2,17 +2,14 @@
 
 import json
 import re
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
-
 pytest.importorskip("triton")
 pytest.importorskip("rich")
-static_profile: Any = pytest.importorskip("static_profile")
+static_profile: Any = pytest.importorskip("benchmarks.static_profile")
 from fused_kd.cli.compiled import amdgcn, bounds, sass, variants, workers  # noqa: E402
 from fused_kd.cli.compiled.profile import Resources, profile  # noqa: E402
 
