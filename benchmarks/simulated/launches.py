@@ -9,8 +9,8 @@ import importlib
 import sys
 import warnings
 import zlib
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,6 +24,7 @@ from fused_kd import statistics as stats
 from fused_kd.cli.accuracy import EPSILON, unit_in_last_place
 from fused_kd.cli.compiled.variants import PROCESSORS, TERMS
 from fused_kd.logit_map import LogitMap
+from fused_kd.one_launch import device_of
 
 from .cases import LAYOUTS, ROWS, Case, Placement
 from .simulator import MODULE
@@ -63,6 +64,11 @@ class Inputs:
     @property
     def written(self) -> list[Tensor]:
         return [self.gradient] if self.teacher_gradient is None else [self.gradient, self.teacher_gradient]
+
+    @property
+    def views(self) -> list[Tensor]:
+        """All logits and gradients, each once."""
+        return [self.student, self.teacher, *self.only_written]
 
     @property
     def only_written(self) -> list[Tensor]:
@@ -285,17 +291,60 @@ def simulate(folder: Path, item: tuple[Case, str]) -> Outcome:
     given = inputs(case)
     with importlib.import_module(MODULE).device(chip, check_races=True, check_init=True, cache_model=False) as device:
         poison(given, device.poison)
-        views = [given.student, given.teacher, *given.only_written]
-        before = [_bytes(view).clone() for view in views]
+        before = [_bytes(view).clone() for view in given.views]
         try:
             results = run(case, given, clusters=chip not in WITHOUT_CLUSTERS)
         except Exception as error:
             return Outcome((), (f"{type(error).__name__}: {error}",))
+    return _outcome(case, given, before, results, expected)
+
+
+def on_device(case: Case, device: torch.device) -> tuple[Outcome, dict[str, Tensor]]:
+    """A case on a GPU, or interpreted on a CPU, beside the formula in float64; and its results."""
+    given = _moved(_marked(inputs(case)), device)
+    before = [_bytes(view).cpu() for view in given.views]
+    planned = device_of(device)
+    results = run(case, given, clusters=planned is not None and planned.clusters)
+    results = {name: result.cpu() for name, result in results.items()}
+    return _outcome(case, given, before, results, {"float64": formula(case)}), results
+
+
+def _marked(given: Inputs) -> Inputs:
+    """Inputs of which all is poison but the logits that count."""
+    for view in (given.student, given.teacher):
+        memory, places = memory_of(view), ~outside(view, ~given.ignored)
+        logits = memory[places]
+        memory.view(torch.uint8).fill_(POISON)
+        memory[places] = logits
+    return given
+
+
+def _moved(given: Inputs, device: torch.device) -> Inputs:
+    """The same views of copies of the same memory; what shares memory still does."""
+    tensors = {name: tensor for name, tensor in vars(given).items() if tensor is not None}
+    copies = {id(tensor): memory_of(tensor).to(device) for tensor in tensors.values()}
+    moved = {
+        name: copies[id(tensor)].as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
+        for name, tensor in tensors.items()
+    }
+    for name, other in (("gradient", "student"), ("teacher_gradient", "teacher")):
+        if tensors.get(name) is tensors[other]:
+            moved[name] = moved[other]
+    return replace(given, **moved)
+
+
+def _outcome(
+    case: Case,
+    given: Inputs,  # after the launch
+    before: Sequence[Tensor],  # the bytes of its views
+    results: dict[str, Tensor],
+    expected: dict[str, dict[str, Tensor]],
+) -> Outcome:
     findings = []
-    for view, bytes_before in zip(views, before, strict=True):
+    for view, bytes_before in zip(given.views, before, strict=True):
         may_change = torch.tensor([any(view is written for written in given.written)]).expand(ROWS)
         untouched = outside(view, may_change)
-        if not torch.equal(_bytes(view)[untouched], bytes_before[untouched]):
+        if not torch.equal(_bytes(view).cpu()[untouched], bytes_before[untouched]):
             findings.append(f"bytes of {tuple(view.shape)} {view.dtype} changed that are in no row to write")
     found = tuple(differences(case, results, expected))
     return Outcome(found, (*findings, *(str(difference) for difference in found if not difference.within_bounds)))

@@ -194,6 +194,12 @@ def loss_and_gradient(
     return rows, student.grad
 
 
+def fused(case: Case, given: Inputs) -> list[Tensor]:
+    """Row losses and the gradient of the fused loss."""
+    with planned(case.plan):
+        return list(loss_and_gradient(kd_loss, case, given, None))
+
+
 def measure(case: Case, device: torch.device) -> Errors:
     """Runs a case, as often as it takes for a sample."""
     found: dict[str, list[Tensor]] = {name: [] for name in ("ours", "eager", "oracle")}

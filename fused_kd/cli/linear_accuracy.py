@@ -127,6 +127,12 @@ def results(name: str, case: LinearCase, given: Inputs) -> list[Tensor]:
     return [rows, *torch.autograd.grad(value, leaves, upstream.to(value.dtype))]
 
 
+def fused(case: LinearCase, given: Inputs) -> list[Tensor]:
+    """Row losses and gradients of the fused loss."""
+    with planned(case.plan):
+        return results("ours", case, given)
+
+
 def measure(case: LinearCase, device: torch.device) -> Errors:
     """Runs a case, as often as it takes for a sample; of the three gradients' errors the root mean square."""
     names = ("ours", "eager", "oracle")

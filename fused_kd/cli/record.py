@@ -12,7 +12,7 @@ import torch
 
 
 def write_json(path: Path, record: dict[str, Any]) -> None:
-    path.write_text(json.dumps(_jsonable(record), indent=1, allow_nan=False) + "\n")
+    path.write_text(json.dumps(jsonable(record), indent=1, allow_nan=False) + "\n")
 
 
 def machine(device: torch.device) -> dict[str, Any]:
@@ -48,12 +48,12 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _jsonable(value: Any) -> Any:
+def jsonable(value: Any) -> Any:
     """With null for NaN and infinity, which JSON has not, and text for what else it has not."""
     if isinstance(value, dict):
-        return {key: _jsonable(item) for key, item in value.items()}
+        return {key: jsonable(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_jsonable(item) for item in value]
+        return [jsonable(item) for item in value]
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     return value if value is None or isinstance(value, int | str) else str(value)

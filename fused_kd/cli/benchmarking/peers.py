@@ -133,6 +133,67 @@ def _liger_kl_of_probabilities(function: Any, inputs: Inputs, temperature: float
     return function(*inputs.student, target, temperature=temperature)  # type: ignore[no-any-return]
 
 
+class _OverLogits(torch.autograd.Function):
+    """A kernel that writes the gradient of the logits over them."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, launch: Callable[[Tensor], Tensor]) -> Tensor:
+        logits = logits.detach()
+        value = launch(logits)
+        ctx.save_for_backward(logits)
+        return value
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None]:
+        return ctx.saved_tensors[0], None  # the upstream gradient is 1 here, as in a training step
+
+
+def _fla_kernel() -> Loss:
+    """The kernel of fla's fused KL on logits that are there, launched as its own function does for a chunk."""
+    ops = import_module("fla.modules.fused_kl_div.ops")
+
+    def loss(inputs: Inputs, temperature: float) -> Tensor:
+        def launch(logits: Tensor) -> Tensor:
+            (N, V), value = logits.shape, torch.zeros(logits.shape[0], device=logits.device)
+            block = min(ops.MAX_FUSED_SIZE, 1 << (V - 1).bit_length())
+            ops.kl_div_kernel[(N,)](
+                logits=logits, target_logits=inputs.teacher[0], loss=value, s_logits=logits.stride(-2),
+                s_loss=value.stride(-1), reduction="batchmean", N=N, V=V, BV=block, num_warps=ops.STATIC_WARPS,
+            )  # fmt: skip
+            return value.sum()
+
+        return _OverLogits.apply(inputs.student[0], launch)  # type: ignore[no-any-return]
+
+    return loss
+
+
+def _trl() -> Loss:
+    function = import_module("trl.kernels.chunked_divergence").ChunkedDivergenceFunction
+
+    def loss(inputs: Inputs, temperature: float) -> Tensor:
+        (hidden, weight), (teacher_hidden, teacher_weight) = inputs.student, inputs.teacher
+        divergence, _ = function.apply(
+            hidden, weight, None, teacher_hidden, teacher_weight, None, 0.0, temperature
+        )  # fmt: skip
+        return divergence.mean()  # type: ignore[no-any-return]
+
+    return loss
+
+
+def _orda() -> Loss:
+    orda = import_module("orda_kernel")
+
+    def loss(inputs: Inputs, temperature: float) -> Tensor:
+        (hidden, weight), (teacher_hidden, teacher_weight) = inputs.student, inputs.teacher
+        found = orda.distillation_loss(
+            hidden, weight, inputs.labels, orda.SeparateTeacher(hidden=teacher_hidden, weight=teacher_weight),
+            student_ce_weight=1 - ALPHA, kl_weight=ALPHA, kl_temperature=temperature, kl_divergence="forward",
+        )  # fmt: skip
+        return found.loss  # type: ignore[no-any-return]
+
+    return loss
+
+
 def _fla_kl() -> Loss:
     module = import_module("fla.modules.fused_kl_div").FusedKLDivLoss()
 
@@ -168,11 +229,14 @@ PEERS = (
         "Liger CE", "logits",
         _liger("liger_cross_entropy", lambda f, i, T: f(*i.student, i.labels)), part="CE", overwrites=True,
     ),
+    fla("fla KL kernel", "logits", _fla_kernel, part="KL", temperature=1.0, overwrites=True),
     Peer(OURS, "hidden", _ours),
     Peer("eager PyTorch", "hidden", lambda: eager_loss),
     Peer("torch.compile", "hidden", _compiled),
     liger("Liger chunked JSD, beta = 0", "hidden", _liger_chunked),
     torchtune("torchtune, chunked", "hidden", _torchtune),
+    Peer("TRL chunked divergence", "hidden", _trl, part="KL", package="trl"),
+    Peer("orda-kernel", "hidden", _orda, package="orda_kernel", distribution="orda-kernel", needs_gpu=True),
     liger_kernels(
         "Liger fused linear JSD, beta = 0", "hidden",
         _liger("liger_fused_linear_jsd", lambda f, i, T: f(*i.student, *i.teacher, jsd_beta=0.0, temperature=T)),

@@ -1,0 +1,1 @@
+"""What a machine with a GPU proves and measures in eight minutes: `python -m benchmarks.gpu`."""

@@ -1,0 +1,86 @@
+"""Fast: a whole step of kd_loss, forward, backward and all that it launches, beside the floor and its peers."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from fused_kd import kd_loss
+from fused_kd.cli.accuracy import planned
+from fused_kd.cli.benchmarking import measure, peers, problems
+from fused_kd.cli.benchmarking.peers import OURS, Loss, Peer
+from fused_kd.cli.benchmarking.shapes import Shape
+from fused_kd.one_launch import TWO
+
+from ..context import Context
+from ..graphs import captured
+from ..subjects import TEMPERATURE, measured, reason, released
+from ..timing import timed
+from .machine import copy_bandwidth
+
+TARGET = 1.25  # times the floor, a step at the judged vocabularies
+TEMPERATURES = (2.0, 3.0)
+FLOOR_PASSES = 3  # over an [N, V] array: both logits read, the gradient written
+TWO_LAUNCHES = f"{OURS}, two launches"
+GRAPH = f"{OURS}, CUDA graph"
+OTHERS = ("eager PyTorch", "Liger CE + TVD", "fla KL kernel", "torch.compile")
+PEER_SECONDS = 10.0  # without so many left, a peer is not begun
+
+
+def results(context: Context) -> Iterator[dict[str, Any]]:
+    bandwidth = copy_bandwidth(context)
+    yield {"figure": "copy", "bytes_per_second": bandwidth}
+    for vocabulary in context.sizes.vocabularies:
+        yield from at(context, vocabulary, bandwidth)
+        released()
+
+
+def at(context: Context, vocabulary: int, bandwidth: float) -> Iterator[dict[str, Any]]:
+    dtype = context.sizes.dtype
+    shape = Shape("gpu", "", "logits", context.sizes.rows, vocabulary, 0, 0, dtype)
+    floor = FLOOR_PASSES * shape.logits * dtype.itemsize / bandwidth
+    buffers = measure.rotation(problems.make(shape, context.device), context.device)
+    by_name = {peer.name: peer for peer in peers.of(shape)}
+    two = Peer(TWO_LAUNCHES, "logits", lambda: in_two_launches(by_name[OURS].build()))
+    wanted = [(peer, T) for T in TEMPERATURES for peer in (by_name[OURS], two)]
+    wanted += [(by_name[name], TEMPERATURE) for name in OTHERS]
+    torch._dynamo.reset()
+    for _, result, timing in measured(context, shape, buffers, wanted, PEER_SECONDS):
+        if timing is not None:
+            result |= {"floor_seconds": floor, "times_the_floor": timing.seconds / floor}
+            result["bytes_per_second"] = floor * bandwidth / timing.seconds
+            if result["subject"] == OURS and vocabulary in context.sizes.judged:
+                result["target"] = TARGET
+        yield result
+    yield {"vocabulary": vocabulary, "rows": shape.rows, **of_graph(context, buffers[0], floor)}
+
+
+def in_two_launches(loss: Loss) -> Loss:
+    def of_step(inputs: problems.Inputs, temperature: float) -> torch.Tensor:
+        with planned(TWO):
+            return loss(inputs, temperature)
+
+    return of_step
+
+
+def of_graph(context: Context, inputs: problems.Inputs, floor: float) -> dict[str, Any]:
+    """The same step replayed as a CUDA graph: nothing waits for the host to launch it."""
+    result: dict[str, Any] = {"subject": GRAPH, "computes": "CE + KL", "temperature": TEMPERATURE}
+    try:
+        graph, _ = captured(step(inputs))
+        timing = timed({0: graph.replay}, context.sizes.batches, context.sizes.rounds)[0]
+    except Exception as error:
+        return {**result, "finding": reason(error)}
+    return {**result, **timing._asdict(), "floor_seconds": floor, "times_the_floor": timing.seconds / floor}
+
+
+def step(inputs: problems.Inputs) -> Callable[[], list[torch.Tensor]]:
+    """The loss and its gradient, by the arguments of the timed steps."""
+
+    def run() -> list[torch.Tensor]:
+        (student,), (teacher,), labels = inputs
+        loss = kd_loss(student, teacher, labels, alpha=problems.ALPHA, temperature=TEMPERATURE)
+        assert isinstance(loss, torch.Tensor)
+        return [loss, *torch.autograd.grad(loss, student)]
+
+    return run

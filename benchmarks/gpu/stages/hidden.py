@@ -1,0 +1,108 @@
+"""From hidden states: a step of linear_kd_loss beside the time of its bare products, its planned memory and its peers."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from fused_kd import linear_kd_loss
+from fused_kd.cli.benchmarking import measure, peers, problems
+from fused_kd.cli.benchmarking.peers import OURS, Loss, Peer
+from fused_kd.cli.benchmarking.shapes import Shape
+from fused_kd.linear import plan
+
+from ..context import Context
+from ..subjects import TEMPERATURE, Subject, measured, released
+from ..timing import timed
+
+TARGET = 1.25  # times the bare products
+HEADS = {"trained": True, "frozen": False}
+OTHERS = (
+    "TRL chunked divergence", "Liger chunked JSD, beta = 0", "Liger fused linear JSD, beta = 0", "orda-kernel",
+)  # fmt: skip
+PEER_SECONDS = 12.0
+
+
+def results(context: Context) -> Iterator[dict[str, Any]]:
+    for vocabulary in context.sizes.hidden_vocabularies:
+        sizes = context.sizes
+        shape = Shape("gpu", "", "hidden", sizes.rows, vocabulary, sizes.hidden, sizes.hidden, sizes.dtype)
+        inputs = problems.make(shape, context.device)
+        for head, trained in HEADS.items():
+            yield from at(context, shape, inputs if trained else frozen(inputs), head)
+            released()
+
+
+def frozen(inputs: problems.Inputs) -> problems.Inputs:
+    hidden, weight = inputs.student
+    return inputs._replace(student=(hidden, weight.detach()))
+
+
+def at(context: Context, shape: Shape, inputs: problems.Inputs, head: str) -> Iterator[dict[str, Any]]:
+    products = timed({0: bare_products(shape, inputs, HEADS[head])}, context.sizes.batches, context.sizes.rounds)[0]
+    given = {"vocabulary": shape.vocab_size, "rows": shape.rows, "hidden": shape.student_hidden, "head": head}
+    yield {**given, "subject": "bare products", "computes": "products", **products._asdict()}
+    released()
+    by_name = {peer.name: peer for peer in peers.of(shape)}
+    wanted = [by_name[OURS], *chunked(context, HEADS[head])]
+    wanted += [by_name[name] for name in OTHERS if HEADS[head]]
+    for subject, result, timing in measured(
+        context, shape, [inputs], [(peer, TEMPERATURE) for peer in wanted], PEER_SECONDS
+    ):
+        result |= given
+        if timing is not None:
+            result["times_the_products"] = timing.seconds / products.seconds
+            result["peak_bytes"] = measure.peak_beyond(subject.step, context.device)
+        if result["subject"] == OURS:
+            planned = plan_of(shape, HEADS[head])
+            result |= {
+                "target": TARGET, "planned_bytes": planned.peak_bytes_beyond_gradients, "chunk_rows": planned.chunk_rows
+            }  # fmt: skip
+        yield result
+
+
+def bare_products(shape: Shape, inputs: problems.Inputs, trained: bool) -> Callable[[], None]:
+    """The products that a step cannot do without, each in one call, of logits that are there as a whole."""
+    (hidden, weight), (teacher_hidden, teacher_weight) = (
+        tuple(tensor.detach() for tensor in stream) for stream in (inputs.student, inputs.teacher)
+    )
+    student_logits, teacher_logits = (hidden.new_empty(shape.rows, shape.vocab_size) for _ in range(2))
+    hidden_gradient, weight_gradient = torch.empty_like(hidden), torch.empty_like(weight) if trained else None
+
+    def run() -> None:
+        torch.mm(hidden, weight.T, out=student_logits)
+        torch.mm(teacher_hidden, teacher_weight.T, out=teacher_logits)
+        torch.mm(student_logits, weight, out=hidden_gradient)
+        if weight_gradient is not None:
+            torch.mm(student_logits.T, hidden, out=weight_gradient)
+
+    return run
+
+
+def plan_of(shape: Shape, trained: bool) -> Any:
+    return plan(
+        shape.rows, shape.vocab_size, shape.student_hidden, shape.teacher_hidden, dtype=shape.dtype, weight_grad=trained
+    )
+
+
+def chunked(context: Context, trained: bool) -> list[Peer]:
+    """Our loss with chunks of other lengths."""
+    return [
+        Peer(f"{OURS}, chunks of {rows}", "hidden", lambda rows=rows: in_chunks(rows, trained))
+        for rows in context.sizes.chunk_rows
+    ]
+
+
+def in_chunks(rows: int, trained: bool) -> Loss:
+    def loss(inputs: problems.Inputs, temperature: float) -> torch.Tensor:
+        (hidden, weight), (teacher_hidden, _) = inputs.student, inputs.teacher
+        sizes = weight.shape[0], hidden.shape[1], teacher_hidden.shape[1]
+        of_row = plan_of(Shape("", "", "hidden", 1, *sizes, hidden.dtype), trained).workspace_bytes
+        value = linear_kd_loss(
+            *inputs.student, *inputs.teacher, inputs.labels, alpha=problems.ALPHA, temperature=temperature,
+            workspace_bytes=rows * of_row,
+        )  # fmt: skip
+        assert isinstance(value, torch.Tensor)
+        return value
+
+    return loss

@@ -1,0 +1,90 @@
+"""Plans: the one-launch kernel by itself, launched otherwise than planned; the best beside what the plan picked."""
+
+import itertools
+import multiprocessing
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from typing import Any
+
+import torch
+
+from fused_kd.cli.accuracy import planned
+from fused_kd.one_launch import AUTO, device_of
+
+from ..context import Context, prepare
+from ..subjects import TEMPERATURE, reason, released
+from ..timing import timed
+
+WARPS_AND_COLUMNS = ((2, 16), (4, 8), (2, 8), (8, 8), (4, 16))
+CLUSTERS = (4, 8, 16)
+COMPILED_ROWS = 2  # no length of rows is compiled in
+
+
+def results(context: Context) -> Iterator[dict[str, Any]]:
+    for vocabulary in context.sizes.vocabularies:
+        yield from at(context, vocabulary)
+        released()
+
+
+def texts(context: Context) -> list[str]:
+    """Launches as FUSED_KD_PLAN names them, what is planned first."""
+    device = device_of(context.device)
+    programs = [
+        f"programs={count},warps={warps},columns={columns}"
+        for (warps, columns), count in itertools.product(WARPS_AND_COLUMNS, context.sizes.programs)
+    ]
+    clusters = [f"cluster={ctas},warps=8,columns=8" for ctas in CLUSTERS if device is not None and device.clusters]
+    return [AUTO, *clusters, *programs]
+
+
+def at(context: Context, vocabulary: int) -> Iterator[dict[str, Any]]:
+    compiles = dict(compiled(context, vocabulary))
+    run = kernel(context.device, context.sizes.dtype, context.sizes.rows, vocabulary)
+    for text, error in compiles.items():
+        result: dict[str, Any] = {"vocabulary": vocabulary, "rows": context.sizes.rows, "plan": text}
+        if error is not None or not context.has(3):
+            yield {**result, "reason": error or "no time was left"}
+            continue
+        with planned(text):
+            timing = timed({0: run}, context.sizes.batches, context.sizes.rounds)[0]
+        yield {**result, **timing._asdict(), **(launch(context, vocabulary) if text == AUTO else {})}
+
+
+def compiled(context: Context, vocabulary: int) -> Iterator[tuple[str, str | None]]:
+    """Each launch, and why it does not compile; several at a time, for the cache that processes share."""
+    wanted = texts(context)
+    pool = ProcessPoolExecutor(context.sizes.workers, multiprocessing.get_context("spawn"), initializer=prepare)
+    with pool:
+        arguments = str(context.device), context.sizes.dtype, vocabulary
+        text_of = {pool.submit(compile_launch, text, *arguments): text for text in wanted}
+        errors = {text_of[future]: future.result() for future in as_completed(text_of)}
+    yield from ((text, errors[text]) for text in wanted)
+
+
+def compile_launch(text: str, device: str, dtype: torch.dtype, vocabulary: int) -> str | None:
+    """Runs in a worker."""
+    try:
+        with planned(text):
+            kernel(torch.device(device), dtype, COMPILED_ROWS, vocabulary)()
+            torch.cuda.synchronize()
+    except Exception as error:
+        return reason(error)
+    return None
+
+
+def kernel(device: torch.device, dtype: torch.dtype, rows: int, vocabulary: int) -> Callable[[], object]:
+    from fused_kd import kernels
+
+    student, teacher = (torch.empty(1, rows, vocabulary, dtype=dtype, device=device).normal_(0, 3) for _ in range(2))
+    labels = torch.randint(vocabulary, (rows,), device=device)
+    weight, gradient = torch.ones(rows, dtype=torch.float64, device=device), torch.empty_like(student)
+    return lambda: kernels.loss_and_gradient(student, teacher, labels, weight, weight, TEMPERATURE, gradient)
+
+
+def launch(context: Context, vocabulary: int) -> dict[str, Any]:
+    """What is planned."""
+    from fused_kd.one_launch_plan import one_launch_plan
+
+    device, size = device_of(context.device), context.sizes.dtype.itemsize
+    assert device is not None
+    return {"launch": one_launch_plan(context.sizes.rows, vocabulary, 2 * size, size, device)._asdict()}

@@ -1,0 +1,97 @@
+"""Right: the losses within the bounds of `fused-kd check`, the kernels beside the formula in float64, the same bits again.
+
+Cases are shared out to processes, since most of their time is the compilation of kernels.
+"""
+
+import dataclasses
+import itertools
+import multiprocessing
+import os
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fused_kd.cli import accuracy, linear_accuracy
+from fused_kd.one_launch import ONE, TWO
+
+from ..context import Context, is_rehearsal, prepare
+
+RUNS = 3  # of each result, for equal bits
+SUITES = {"kd_loss": accuracy, "linear_kd_loss": linear_accuracy}
+BF16, FP32 = torch.bfloat16, torch.float32
+REHEARSED: dict[str, list[Any]] = {
+    "kd_loss": [
+        accuracy.Case(17, 1040, BF16, BF16, 2.0, 0.3, "flat", "ignored", "mean", 0),
+        accuracy.Case(17, 611, FP32, FP32, 2.5, 0.3, "peaked", "all", "none", 1),
+    ],
+    "linear_kd_loss": [linear_accuracy.LinearCase(33, 611, FP32, FP32, 2.0, 0.3, "flat", "all", "mean", 2)],
+}
+
+
+def results(context: Context) -> Iterator[dict[str, Any]]:
+    work = [*cases(), *launches()]
+    pool = ProcessPoolExecutor(context.sizes.workers, multiprocessing.get_context("spawn"), initializer=prepare)
+    with pool:
+        futures = {pool.submit(measure, *item, str(context.device)): item for item in work}
+        for future in as_completed(futures):
+            suite, case = futures[future]
+            error = future.exception()
+            if error is None:
+                yield {"suite": suite, "case": str(case), **future.result()}
+            else:
+                yield {"suite": suite, "case": str(case), "finding": f"{type(error).__name__}: {error}"[:500]}
+
+
+def cases() -> list[tuple[str, Any]]:
+    """The quick table of `fused-kd check`, of each loss that can take one launch both ways."""
+    found = []
+    for name, suite in SUITES.items():
+        for case in REHEARSED[name] if is_rehearsal() else suite.cases(quick=True):  # type: ignore[attr-defined]
+            has_choice = suite is linear_accuracy or (case.reduction != "none" and case.student_dtype != torch.float16)
+            found += [(name, dataclasses.replace(case, plan=plan)) for plan in ((ONE, TWO) if has_choice else (TWO,))]
+    return found
+
+
+def launches() -> list[tuple[str, Any]]:
+    """Launches of the kernels in which each option is, whatever it meets."""
+    from ...simulated.cases import covering_cases
+
+    found = covering_cases(1)
+    return [("kernels", case) for case in (found[:2] if is_rehearsal() else found)]
+
+
+def measure(suite: str, case: Any, device: str) -> dict[str, Any]:
+    """Runs in a worker."""
+    os.environ.setdefault("CUDA_MODULE_LOADING", "LAZY")
+    if suite == "kernels":
+        return of_launch(case, torch.device(device))
+    module: Any = SUITES[suite]
+    errors = module.measure(case, torch.device(device))
+    found = errors.failures(case.has_right_values)
+    given = module.inputs(case, torch.device(device), seed=1000 * case.seed)
+    if not same_bits([module.fused(case, given) for _ in range(RUNS)]):
+        found.append("other bits in another run")
+    return {**dataclasses.asdict(errors), **({"finding": "; ".join(found)} if found else {})}
+
+
+def of_launch(case: Any, device: torch.device) -> dict[str, Any]:
+    from ...simulated import launches
+
+    outcomes, results = zip(*(launches.on_device(case, device) for _ in range(RUNS)), strict=True)
+    found = list(outcomes[0].findings)
+    if not same_bits([list(of.values()) for of in results]):
+        found.append("other bits in another run")
+    figures = {difference.result: difference.epsilons for difference in outcomes[0].differences}
+    return {"epsilons": figures, **({"finding": "; ".join(found)} if found else {})}
+
+
+def same_bits(runs: Sequence[Sequence[Tensor]]) -> bool:
+    """Whether each run has the results of the first, bit for bit; NaN is equal to itself."""
+    return all(
+        torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
+        for run in runs[1:]
+        for a, b in itertools.zip_longest(runs[0], run)
+    )

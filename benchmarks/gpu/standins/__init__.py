@@ -1,0 +1,53 @@
+"""What a rehearsal has in place of a GPU: CUDA's functions on a CPU, kernels in Triton's interpreter, tools that only print.
+
+Stages run line by line as they would on a GPU, on small tensors.  No figure of a rehearsal means anything; what is right
+or wrong does.
+"""
+
+import functools
+import warnings
+from typing import Any
+from unittest.mock import patch
+
+import torch
+
+from fused_kd import one_launch, ops
+from fused_kd.cli import accuracy, interpreter
+from fused_kd.one_launch_plan import DEVICES
+
+from . import cuda
+
+DEVICE = DEVICES["H100"]._replace(clusters=False)  # what launches are planned for
+TOO_LARGE = 1.003  # a wrong kernel's gradient, times the right one
+
+
+def install(wrong: bool = False) -> None:
+    """For this process, and once."""
+    warnings.filterwarnings("ignore", category=RuntimeWarning, module="triton.runtime.interpreter")
+    torch.set_num_threads(1)
+    interpreter.hasten()
+    replacements: dict[Any, dict[str, Any]] = {
+        torch.cuda: cuda.REPLACEMENTS,
+        one_launch: {"device_of": lambda device: DEVICE},
+        accuracy: {"SAMPLE_ELEMENTS": 2**13},  # each costs hundreds of times what it does on a GPU
+        ops: {"scale_": cuda.as_operator(ops.scale_)},
+        torch: {"compile": functools.partial(torch.compile, backend="eager")},
+    }
+    for module, functions in replacements.items():
+        for name, function in functions.items():
+            patch.object(module, name, function).start()
+    if wrong:
+        _spoil()
+
+
+def _spoil() -> None:
+    """Makes the kernels' gradients too large, as a wrong factor would."""
+    kernels = ops._kernels()
+    for name, position in (("logit_gradient", 7), ("loss_and_gradient", 6)):
+
+        def spoiled(*arguments: Any, of: Any = getattr(kernels, name), position: int = position, **options: Any) -> Any:
+            result = of(*arguments, **options)
+            arguments[position].mul_(TOO_LARGE)
+            return result
+
+        setattr(kernels, name, spoiled)

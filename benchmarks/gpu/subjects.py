@@ -1,0 +1,88 @@
+"""What is timed: a training step of a peer at a shape, and why one has no figure."""
+
+import gc
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+
+from fused_kd.cli.benchmarking import agreement, measure, problems
+from fused_kd.cli.benchmarking.peers import Peer
+from fused_kd.cli.benchmarking.shapes import Shape
+
+from .context import Context
+from .timing import Timing, timed
+
+TEMPERATURE = 2.0
+_agreed: dict[str, agreement.Agreement] = {}
+
+
+def released() -> None:
+    """Gives back what the last subject held."""
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
+def reason(error: BaseException) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
+
+
+class Subject:
+    """A step of a peer on buffers, and its error on a small problem, once per peer."""
+
+    def __init__(self, peer: Peer, buffers: list[problems.Inputs], temperature: float = TEMPERATURE) -> None:
+        self.peer, self.temperature = peer, peer.temperature or temperature
+        self.loss = peer.build()
+        own = [buffer.copy() for buffer in buffers] if peer.overwrites else buffers
+        self.step = measure.Step(self.loss, own, self.temperature)
+
+    def run(self) -> None:
+        self.step.prepare("both")
+        self.step.run("both")
+
+    def described(self, shape: Shape, device: torch.device) -> dict[str, Any]:
+        """The name, what it computes, and how far that is from float64."""
+        if self.peer.name not in _agreed:
+            _agreed[self.peer.name] = agreement.check(self.peer, self.loss, shape, device, TEMPERATURE)
+        found = _agreed[self.peer.name]
+        result = {
+            "subject": self.peer.name, "computes": self.peer.part, "temperature": self.temperature,
+            "value_error": found.value_error, "gradient_error": found.gradient_error,
+        }  # fmt: skip
+        if not found.agrees:
+            result["finding" if self.peer.name.startswith("fused_kd") else "reason"] = "not the loss that it says it is"
+        return result
+
+
+def measured(
+    context: Context, shape: Shape, buffers: list[problems.Inputs], wanted: Iterable[tuple[Peer, float]], seconds: float
+) -> Iterator[tuple[Subject, dict[str, Any], Timing | None]]:
+    """Time the step of each peer at its temperature: the subject, its record, its timing or None with a reason.
+
+    What another package raises, or memory that does not suffice, costs its figure and no more.
+    """
+    for peer, temperature in wanted:
+        given = {"vocabulary": shape.vocab_size, "rows": shape.rows}
+        named = {**given, "subject": peer.name, "temperature": peer.temperature or temperature}
+        missing = peer.missing(context.device)
+        if missing is not None or not context.has(seconds):
+            yield _nothing(named, missing or "no time was left")
+            continue
+        try:
+            subject = Subject(peer, buffers, temperature)
+            described = subject.described(shape, context.device)
+            timing = timed({0: subject.run}, context.sizes.batches, context.sizes.rounds)[0]
+        except Exception as error:
+            ours = peer.name.startswith("fused_kd") and not isinstance(error, torch.OutOfMemoryError)
+            yield _nothing(named, reason(error), "finding" if ours else "reason")
+        else:
+            yield subject, {**given, **described, **timing._asdict()}, timing
+            subject.step.next()
+            del subject
+        for buffer in buffers:
+            buffer.clear()
+        released()
+
+
+def _nothing(named: dict[str, Any], why: str, key: str = "reason") -> tuple[Any, dict[str, Any], None]:
+    return None, {**named, key: why}, None
