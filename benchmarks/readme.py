@@ -1,18 +1,19 @@
-"""Writes the README's section on performance from the records under benchmarks/results/, so that none is typed by hand.
+"""Writes the performance sections of README.md and docs/performance.md from the records under benchmarks/results/.
 
+    python -m benchmarks.gpu                 # on a GPU: gpu.json
     fused-kd bench --json benchmarks/results/cpu.json --output benchmarks/results
     fused-kd bench --part compiled --json benchmarks/results/compiled.json
     python -m benchmarks.readme
-    python -m benchmarks.readme --check    # exit code 1 where the section is not what the records say
+    python -m benchmarks.readme --check    # exit code 1 where a section is not what the records say
 
-compiled.json belongs to the kernels as they are; cpu.json, which they do not touch, may be older.  modelled.json
-(`modelled.py --json`) is needed too; gpu.json, where there is one, gets tables of its own.
+compiled.json belongs to the kernels as they are; cpu.json, which they do not touch, may be older.  modelled.json and
+one_launch.json (`benchmarks.modelled`, `benchmarks.one_launch`) are needed too.  gpu.json may be missing.
 """
 
 import argparse
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,31 +21,64 @@ from fused_kd.cli.benchmarking import peers, suite, tables
 from fused_kd.cli.benchmarking.suite import Result
 from fused_kd.cli.words import spaced
 
+from .gpu import model, report
+
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 README = ROOT / "README.md"
+PERFORMANCE = ROOT / "docs" / "performance.md"
 BEGIN, END = "<!-- written by benchmarks.readme: begin -->", "<!-- end -->"
 
 
 def section() -> str:
+    """The README's: what was measured, on a GPU where there is a record, and on a CPU."""
     lines: list[str] = []
-    for name in ("gpu", "cpu"):
-        path = RESULTS / f"{name}.json"
-        if path.exists():
-            record = json.loads(path.read_text())
-            lines += [*_measured(record, name), ""]
-    lines += _compiled(json.loads((RESULTS / "compiled.json").read_text()))
-    lines += ["", *_modelled(json.loads((RESULTS / "modelled.json").read_text()))]
+    run = gpu_run()
+    if run is not None:
+        lines += [*report.summary(run), ""]
+    lines += _measured(_read("cpu"))
     return "\n".join((BEGIN, "", *lines, "", END))
 
 
-def _measured(record: dict[str, Any], name: str) -> Iterator[str]:
+def performance() -> str:
+    """That of docs/performance.md: all that was measured on a GPU, the compiled code, the model."""
+    lines: list[str] = []
+    run = gpu_run()
+    if run is None:
+        lines += ["**No run on a GPU is recorded yet**: what follows is compiled code and a model.", ""]
+    else:
+        compared = model.comparisons(run, _read("modelled"), _one_launch(run))
+        lines += [*report.everything(run, compared), ""]
+    lines += [*_compiled(_read("compiled")), "", *_modelled(_read("modelled"))]
+    return "\n".join((BEGIN, "", *lines, "", END))
+
+
+def gpu_run() -> dict[str, Any] | None:
+    """The record of a run on a GPU; the figures of a rehearsal mean nothing."""
+    run = _read("gpu") if (RESULTS / "gpu.json").exists() else None
+    return None if run is None or run["rehearsal"] else run
+
+
+def _one_launch(run: dict[str, Any]) -> dict[str, Any]:
+    """Modelled with the Triton that the run had, where there is such a record."""
+    installed: dict[str, Any] = next((r for r in model.results(run, "machine") if r["figure"] == "installed"), {})
+    release = ".".join(str(installed.get("triton")).split(".")[:2])
+    name = f"one_launch-triton-{release}"
+    return _read(name if (RESULTS / f"{name}.json").exists() else "one_launch")
+
+
+def _read(name: str) -> dict[str, Any]:
+    record: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text())
+    return record
+
+
+def _measured(record: dict[str, Any]) -> Iterator[str]:
     results = [suite.from_dict(result) for result in record["results"]]
     machine, versions = record["machine"], record["versions"]
-    device = machine["gpu"] or f"a CPU ({machine['processor']}, {machine['torch_threads']} threads)"
+    device = f"a CPU ({machine['processor']}, {machine['torch_threads']} threads)"
     installed = ", ".join(f"{package} {version}" for package, version in versions.items() if version)
     yield f"Measured on {device}, in one run, peers in turns; {installed}."
-    yield f"`fused-kd bench --json` wrote `benchmarks/results/{name}.json`."
+    yield "`fused-kd bench --json` wrote `benchmarks/results/cpu.json`."
     for inputs, function in (("logits", "`kd_loss`"), ("hidden", "`linear_kd_loss`")):
         of_models = [r for r in results if r.group == "models" and r.inputs == inputs]
         yield ""
@@ -57,7 +91,7 @@ def _measured(record: dict[str, Any], name: str) -> Iterator[str]:
         yield "Not measured here: " + "; ".join(f"{', '.join(names)} ({why})" for why, names in skipped.items()) + "."
     yield ""
     for size in ("V", "N"):
-        if (RESULTS / f"growing-{size}.png").exists() and name == "cpu":
+        if (RESULTS / f"growing-{size}.png").exists():
             yield f"![Time and memory against {size}, ours and peers](benchmarks/results/growing-{size}.png)"
 
 
@@ -101,7 +135,7 @@ def _modelled(record: dict[str, Any]) -> Iterator[str]:
     results = [result for result in record["results"] if "modelled_seconds" in result]
     yield (
         "**Modelled, not measured**: what a simulator's model of three GPUs says of the compiled kernels, forward and "
-        f"backward, bfloat16, N = {results[0]['rows']}, T = 2 (`benchmarks/modelled.py`; products of heads left out).  The "
+        f"backward, bfloat16, N = {results[0]['rows']}, T = 2 (`benchmarks.modelled`; products of heads left out).  The "
         "floor is the time of reading both logits and writing the gradient once.  Good for ratios on a chip, not for times."
     )
     yield ""
@@ -116,26 +150,29 @@ def _modelled(record: dict[str, Any]) -> Iterator[str]:
         )
 
 
+SECTIONS: dict[Path, Callable[[], str]] = {README: section, PERFORMANCE: performance}
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--check", action="store_true", help="change nothing; exit with 1 if the section is out of date"
-    )
+    parser.add_argument("--check", action="store_true", help="change nothing; exit with 1 if a section is out of date")
     options = parser.parse_args(arguments)
-    text = README.read_text()
+    return max(_write(file, text(), options.check) for file, text in SECTIONS.items())
+
+
+def _write(file: Path, section: str, check: bool) -> int:
+    text = file.read_text()
     before, _, rest = text.partition(BEGIN)
     _, _, after = rest.partition(END)
     if not rest or not after:
-        print(f"{README.name}: expected the lines {BEGIN!r} and {END!r}, which enclose the section", file=sys.stderr)
+        print(f"{file.name}: expected the lines {BEGIN!r} and {END!r}, which enclose the section", file=sys.stderr)
         return 2
-    new = before + section() + after
-    if options.check:
+    new = before + section + after
+    if check:
         if new != text:
-            print(
-                f"{README.name} is not what benchmarks/results/ says: run python -m benchmarks.readme", file=sys.stderr
-            )
+            print(f"{file.name} is not what benchmarks/results/ says: run python -m benchmarks.readme", file=sys.stderr)
         return int(new != text)
-    README.write_text(new)
+    file.write_text(new)
     return 0
 
 

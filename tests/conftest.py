@@ -36,6 +36,16 @@ settings.load_profile("ci")
 KERNELS = "cuda" if HAS_CUDA else "interpreter"
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Marks the tests whose tensors are on a GPU here, so that `pytest -m gpu` runs them."""
+    for item in items if HAS_CUDA else ():
+        given = getattr(item, "callspec", None)
+        device = str(given.params.get("device", "cpu")) if given else "cpu"
+        if "kernel_device" in getattr(item, "fixturenames", ()) or device != "cpu":
+            item.add_marker("gpu")
+
+
 @pytest.fixture(params=["cpu", f"{KERNELS}-{TWO}", f"{KERNELS}-{ONE}"])
 def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> torch.device:
     """The device of the tensors; the CPU operators and the kernels, both ways, get every test that takes it."""

@@ -30,7 +30,9 @@ def parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     names = [stage.name for stage in STAGES]
     parser.add_argument("--stages", nargs="+", choices=names, default=names, metavar="NAME", help="only these stages")
-    parser.add_argument("--json", type=Path, default=RESULTS, metavar="FILE", help=f"the record (default: {RESULTS.name})")
+    parser.add_argument(
+        "--json", type=Path, default=RESULTS, metavar="FILE", help=f"the record (default: {RESULTS.name})"
+    )
     parser.add_argument(
         "--seconds", type=float, default=TOTAL_SECONDS, help=f"of all stages (default: {TOTAL_SECONDS:.0f})"
     )
@@ -41,7 +43,9 @@ def parser() -> argparse.ArgumentParser:
         help="every stage without a GPU: small shapes, kernels in Triton's interpreter, stand-ins for CUDA and its tools",
     )  # fmt: skip
     rehearsal.add_argument(
-        "--rehearse-wrong", action="store_true", help="a rehearsal with a wrong kernel, which the second stage must find"
+        "--rehearse-wrong",
+        action="store_true",
+        help="a rehearsal with a wrong kernel, which the second stage must find",
     )
     # What a stage's own process is called with.
     parser.add_argument("--stage", help=argparse.SUPPRESS)

@@ -38,13 +38,19 @@ def steps(context: Context, file: Path, rows: int, vocabularies: list[int]) -> N
 
 
 def launches(context: Context) -> None:
-    """Every kernel, in launches in which each option is; under a checker of memory each tensor is an allocation."""
+    """Launch every kernel, with each option at least once."""
+    from fused_kd import kernels
+
     from ..simulated.cases import covering_cases
     from ..simulated.launches import on_device
 
-    for case in covering_cases(1)[: context.sizes.checked]:
+    merging = next(case for case in covering_cases(2) if (case.form, case.splits) == ("programs", 3))
+    for case in (merging, *covering_cases(1))[: context.sizes.checked]:
         outcome, _ = on_device(case, context.device)
         print(case.name, *outcome.findings, flush=True)
+    for dtype in (torch.float32, torch.bfloat16):
+        gradient = torch.randn(2, 3, 1500, device=context.device).to(dtype)
+        kernels.scale_(gradient[:, :-1, 3:], torch.tensor(0.3, device=context.device))
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -24,8 +24,8 @@ class Sizes(NamedTuple):
     copy_bytes: int
     matrix: int  # rows and columns of a square matrix
     dtype: torch.dtype
-    batches: int  # times that subjects take turns
-    rounds: int  # steps of a subject in its turn
+    batches: int  # times that a step is timed
+    rounds: int  # steps in a row, each time
     workers: int  # processes that compile, or check
     checked: int  # launches under compute-sanitizer, at most
 
@@ -51,7 +51,10 @@ class Context(NamedTuple):
 
     def has(self, seconds: float) -> bool:
         """Whether so many seconds are left."""
-        return time.monotonic() + seconds < self.end
+        return seconds < self.left()
+
+    def left(self) -> float:
+        return self.end - time.monotonic()
 
 
 def is_rehearsal() -> bool:

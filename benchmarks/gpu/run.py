@@ -1,5 +1,6 @@
 """The run: each stage in a process of its own, its results in the record as they come."""
 
+import contextlib
 import importlib
 import json
 import os
@@ -29,6 +30,9 @@ EVERY = 2.0  # seconds between two writings of the record
 
 def run(names: Sequence[str], file: Path, seconds: float, wheels: Path | None, rehearsal: str | None) -> int:
     begin = time.monotonic()
+    getattr(sys.stdout, "reconfigure", lambda **_: None)(
+        line_buffering=True
+    )  # what is printed is seen if the run is ended
     console = Console(width=None if sys.stdout.isatty() else 160)
     written: dict[str, Any] = {"command": "benchmarks.gpu", "rehearsal": rehearsal, "stages": {}}
     with tempfile.TemporaryDirectory() as folder:
@@ -36,18 +40,22 @@ def run(names: Sequence[str], file: Path, seconds: float, wheels: Path | None, r
         for stage in (stage for stage in STAGES if stage.name in names):
             left = seconds - (time.monotonic() - begin)
             outcome = written["stages"][stage.name] = {"status": "running", "results": []}
-            _run_stage(stage, min(stage.seconds, left), Path(folder), environment, outcome, lambda: _save(file, written))
+            _run_stage(
+                stage, min(stage.seconds, left), Path(folder), environment, outcome, lambda: _save(file, written)
+            )
             written["seconds"] = time.monotonic() - begin
             _save(file, written)
             findings = tables.findings(outcome)
-            text = f"{stage.name}: {outcome['status']} in {outcome['seconds']:.0f} s, {len(outcome['results'])} results, "
+            text = (
+                f"{stage.name}: {outcome['status']} in {outcome['seconds']:.0f} s, {len(outcome['results'])} results, "
+            )
             console.print(text + f"{len(findings)} findings", markup=False, highlight=False)
     tables.show(console, written)
     return 1 if tables.wrong(written) else 0
 
 
 def _save(file: Path, written: dict[str, Any]) -> None:
-    """Whole or not at all, whenever the process may be ended."""
+    """Write the record whole or not at all, whenever this process may be ended."""
     beside = file.with_name(f"{file.name}.part")
     record.write_json(beside, written)
     beside.replace(file)
@@ -69,20 +77,18 @@ def _environment(folder: Path, wheels: Path | None, rehearsal: str | None) -> di
 def _run_stage(
     stage: Stage, seconds: float, folder: Path, environment: dict[str, str], outcome: dict[str, Any], save: Any
 ) -> None:
-    """Fills in the outcome while the stage runs; whatever becomes of its process."""
+    """Fill in the outcome while the stage runs, whatever becomes of its process."""
     outcome["seconds"] = 0.0
     if seconds < 1:
         outcome["status"] = "no time was left"
         return
     begin = time.monotonic()
     lines, log = folder / f"{stage.name}.jsonl", folder / f"{stage.name}.log"
-    command = [
-        sys.executable, "-m", "benchmarks.gpu", "--stage", stage.name, "--lines", str(lines), "--seconds", str(seconds)
-    ]  # fmt: skip
     with log.open("w") as output:
         process = subprocess.Popen(
-            command, env=environment, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
-        )
+            command(stage.name, lines, seconds), env=environment, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )  # fmt: skip
         try:
             code = _wait(process, begin + seconds, lambda: save() if _read(lines, outcome) else None)
         finally:
@@ -94,8 +100,14 @@ def _run_stage(
         outcome["printed"] = log.read_text(errors="replace")[-KEPT:]
 
 
+def command(name: str, lines: Path, seconds: float) -> list[str]:
+    """The command line of a process that calls `run_stage` with these."""
+    module = [sys.executable, "-m", __package__]
+    return [*module, "--stage", name, "--lines", str(lines), "--seconds", str(seconds)]
+
+
 def _wait(process: "subprocess.Popen[bytes]", end: float, meanwhile: Any) -> int | None:
-    """The exit code; None if the process had not ended by then."""
+    """Return the exit code, or None if the process has not ended by then."""
     while time.monotonic() < end:
         try:
             return process.wait(min(EVERY, max(0.01, end - time.monotonic())))
@@ -105,16 +117,14 @@ def _wait(process: "subprocess.Popen[bytes]", end: float, meanwhile: Any) -> int
 
 
 def _end(process: "subprocess.Popen[bytes]") -> None:
-    """With the processes that it started, such as a profiler's."""
-    try:
+    """Kill a stage's process, and those that it started, such as a profiler's."""
+    with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
     process.wait()
 
 
 def _read(lines: Path, outcome: dict[str, Any]) -> bool:
-    """Whether there are new results; a line that is still being written is left for the next time."""
+    """Return whether there are new results; a line that is still being written is left for the next time."""
     text = lines.read_text() if lines.exists() else ""
     results = [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
     is_more = len(results) > len(outcome["results"])
@@ -123,7 +133,7 @@ def _read(lines: Path, outcome: dict[str, Any]) -> bool:
 
 
 def run_stage(name: str, lines: Path, seconds: float) -> None:
-    """In the stage's own process: a line for each result, as soon as it is there."""
+    """Write a line for each result of a stage, as soon as it is there; runs in the stage's own process."""
     # What is begun must end before the process is ended.
     context = here(lines.parent, 0.9 * seconds)
     module = importlib.import_module(f".stages.{name}", __package__)

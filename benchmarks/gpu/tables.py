@@ -57,10 +57,10 @@ def show(console: Console, record: dict[str, Any]) -> None:
         if outcome is not None and outcome["results"]:
             console.print(TABLES[stage.name](f"{stage.title} ({outcome['status']})", outcome["results"]))
     for line in missed(record):
-        console.print(f"MISSED {line}", markup=False, highlight=False)
+        console.print(f"MISSED {line}", markup=False, highlight=False, soft_wrap=True)
     found = wrong(record)
     for line in found:
-        console.print(f"WRONG {line}", markup=False, highlight=False)
+        console.print(f"WRONG {line}", markup=False, highlight=False, soft_wrap=True)
     console.print(f"{len(found)} findings in {record['seconds']:.0f} s", markup=False, highlight=False)
 
 
@@ -85,12 +85,9 @@ def _number(result: dict[str, Any], key: str, form: str = "{:.2f}") -> str:
     return form.format(result[key]) if result.get(key) is not None else ""
 
 
-def _words(result: dict[str, Any]) -> str:
-    return str(result.get("finding") or result.get("reason") or "").splitlines()[0] if _has_words(result) else ""
-
-
-def _has_words(result: dict[str, Any]) -> bool:
-    return bool(result.get("finding") or result.get("reason"))
+def words(result: dict[str, Any]) -> str:
+    """The first line of what is wrong, or of why there is no figure."""
+    return str(result.get("finding") or result.get("reason") or "").partition("\n")[0]
 
 
 def _machine(title: str, results: list[dict[str, Any]]) -> Table:
@@ -124,7 +121,7 @@ def _right(title: str, results: list[dict[str, Any]]) -> Table:
 def _fast(title: str, results: list[dict[str, Any]]) -> Table:
     rows = (
         (
-            f"{r['subject']}", r.get("computes", ""), _words(r), spaced(r["vocabulary"]), f"{r['temperature']:g}",
+            f"{r['subject']}", r.get("computes", ""), words(r), spaced(r["vocabulary"]), f"{r['temperature']:g}",
             milliseconds(r), milliseconds(r, "host_seconds"), _number(r, "times_the_floor"),
             _number({"x": r["bytes_per_second"] / 1e12} if "bytes_per_second" in r else {}, "x"),
             _number(r, "gradient_error", "{:.1e}"),
@@ -138,7 +135,7 @@ def _fast(title: str, results: list[dict[str, Any]]) -> Table:
 def _l2(title: str, results: list[dict[str, Any]]) -> Table:
     rows = (
         (
-            r.get("plan", ""), ", ".join(r.get("kernels", ())), _words(r),
+            r.get("plan", ""), ", ".join(r.get("kernels", ())), words(r),
             spaced(r["vocabulary"]) if "vocabulary" in r else "", _number(r, "bytes_per_pair"),
             _number(r, "read_per_pair"), milliseconds(r),
         )
@@ -150,13 +147,25 @@ def _l2(title: str, results: list[dict[str, Any]]) -> Table:
 def _hidden(title: str, results: list[dict[str, Any]]) -> Table:
     rows = (
         (
-            r["subject"], r.get("computes", ""), r.get("head", ""), _words(r), spaced(r["vocabulary"]), milliseconds(r),
+            r["subject"], r.get("computes", ""), r.get("head", ""), words(r), spaced(r["vocabulary"]), milliseconds(r),
             milliseconds(r, "host_seconds"), _number(r, "times_the_products"), _megabytes(r, "peak_bytes"),
             _megabytes(r, "planned_bytes"), _number(r, "gradient_error", "{:.1e}"),
         )
         for r in results
     )  # fmt: skip
-    headings = ("", "computes", "head", "", "V", "ms", "host ms", "of products", "peak MB", "planned MB", "gradient error")
+    headings = (
+        "",
+        "computes",
+        "head",
+        "",
+        "V",
+        "ms",
+        "host ms",
+        "of products",
+        "peak MB",
+        "planned MB",
+        "gradient error",
+    )
     return _table(title, headings, rows, words=4)
 
 
@@ -189,8 +198,10 @@ def _launch(result: dict[str, Any]) -> str:
 def _safe(title: str, results: list[dict[str, Any]]) -> Table:
     def rows() -> Iterator[tuple[str, ...]]:
         for r in results:
-            figures = {key: r[key] for key in ("vocabulary", "same", "errors", "passed", "failed", "skipped") if key in r}
-            yield r["check"], ", ".join(f"{key} {value}" for key, value in figures.items()), _words(r)
+            figures = {
+                key: r[key] for key in ("vocabulary", "same", "errors", "passed", "failed", "skipped") if key in r
+            }
+            yield r["check"], ", ".join(f"{key} {value}" for key, value in figures.items()), words(r)
 
     return _table(title, ("check", "", ""), rows(), words=3)
 

@@ -28,23 +28,32 @@ PEER_SECONDS = 10.0  # without so many left, a peer is not begun
 
 
 def results(context: Context) -> Iterator[dict[str, Any]]:
+    """Ours at every vocabulary, then the others."""
     bandwidth = copy_bandwidth(context)
     yield {"figure": "copy", "bytes_per_second": bandwidth}
-    for vocabulary in context.sizes.vocabularies:
-        yield from at(context, vocabulary, bandwidth)
-        released()
+    for select in (ours, others):
+        for vocabulary in context.sizes.vocabularies:
+            yield from at(context, vocabulary, bandwidth, select)
 
 
-def at(context: Context, vocabulary: int, bandwidth: float) -> Iterator[dict[str, Any]]:
+def ours(by_name: dict[str, Peer]) -> list[tuple[Peer, float]]:
+    two = Peer(TWO_LAUNCHES, "logits", lambda: in_two_launches(by_name[OURS].build()))
+    return [(peer, T) for T in TEMPERATURES for peer in (by_name[OURS], two)]
+
+
+def others(by_name: dict[str, Peer]) -> list[tuple[Peer, float]]:
+    return [(by_name[name], TEMPERATURE) for name in OTHERS]
+
+
+def at(
+    context: Context, vocabulary: int, bandwidth: float, select: Callable[[dict[str, Peer]], list[tuple[Peer, float]]]
+) -> Iterator[dict[str, Any]]:
     dtype = context.sizes.dtype
     shape = Shape("gpu", "", "logits", context.sizes.rows, vocabulary, 0, 0, dtype)
     floor = FLOOR_PASSES * shape.logits * dtype.itemsize / bandwidth
     buffers = measure.rotation(problems.make(shape, context.device), context.device)
-    by_name = {peer.name: peer for peer in peers.of(shape)}
-    two = Peer(TWO_LAUNCHES, "logits", lambda: in_two_launches(by_name[OURS].build()))
-    wanted = [(peer, T) for T in TEMPERATURES for peer in (by_name[OURS], two)]
-    wanted += [(by_name[name], TEMPERATURE) for name in OTHERS]
     torch._dynamo.reset()
+    wanted = select({peer.name: peer for peer in peers.of(shape)})
     for _, result, timing in measured(context, shape, buffers, wanted, PEER_SECONDS):
         if timing is not None:
             result |= {"floor_seconds": floor, "times_the_floor": timing.seconds / floor}
@@ -52,7 +61,10 @@ def at(context: Context, vocabulary: int, bandwidth: float) -> Iterator[dict[str
             if result["subject"] == OURS and vocabulary in context.sizes.judged:
                 result["target"] = TARGET
         yield result
-    yield {"vocabulary": vocabulary, "rows": shape.rows, **of_graph(context, buffers[0], floor)}
+    if select is ours:
+        yield {"vocabulary": vocabulary, "rows": shape.rows, **of_graph(context, buffers[0], floor)}
+    buffers.clear()
+    released()
 
 
 def in_two_launches(loss: Loss) -> Loss:

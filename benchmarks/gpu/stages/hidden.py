@@ -12,7 +12,7 @@ from fused_kd.cli.benchmarking.shapes import Shape
 from fused_kd.linear import plan
 
 from ..context import Context
-from ..subjects import TEMPERATURE, Subject, measured, released
+from ..subjects import TEMPERATURE, measured, released
 from ..timing import timed
 
 TARGET = 1.25  # times the bare products

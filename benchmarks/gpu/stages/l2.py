@@ -31,13 +31,16 @@ def results(context: Context) -> Iterator[dict[str, Any]]:
         sys.executable, "-m", "benchmarks.gpu.child", "steps", str(steps),
         "--rows", str(context.sizes.rows), "--vocabularies", *map(str, context.sizes.vocabularies),
     ]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True)
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=context.left())
+        code, said = done.returncode, (done.stderr or done.stdout)[-500:]
+    except subprocess.TimeoutExpired:
+        code, said = None, "it did not come to its end in time"
     launched = [json.loads(line) for line in steps.read_text().splitlines()] if steps.exists() else []
     counted = list(kernels(log.read_text())) if log.exists() else []
     yield from matched(launched, counted)
-    if done.returncode or len(counted) != sum(step["kernels"] for step in launched):
-        said = (done.stderr or done.stdout)[-500:]
-        yield {"finding": f"ncu: exit code {done.returncode}, {len(counted)} kernels counted: {said}"}
+    if code != 0 or not counted or len(counted) != sum(step["kernels"] for step in launched):
+        yield {"reason": f"ncu: exit code {code}, {len(counted)} kernels counted: {said}"}
 
 
 def matched(launched: list[dict[str, Any]], counted: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:

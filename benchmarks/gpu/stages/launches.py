@@ -1,6 +1,6 @@
 """Launches: all that one step launches, with times, by the profiler."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch

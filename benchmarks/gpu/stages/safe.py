@@ -16,8 +16,11 @@ from fused_kd.cli.benchmarking.shapes import Shape
 from ..context import Context
 from ..graphs import captured
 from .fast import step
+from .l2 import KERNELS as SWEEPS
 
+KERNELS = (*SWEEPS, "scale_kernel")
 TOOLS = ("memcheck", "racecheck")
+SHARE = 0.4  # of the time that is left, for one tool
 SUMMARY = re.compile(r"SUMMARY: (\d+)")
 TESTS = ("tests/test_synchronisation.py", "tests/kernels", "tests/test_one_launch.py", "tests/test_determinism.py")
 OUTCOME = re.compile(r"(\d+) (passed|failed|errors?|skipped)")
@@ -31,7 +34,7 @@ def results(context: Context) -> Iterator[dict[str, Any]]:
 
 
 def replayed(context: Context, vocabulary: int) -> dict[str, Any]:
-    """A captured step gives what a step gives, of other logits, labels and ignored rows than it was captured with."""
+    """Compare a captured step with a step, on other logits, labels and ignored rows than it was captured with."""
     shape = Shape("gpu", "", "logits", context.sizes.rows // 4, vocabulary, 0, 0, torch.float32)
     inputs = problems.make(shape, context.device)
     run = step(inputs)
@@ -52,12 +55,14 @@ def checked(context: Context, tool: str) -> dict[str, Any]:
     result: dict[str, Any] = {"check": tool}
     if shutil.which("compute-sanitizer") is None:
         return {**result, "reason": "compute-sanitizer is not installed"}
-    command = [
-        "compute-sanitizer", "--tool", tool, "--kernel-name", "kns=_kernel", "--print-limit", "20",
-        sys.executable, "-m", "benchmarks.gpu.child", "launches",
-    ]  # fmt: skip
-    # An allocation of its own for each tensor, of which the checker knows the end.
-    done = _run(command, {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})
+    command = ["compute-sanitizer", "--tool", tool, "--print-limit", "20"]
+    for kernel in KERNELS:
+        command += ["--kernel-name", f"kns={kernel}"]
+    command += [sys.executable, "-m", "benchmarks.gpu.child", "launches"]
+    # Without PyTorch's cache each tensor is an allocation, of which the checker knows the end.
+    done = _run(command, {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}, SHARE * context.left())
+    if done is None:
+        return {**result, "reason": "it did not come to its end in time"}
     counts = SUMMARY.findall(done.stdout)
     if done.returncode == 0 and counts and not any(map(int, counts)):
         return {**result, "errors": 0}
@@ -66,13 +71,18 @@ def checked(context: Context, tool: str) -> dict[str, Any]:
 
 
 def tested(context: Context) -> dict[str, Any]:
-    """pytest -m gpu; on a machine without one all of it is skipped."""
+    """Run the tests that need a GPU; in a rehearsal all of them are skipped."""
     command = [
         sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-rf", "--tb=short", "-p", "no:cacheprovider",
         "--numprocesses", str(context.sizes.workers), *TESTS,
     ]  # fmt: skip
-    done = _run(command, {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"})
-    outcomes = {name: int(count) for count, name in OUTCOME.findall(done.stdout.splitlines()[-1] if done.stdout else "")}
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    done = _run(command, environment, context.left())
+    if done is None:
+        return {"check": "pytest -m gpu", "reason": "it did not come to its end in time"}
+    outcomes = {
+        name: int(count) for count, name in OUTCOME.findall(done.stdout.splitlines()[-1] if done.stdout else "")
+    }
     result: dict[str, Any] = {"check": "pytest -m gpu", **outcomes}
     if done.returncode in (0, 5):  # 5: there are none here
         return result
@@ -80,5 +90,9 @@ def tested(context: Context) -> dict[str, Any]:
     return {**result, "finding": "\n".join(failed[:60]) or (done.stdout + done.stderr)[-2000:]}
 
 
-def _run(command: list[str], environment: dict[str, str]) -> "subprocess.CompletedProcess[str]":
-    return subprocess.run(command, capture_output=True, text=True, env=environment)
+def _run(command: list[str], environment: dict[str, str], seconds: float) -> "subprocess.CompletedProcess[str] | None":
+    """Return the finished process, or None if it takes longer."""
+    try:
+        return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=seconds)
+    except subprocess.TimeoutExpired:
+        return None

@@ -1,4 +1,4 @@
-"""What a rehearsal has in place of a GPU: CUDA's functions on a CPU, kernels in Triton's interpreter, tools that only print.
+"""Stand-ins for a GPU in a rehearsal: CUDA's functions on a CPU, interpreted kernels, tools that only print.
 
 Stages run line by line as they would on a GPU, on small tensors.  No figure of a rehearsal means anything; what is right
 or wrong does.
@@ -6,6 +6,7 @@ or wrong does.
 
 import functools
 import warnings
+from collections.abc import Callable
 from typing import Any
 from unittest.mock import patch
 
@@ -22,7 +23,7 @@ TOO_LARGE = 1.003  # a wrong kernel's gradient, times the right one
 
 
 def install(wrong: bool = False) -> None:
-    """For this process, and once."""
+    """Put the stand-ins in their places, for this process; call it once."""
     warnings.filterwarnings("ignore", category=RuntimeWarning, module="triton.runtime.interpreter")
     torch.set_num_threads(1)
     interpreter.hasten()
@@ -41,13 +42,16 @@ def install(wrong: bool = False) -> None:
 
 
 def _spoil() -> None:
-    """Makes the kernels' gradients too large, as a wrong factor would."""
-    kernels = ops._kernels()
-    for name, position in (("logit_gradient", 7), ("loss_and_gradient", 6)):
+    """Make the kernels' gradients too large, as a wrong factor would."""
+    kernels: Any = ops._kernels()
+    kernels.logit_gradient = _spoiled(kernels.logit_gradient, gradient=7)
+    kernels.loss_and_gradient = _spoiled(kernels.loss_and_gradient, gradient=6)
 
-        def spoiled(*arguments: Any, of: Any = getattr(kernels, name), position: int = position, **options: Any) -> Any:
-            result = of(*arguments, **options)
-            arguments[position].mul_(TOO_LARGE)
-            return result
 
-        setattr(kernels, name, spoiled)
+def _spoiled(kernel: Callable[..., Any], gradient: int) -> Callable[..., Any]:
+    def spoiled(*arguments: Any, **options: Any) -> Any:
+        result = kernel(*arguments, **options)
+        arguments[gradient].mul_(TOO_LARGE)
+        return result
+
+    return spoiled

@@ -1,0 +1,312 @@
+"""The command for a GPU: its process for each stage, what it makes of the tools' output, its stand-ins, its reports."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+pytest.importorskip("rich")
+pytest.importorskip("matplotlib")
+from rich.console import Console
+
+from benchmarks import readme
+from benchmarks.gpu import __main__ as command
+from benchmarks.gpu import model, report, run, tables
+from benchmarks.gpu.stages import STAGES, Stage, l2, right, safe
+from benchmarks.gpu.standins import cuda
+
+ROOT = Path(__file__).parents[2]
+
+# --- stages as processes
+
+SCRIPTS = {
+    "works": "write(1); write(2)",
+    "hangs": "write(1); file.write('{\"half\": '); file.flush(); time.sleep(60)",
+    "crashes": "write(1); print('what happened'); os.kill(os.getpid(), 11)",
+    "raises": "write(1); raise ValueError('what is wrong')",
+    "finds": "write(1); file.write(json.dumps({'case': 'the third', 'finding': 'other bits'}) + chr(10))",
+}
+PROLOGUE = """
+import json, os, sys, time
+file = open(sys.argv[1], "w")
+def write(number):
+    file.write(json.dumps({"figure": number}) + chr(10))
+    file.flush()
+"""
+
+
+@pytest.fixture
+def stages(monkeypatch):
+    """Stages that are the scripts above, of a second each."""
+    monkeypatch.setattr(run, "STAGES", tuple(Stage(name, 1.0 if name == "hangs" else 20.0, name) for name in SCRIPTS))
+    monkeypatch.setattr(tables, "STAGES", ())
+    monkeypatch.setattr(
+        run, "command", lambda name, lines, seconds: [sys.executable, "-c", PROLOGUE + SCRIPTS[name], str(lines)]
+    )
+
+
+def test_a_stage_that_hangs_or_crashes_costs_itself_alone(stages, tmp_path, capsys):
+    file = tmp_path / "record.json"
+    begin = time.monotonic()
+    assert run.run(list(SCRIPTS), file, 100.0, None, None) == 1
+    assert time.monotonic() - begin < 30
+    outcomes = json.loads(file.read_text())["stages"]
+    assert {name: outcome["status"] for name, outcome in outcomes.items()} == {
+        "works": "done", "hangs": "timed out", "crashes": "failed with exit code -11",
+        "raises": "failed with exit code 1", "finds": "done",
+    }  # fmt: skip
+    assert [len(outcome["results"]) for outcome in outcomes.values()] == [2, 1, 1, 1, 2]
+    out = capsys.readouterr().out
+    assert "what happened" in out
+    assert "ValueError: what is wrong" in out
+    assert "WRONG finds: the third: other bits" in out
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_a_run_whose_stages_all_work_exits_with_0(stages, tmp_path):
+    assert run.run(["works"], tmp_path / "record.json", 100.0, None, None) == 0
+
+
+def test_without_time_a_stage_is_not_begun(stages, tmp_path):
+    file = tmp_path / "record.json"
+    assert run.run(["works"], file, 0.5, None, None) == 1
+    assert json.loads(file.read_text())["stages"]["works"]["status"] == "no time was left"
+
+
+def test_processes_of_a_stage_end_with_it(stages, tmp_path, monkeypatch):
+    child = tmp_path / "pid"
+    sleeper = f"import os, time; open({str(child)!r}, 'w').write(str(os.getpid())); time.sleep(60)"
+    script = f"import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', {sleeper!r}]); time.sleep(60)"
+    monkeypatch.setitem(SCRIPTS, "hangs", script)
+    run.run(["hangs"], tmp_path / "record.json", 100.0, None, None)
+    time.sleep(0.2)
+    status = Path(f"/proc/{child.read_text()}/stat")
+    assert not status.exists() or status.read_text().split()[2] == "Z"
+
+
+def test_peers_in_a_folder_of_wheels_are_found(tmp_path, monkeypatch):
+    monkeypatch.setattr(subprocess, "run", lambda command, check: Path(command[-2]).mkdir())
+    (tmp_path / "a-1-py3-none-any.whl").touch()
+    environment = run._environment(tmp_path, tmp_path, None)
+    assert environment["PYTHONPATH"].split(os.pathsep)[0] == str(ROOT)
+    assert (tmp_path / "site").is_dir()
+    assert environment["PYTHONPATH"].split(os.pathsep)[-1] == str(tmp_path / "site")
+
+
+@pytest.mark.parametrize("arguments", [["--stages", "none"], ["--wheels", "no/such/folder"], ["--seconds", "long"]])
+def test_wrong_arguments_exit_with_2(arguments, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        command.main(arguments)
+    assert exit_.value.code == 2
+    assert arguments[0] in capsys.readouterr().err
+
+
+def test_every_stage_has_a_module_and_a_table():
+    for stage in STAGES:
+        assert stage.name in tables.TABLES
+        assert (Path(right.__file__).parent / f"{stage.name}.py").exists()
+
+
+# --- a rehearsal
+
+
+def test_a_wrong_kernel_fails_the_second_stage(tmp_path):
+    file = tmp_path / "record.json"
+    arguments = ["--rehearse-wrong", "--stages", "right", "--json", str(file)]
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.gpu", *arguments], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 1, done.stdout + done.stderr
+    found = json.loads(file.read_text())["stages"]["right"]["results"]
+    wrong = {result["suite"] for result in found if result.get("finding")}
+    assert wrong == {"kd_loss", "linear_kd_loss", "kernels"}
+    assert "of the gradient is not the oracle's, rounded" in done.stdout
+
+
+def test_equal_bits():
+    a = torch.tensor([1.0, torch.nan, -0.0])
+    assert right.same_bits([[a], [a.clone()], [a.clone()]])
+    assert not right.same_bits([[a], [a.clone()], [a.nan_to_num()]])
+    assert not right.same_bits([[a], [a + 0.0]])  # another sign of 0
+
+
+def test_a_captured_step_repeats_operators_alone():
+    source, read = torch.ones(3), []
+
+    def step():
+        read.append(float(source.sum()))
+        return source * 2, source * read[-1]
+
+    graph = cuda.CUDAGraph()
+    with cuda.graph(graph):
+        doubled, constant = step()
+    source.fill_(5.0)
+    graph.replay()
+    assert doubled.tolist() == [10.0] * 3
+    assert constant.tolist() == [15.0] * 3  # the number that the host has read is that of the capture
+    assert read == [3.0]
+
+
+# --- what the tools print
+
+NCU = """\
+==PROF== Connected to process 41 (/usr/bin/python3.12)
+==PROF== Profiling "shared_kernel": 0%....50%....100% - 1 pass
+"ID","Process ID","Process Name","Kernel Name","Metric Name","Metric Unit","Metric Value"
+"0","41","python3.12","shared_kernel","dram__bytes_read.sum","byte","4,210,000,000"
+"0","41","python3.12","shared_kernel","dram__bytes_write.sum","byte","2,100,000,000"
+"0","41","python3.12","shared_kernel","gpu__time_duration.sum","ns","2,300,512"
+"1","41","python3.12","row_statistics_kernel","dram__bytes_read.sum","byte","4,202,692,608"
+"1","41","python3.12","row_statistics_kernel","dram__bytes_write.sum","byte","1,000"
+"1","41","python3.12","row_statistics_kernel","gpu__time_duration.sum","ns","1,500,000"
+"""
+
+
+def test_kernels_of_a_log_of_ncu():
+    one, statistics = l2.kernels(NCU)
+    assert one == {"kernel": "shared_kernel", l2.READ: 4.21e9, l2.WRITTEN: 2.1e9, l2.TIME: 2300512.0}
+    assert statistics["kernel"] == "row_statistics_kernel"
+    assert list(l2.kernels("==ERROR== no permission")) == []
+
+
+def test_kernels_go_to_the_steps_that_launched_them():
+    steps = [{"rows": 8192, "vocabulary": 128_256, "plan": plan, "kernels": n} for plan, n in (("auto", 1), ("two", 2))]
+    (first,) = l2.matched(steps, list(l2.kernels(NCU)))  # the second kernel of the second step is missing
+    assert first["bytes_per_pair"] == pytest.approx(6.31e9 / (8192 * 128_256))
+    assert (first["plan"], first["kernels"], first["seconds"]) == ("auto", ["shared_kernel"], 2300512e-9)
+
+
+@pytest.mark.parametrize(
+    ("printed", "code", "errors"),
+    [
+        ("========= ERROR SUMMARY: 0 errors", 0, 0),
+        ("========= Invalid __global__ write of size 2 bytes\n========= ERROR SUMMARY: 3 errors", 0, 3),
+        ("========= RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)", 0, 0),
+        ("========= RACECHECK SUMMARY: 2 hazards displayed (2 errors, 0 warnings)", 0, 2),
+        ("========= Error: Target application terminated before first instrumented API call", 255, None),
+    ],
+)
+def test_summary_of_compute_sanitizer(monkeypatch, printed, code, errors):
+    monkeypatch.setattr(safe.shutil, "which", lambda name: name)
+    done = subprocess.CompletedProcess([], code, printed, "")
+    monkeypatch.setattr(safe, "_run", lambda *_: done)
+    result = safe.checked(run.here(Path(), 10.0), "memcheck")
+    assert result["errors"] == errors
+    assert ("finding" in result) == (errors != 0)
+    assert errors == 0 or printed.splitlines()[0] in result["finding"]
+
+
+def test_a_tool_that_is_not_there_or_too_slow_is_named(monkeypatch):
+    context = run.here(Path(), 10.0)
+    monkeypatch.setattr(safe.shutil, "which", lambda name: None)
+    assert "not installed" in safe.checked(context, "memcheck")["reason"]
+    assert "not installed" in next(l2.results(context))["reason"]
+    monkeypatch.setattr(safe.shutil, "which", lambda name: name)
+    monkeypatch.setattr(safe, "_run", lambda *_: None)
+    assert "in time" in safe.checked(context, "memcheck")["reason"]
+    assert "in time" in safe.tested(context)["reason"]
+    monkeypatch.undo()
+    assert safe._run([sys.executable, "-c", "import time; time.sleep(20)"], dict(os.environ), 0.2) is None
+
+
+# --- reports
+
+
+def recorded(name: str = "NVIDIA H100 80GB HBM3", rehearsal: str | None = None) -> dict[str, Any]:
+    """A record as a run writes it, of figures that are easy to count with."""
+    timing = {"seconds": 0.003, "low": 0.0029, "high": 0.0031, "host_seconds": 0.0005, "samples": 15}
+    of_size = {"vocabulary": 128_256, "rows": 8192}
+    step = {**of_size, **timing, "computes": "CE + KL", "floor_seconds": 0.0024, "gradient_error": 1e-3}
+    stages = {
+        "machine": [
+            {"figure": "device", "name": name},
+            {"figure": "installed", "torch": "2.11.0", "triton": "3.6.0", "cuda": "13.0", "tools": {}},
+            {"figure": "copy", "bytes_per_second": 2.63e12},
+            {"figure": "matrix product", "flops_per_second": 7.9e14},
+        ],
+        "right": [{"suite": "kd_loss", "case": "one"}, {"suite": "kernels", "case": "two", "finding": "other bits"}],
+        "fast": [
+            {"figure": "copy", "bytes_per_second": 2.63e12},
+            {**step, "subject": "fused_kd", "temperature": 2.0, "times_the_floor": 1.3, "target": 1.25},
+            {**step, "subject": "fused_kd", "temperature": 3.0, "times_the_floor": 1.2, "target": 1.25},
+            {**step, "subject": "Liger CE + TVD", "temperature": 2.0, "times_the_floor": 3.0},
+            {**of_size, "subject": "eager PyTorch", "temperature": 2.0, "reason": "OutOfMemoryError: CUDA out of memory"},
+        ],
+        "l2": [{**of_size, "plan": "auto", "kernels": ["shared_kernel"], "bytes_per_pair": 6.9, "read_per_pair": 4.8}],
+        "hidden": [
+            {**of_size, "hidden": 4096, "head": "trained", "subject": "fused_kd", "computes": "CE + KL", **timing,
+             "times_the_products": 1.1, "peak_bytes": 2e9, "planned_bytes": 1.9e9},
+        ],
+        "plans": [{**of_size, **timing, "plan": "auto", "seconds": 0.0025}],
+        "launches": [{**of_size, "from": "logits", "count": 2, "microseconds": 9.5, "events": [
+            {"name": "shared_kernel", "microseconds": 8.0}, {"name": "fill", "microseconds": 1.5}]}],
+    }  # fmt: skip
+    outcomes = {stage: {"status": "done", "seconds": 1.0, "results": results} for stage, results in stages.items()}
+    return {"rehearsal": rehearsal, "seconds": 9.0, "stages": outcomes}
+
+
+MODELLED = {"results": [{"chip": "h100", "vocab_size": 128_256, "peer": "Liger CE + TVD", "computes": "CE + TVD",
+                         "times_the_floor": 2.7, "bytes_a_pair": 14.0}]}  # fmt: skip
+ONE_LAUNCH = {"results": [{"chip": "h100", "vocab_size": 128_256, "rows": 8192, "temperature": T, "times_the_floor": 1.0,
+                           "bytes_a_pair": 6.0} for T in (2.0, 3.0)]}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["NVIDIA H100 80GB HBM3", "NVIDIA H200"])
+def test_measured_figures_stand_beside_modelled_ones(name):
+    found = {(c.figure, c.temperature): c for c in model.comparisons(recorded(name), MODELLED, ONE_LAUNCH)}
+    assert {key: round(c.error, 3) for key, c in found.items()} == {
+        (model.KERNEL, 2.0): round(1 / (0.0025 / 0.0024) - 1, 3),
+        ("a step of fused_kd, times the floor", 2.0): round(1 / 1.3 - 1, 3),
+        ("a step of fused_kd, times the floor", 3.0): round(1 / 1.2 - 1, 3),
+        ("a step of Liger CE + TVD, times the floor", 2.0): round(2.7 / 3 - 1, 3),
+        ("one launch, bytes of memory per pair", 2.0): round(6 / 6.9 - 1, 3),
+    }
+
+
+def test_a_device_that_is_not_modelled_has_no_comparison():
+    assert model.comparisons(recorded("NVIDIA L4"), MODELLED, ONE_LAUNCH) == []
+
+
+def test_documentation_of_a_run():
+    run_ = recorded()
+    text = "\n".join(report.everything(run_, model.comparisons(run_, MODELLED, ONE_LAUNCH)))
+    assert "one NVIDIA H100 80GB HBM3 (torch 2.11.0, triton 3.6.0, cuda 13.0; a copy moves 2.63 TB/s" in text
+    assert "1 of `kd_loss`, 1 of `kernels`; 1 are wrong" in text
+    assert "| fused_kd | CE + KL | 2 | **3.00 (1.30)** |" in text
+    assert "| eager PyTorch |  | 2 | out of memory |" in text
+    assert "| fused_kd | CE + KL | trained | 128 256 | 3.0 | 1.10 | 2000 | 1900 |" in text
+    assert "| 128 256 | 6.90 | - |" in text
+    assert "| logits | 128 256 | 2 | 10 | 8 |" in text
+    assert "| a step of Liger CE + TVD, times the floor | 128 256 | 2 | 3.00 | 2.70 | -10% |" in text
+    rows = [line for line in text.splitlines() if line.startswith("| ")]
+    assert all(row.endswith(" |") for row in rows)
+    assert "| 3 |" not in "\n".join(report.summary(run_))
+
+
+def test_on_screen_what_is_wrong_and_what_missed_its_target(capsys):
+    tables.show(Console(width=200), recorded())
+    out = capsys.readouterr().out
+    assert "WRONG right: kernels, two: other bits" in out
+    assert "MISSED fast: fused_kd, vocabulary 128256, temperature 2.0: 1.30, target 1.25" in out
+    assert out.count("MISSED") == 1
+    assert list(tables.missed(recorded(rehearsal="right"))) == []
+
+
+def test_the_record_of_a_run_is_written_into_readme_and_documentation(tmp_path, monkeypatch):
+    for name in ("cpu", "compiled", "modelled", "one_launch"):
+        (tmp_path / f"{name}.json").write_text((readme.RESULTS / f"{name}.json").read_text())
+    monkeypatch.setattr(readme, "RESULTS", tmp_path)
+    monkeypatch.setitem(readme.__dict__, "_one_launch", lambda _: ONE_LAUNCH)
+    assert "No run on a GPU" in readme.performance()
+    (tmp_path / "gpu.json").write_text(json.dumps(recorded()))
+    assert "NVIDIA H100" in readme.section()
+    assert "| error |" in readme.performance()
+    (tmp_path / "gpu.json").write_text(json.dumps(recorded(rehearsal="right")))
+    assert "NVIDIA H100" not in readme.section() + readme.performance()
