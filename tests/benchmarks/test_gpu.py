@@ -5,7 +5,9 @@ import os
 import subprocess
 import sys
 import time
+from concurrent.futures import Future
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,9 +20,13 @@ from rich.console import Console
 
 from benchmarks import readme
 from benchmarks.gpu import __main__ as command
-from benchmarks.gpu import model, report, run, tables
-from benchmarks.gpu.stages import STAGES, Stage, l2, right, safe
+from benchmarks.gpu import model, report, run, subjects, tables
+from benchmarks.gpu.context import REHEARSED, Context
+from benchmarks.gpu.stages import STAGES, Stage, fast, l2, machine, plans, right, safe
 from benchmarks.gpu.standins import cuda
+from benchmarks.simulated import launches
+from fused_kd.cli import accuracy
+from fused_kd.cli.benchmarking import peers, problems, shapes
 
 ROOT = Path(__file__).parents[2]
 
@@ -125,6 +131,7 @@ def test_a_wrong_kernel_fails_the_second_stage(tmp_path):
     )
     assert done.returncode == 1, done.stdout + done.stderr
     found = json.loads(file.read_text())["stages"]["right"]["results"]
+    assert len(found) == 8
     wrong = {result["suite"] for result in found if result.get("finding")}
     assert wrong == {"kd_loss", "linear_kd_loss", "kernels"}
     assert "of the gradient is not the oracle's, rounded" in done.stdout
@@ -214,6 +221,125 @@ def test_a_tool_that_is_not_there_or_too_slow_is_named(monkeypatch):
     assert "in time" in safe.tested(context)["reason"]
     monkeypatch.undo()
     assert safe._run([sys.executable, "-c", "import time; time.sleep(20)"], dict(os.environ), 0.2) is None
+
+
+def test_tests_that_fail_are_told(monkeypatch):
+    printed = "FAILED tests/a.py::test_b - AssertionError\nE   assert 1 == 2\n2 failed, 30 passed in 9.1s"
+    monkeypatch.setattr(safe, "_run", lambda *_: subprocess.CompletedProcess([], 1, printed, ""))
+    result = safe.tested(run.here(Path(), 10.0))
+    assert (result["failed"], result["passed"]) == (2, 30)
+    assert result["finding"].splitlines() == printed.splitlines()[:2]
+
+
+def test_a_driver_that_does_not_answer_is_told(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    assert "FileNotFoundError" in machine.nvidia_smi()
+
+
+def test_ncu_that_does_not_end(tmp_path, monkeypatch):
+    def too_slow(command, **_):
+        raise subprocess.TimeoutExpired(command, 1.0)
+
+    monkeypatch.setattr(l2.shutil, "which", lambda name: name)
+    monkeypatch.setattr(l2.subprocess, "run", too_slow)
+    (result,) = l2.results(run.here(tmp_path, 10.0))
+    assert result["reason"] == "ncu: exit code None, 0 kernels counted: it did not come to its end in time"
+
+
+# --- what goes wrong in a subject
+
+
+@pytest.fixture
+def rehearsed(monkeypatch, tmp_path):
+    """A context on a CPU, for functions of the stages in this process."""
+    for name, function in cuda.REPLACEMENTS.items():
+        monkeypatch.setattr(torch.cuda, name, function)
+    sizes = REHEARSED._replace(dtype=torch.float32)
+    return Context(torch.device("cpu"), sizes, tmp_path, time.monotonic() + 100)
+
+
+def fails(message):
+    def build():
+        def loss(inputs, temperature):
+            raise RuntimeError(message)
+
+        return loss
+
+    return build
+
+
+@pytest.mark.parametrize(("name", "key"), [("fused_kd, otherwise", "finding"), ("another", "reason")])
+def test_a_peer_that_raises_costs_its_figure(rehearsed, name, key):
+    shape = shapes.Shape("", "", "logits", 2, 40, 0, 0, torch.float32)
+    buffers = [problems.make(shape, rehearsed.device)]
+    eager = next(peer for peer in peers.of(shape) if peer.name == "eager PyTorch")
+    wanted = [(peers.Peer(name, "logits", fails("no such\n kernel")), 2.0), (eager, 2.0)]
+    (_, wrong, nothing), (_, right_, timing) = subjects.measured(rehearsed, shape, buffers, wanted, 1.0)
+    assert (wrong[key], nothing) == ("RuntimeError: no such kernel", None)
+    assert timing.seconds > 0
+    assert right_["gradient_error"] < 1e-6
+    ((_, late, _),) = subjects.measured(rehearsed._replace(end=time.monotonic()), shape, buffers, [(eager, 2.0)], 1.0)
+    assert late["reason"] == "no time was left"
+
+
+@pytest.mark.parametrize(("name", "key"), [("fused_kd, twice", "finding"), ("another, twice", "reason")])
+def test_another_loss_than_it_says_is_told(rehearsed, name, key):
+    shape = shapes.Shape("", "", "logits", 2, 40, 0, 0, torch.float32)
+    twice = peers.Peer(name, "logits", lambda: lambda inputs, T: 2 * peers.eager_loss(inputs, T))
+    ((_, result, _),) = subjects.measured(rehearsed, shape, [problems.make(shape, rehearsed.device)], [(twice, 2.0)], 1)
+    assert result[key] == "not the loss that it says it is"
+
+
+def test_a_step_that_cannot_be_captured_is_told(rehearsed, monkeypatch):
+    monkeypatch.setattr(fast, "captured", lambda step: (_ for _ in ()).throw(RuntimeError("operation not permitted")))
+    shape = shapes.Shape("", "", "logits", 2, 40, 0, 0, torch.float32)
+    result = fast.of_graph(rehearsed, problems.make(shape, rehearsed.device), floor=1.0)
+    assert result["finding"] == "RuntimeError: operation not permitted"
+
+
+def test_a_replayed_step_that_differs_is_told(rehearsed, monkeypatch):
+    monkeypatch.setattr(cuda.CUDAGraph, "replay", lambda graph: None)
+    assert "has not the results" in safe.replayed(rehearsed, 40)["finding"]
+
+
+def test_a_launch_that_does_not_compile_is_told(rehearsed, monkeypatch):
+    errors = {"auto": None, "programs=2,warps=4,columns=8": "RuntimeError: PassManager::run failed"}
+    monkeypatch.setattr(plans, "compiled", lambda *_: errors.items())
+    monkeypatch.setattr(plans, "kernel", lambda *_: lambda: None)
+    monkeypatch.setattr(plans, "launch", lambda *_: {})
+    worked, failed = plans.at(rehearsed, 40)
+    assert worked["seconds"] >= 0
+    assert failed["reason"] == "RuntimeError: PassManager::run failed"
+    monkeypatch.undo()
+    assert "expected auto, one-launch" in plans.compile_launch("no plan", "cpu", torch.float32, 40)
+
+
+def test_what_a_worker_raises_is_a_finding_of_its_case(rehearsed, monkeypatch):
+    class Pool:
+        def __init__(self, *_, **__):
+            pass
+
+        __enter__ = __exit__ = lambda *_: None
+
+        def submit(self, function, *arguments):
+            future = Future()
+            future.set_exception(ValueError("what is wrong"))
+            return future
+
+    monkeypatch.setattr(right, "ProcessPoolExecutor", Pool)
+    monkeypatch.setattr(right, "cases", lambda: [("kd_loss", "a case")])
+    monkeypatch.setattr(right, "launches", lambda: [])
+    (result,) = right.results(rehearsed)
+    assert result == {"suite": "kd_loss", "case": "a case", "finding": "ValueError: what is wrong"}
+
+
+def test_other_bits_in_another_run_are_a_finding(monkeypatch):
+    monkeypatch.setattr(right, "same_bits", lambda runs: False)
+    case = accuracy.Case(512, 512, torch.float32, torch.float32, 2.0, 0.3, "flat", "all", "mean", 0)
+    assert right.measure("kd_loss", case, "cpu")["finding"].endswith("other bits in another run")
+    outcome = SimpleNamespace(findings=(), differences=())
+    monkeypatch.setattr(launches, "on_device", lambda case, device: (outcome, {}))
+    assert right.measure("kernels", case, "cpu")["finding"] == "other bits in another run"
 
 
 # --- reports

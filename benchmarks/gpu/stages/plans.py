@@ -15,7 +15,6 @@ from ..context import Context, prepare
 from ..subjects import TEMPERATURE, reason, released
 from ..timing import timed
 
-WARPS_AND_COLUMNS = ((2, 16), (4, 8), (2, 8), (8, 8), (4, 16))
 CLUSTERS = (4, 8, 16)
 COMPILED_ROWS = 2  # no length of rows is compiled in
 
@@ -31,7 +30,7 @@ def texts(context: Context) -> list[str]:
     device = device_of(context.device)
     programs = [
         f"programs={count},warps={warps},columns={columns}"
-        for (warps, columns), count in itertools.product(WARPS_AND_COLUMNS, context.sizes.programs)
+        for (warps, columns), count in itertools.product(context.sizes.programs_of, context.sizes.programs)
     ]
     clusters = [f"cluster={ctas},warps=8,columns=8" for ctas in CLUSTERS if device is not None and device.clusters]
     return [AUTO, *clusters, *programs]

@@ -24,11 +24,10 @@ SHARE = 0.4  # of the time that is left, for one tool
 SUMMARY = re.compile(r"SUMMARY: (\d+)")
 TESTS = ("tests/test_synchronisation.py", "tests/kernels", "tests/test_one_launch.py", "tests/test_determinism.py")
 OUTCOME = re.compile(r"(\d+) (passed|failed|errors?|skipped)")
-GRAPH_VOCABULARIES = (1040, 32_000)  # rows of a program each, and of several
 
 
 def results(context: Context) -> Iterator[dict[str, Any]]:
-    yield from (replayed(context, vocabulary) for vocabulary in GRAPH_VOCABULARIES)
+    yield from (replayed(context, vocabulary) for vocabulary in context.sizes.graphs)
     yield from (checked(context, tool) for tool in TOOLS)
     yield tested(context)
 
