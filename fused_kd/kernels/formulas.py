@@ -42,21 +42,31 @@ INTERPRETED = tl.constexpr(not isinstance(row_offset, triton.JITFunction))  # in
 
 @triton.jit
 def tile_columns(LANES: tl.constexpr, K: tl.constexpr, WIDE: tl.constexpr):
-    """Column numbers of a tile, K columns a thread in every layout, so that sums over K need no shuffle.
+    """Column numbers of a tile as it is loaded and stored; `by_lane` sorts them by thread.
 
-    WIDE = 1: [LANES, K], K neighbours a thread, loaded as 16 bytes at once.  WIDE = 2 and more: [WIDE, LANES, K / WIDE], so
-    many such loads; were they neighbours too, Triton would deal a lane's columns out to several threads, which shuffle.
-    WIDE = 0: [K, LANES], where rows start anywhere: neighbouring threads take neighbouring columns, so that the threads'
-    narrow loads coalesce; the hint keeps Triton from regrouping them.  (Triton deals a tile's first dimension out to the
-    blocks of a cluster: of [K, LANES] the K of a thread.)
+    WIDE = 1: [LANES, K], K neighbours per thread, loaded as 16 bytes at once.  WIDE = 2 and more: [WIDE * LANES, K / WIDE],
+    so many such loads per thread, one row of LANES after another.  WIDE = 0, where rows start anywhere: [K * LANES], whose
+    neighbours belong to neighbouring threads, so that narrow loads coalesce; without the hint Triton would give neighbours
+    of an aligned tensor to one thread.
+
+    No further dimension: of dimensions without contiguous elements each Triton deals out another first, and before 3.7
+    that is the one that a thread has to itself.
     """
-    if WIDE > 1:
-        first = tl.arange(0, WIDE)[:, None, None] * LANES + tl.arange(0, LANES)[None, :, None]
-        return first * (K // WIDE) + tl.arange(0, K // WIDE)[None, None, :]
-    elif WIDE:
-        return tl.arange(0, LANES)[:, None] * K + tl.arange(0, K)[None, :]
+    if WIDE:
+        return tl.arange(0, WIDE * LANES)[:, None] * (K // WIDE) + tl.arange(0, K // WIDE)[None, :]
     else:
-        return tl.max_contiguous(tl.arange(0, LANES)[None, :] + tl.arange(0, K)[:, None] * LANES, [1, 1])
+        return tl.max_contiguous(tl.arange(0, K * LANES), [1])
+
+
+@triton.jit
+def by_lane(tile, LANES: tl.constexpr, K: tl.constexpr, WIDE: tl.constexpr):
+    """A loaded tile as [LANES, K], [WIDE, LANES, K / WIDE] or [K, LANES]; sums over a thread's columns need no shuffle."""
+    if WIDE > 1:
+        return tl.reshape(tile, [WIDE, LANES, K // WIDE])
+    elif WIDE:
+        return tile
+    else:
+        return tl.reshape(tile, [K, LANES])
 
 
 @triton.jit

@@ -41,7 +41,8 @@ def student_gradient(
     """
     at_1, at_T = exponentials(u, exp2_scale, POWER)
     gradient = tl.zeros_like(u)
-    if NEED_CE and NEED_KL and POWER > 0 and not HAS_LABEL:
+    # In pairs: Triton 3.3 takes no chain of `and`.
+    if (NEED_CE and NEED_KL) and (POWER > 0 and not HAS_LABEL):
         factor = p_1_scale
         for _ in tl.static_range(POWER - 1):
             factor = factor * at_T
