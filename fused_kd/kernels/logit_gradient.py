@@ -72,7 +72,7 @@ def teacher_gradient(
 def write_tile(
     student_row, teacher_row, gradient_row, teacher_gradient_row,  # pointers to the rows' first columns
     student_stride_column, teacher_stride_column, gradient_stride_column, teacher_gradient_stride_column,
-    column, high, label,  # column: [K, LANES]
+    column, high, label,  # column: a tile
     m_s, m_t, w_ce, p_1_scale, p_T_scale, q_scale, mean_log_ratio, exp2_scale, inverse_T,
     student_factor, student_cap, teacher_factor, teacher_cap,
     NEED_CE: tl.constexpr, HAS_LABEL: tl.constexpr, NEED_KL: tl.constexpr, TEACHER_GRAD: tl.constexpr,
