@@ -158,7 +158,7 @@ def sweep_statistics(
         m_s, d_1, d_T, m_t, e, c = add_tile(
             m_s, d_1, d_T, m_t, e, c, by_lane(z, LANES, K, WIDE), by_lane(y, LANES, K, WIDE), exp2_scale, inverse_T,
             NEED_CE, NEED_KL, POWER, WIDE,
-        )
+        )  # fmt: skip
     if whole < high:
         z, y = load_pair(
             student_row, teacher_row, whole + column, high, student_stride_column, student_factor, student_cap,
@@ -167,7 +167,7 @@ def sweep_statistics(
         m_s, d_1, d_T, m_t, e, c = add_tile(
             m_s, d_1, d_T, m_t, e, c, by_lane(z, LANES, K, WIDE), by_lane(y, LANES, K, WIDE), exp2_scale, inverse_T,
             NEED_CE, NEED_KL, POWER, WIDE,
-        )
+        )  # fmt: skip
     return merged(m_s, d_1, d_T, m_t, e, c, exp2_scale, inverse_T, POWER)
 
 

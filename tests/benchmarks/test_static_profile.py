@@ -11,7 +11,7 @@ pytest.importorskip("triton")
 pytest.importorskip("rich")
 static_profile: Any = pytest.importorskip("benchmarks.static_profile")
 from fused_kd.cli.compiled import amdgcn, bounds, sass, variants, workers  # noqa: E402
-from fused_kd.cli.compiled.profile import OneLaunchFigures, Resources, profile, shuffles  # noqa: E402
+from fused_kd.cli.compiled.profile import OneLaunchFigures, profile, shuffles  # noqa: E402
 
 ONE = "row_statistics sm_90 bf16/bf16 T=2 ce+kl dense identity"
 

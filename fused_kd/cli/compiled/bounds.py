@@ -32,9 +32,9 @@ WIDEST_ACCESS = 16  # bytes, on all the targets
 REGISTER_STEP = 8  # in which a thread gets them
 # More than are planned, in steps: on gfx942 Triton 3.8 and 3.9 differ by as much, and two tanh take a step.
 MORE_OF_TARGET, MORE_OF_SOFTCAP = {"gfx942": 2}, 1
-# Steps that other releases of Triton, with other versions of ptxas and LLVM, are away from Triton 3.8, whose registers are
-# planned by.  A step less is an eighth of the rows in flight more: modelled for an H100 with Triton 3.6, V = 151 936, 6.3
-# bytes a pair instead of 6.1.
+# Steps by which other releases of Triton, with another ptxas or LLVM, differ from 3.8, whose registers the plan counts
+# with.  One step less puts an eighth more rows in flight.  A simulated H100 with Triton 3.6 then moves 6.3 bytes
+# per pair at V = 151 936, with 3.8 6.1: 1.05 and 1.02 of the floor's time.
 STEPS_OF_RELEASE = {
     ("shared", "sm_90"): dict.fromkeys([(3, 3), (3, 4), (3, 5), (3, 6), (3, 7)], -1),
     ("shared", "sm_100"): dict.fromkeys([(3, 3), (3, 4), (3, 6), (3, 7)], -1),
