@@ -2,6 +2,8 @@
 
     FUSED_KD_SIMULATOR=folder python -m benchmarks.one_launch --json benchmarks/results/one_launch.json
 
+`results/one_launch-triton-3.6.json` is the same with Triton 3.6, whose plans have no clusters.
+
 It is launched as planned for 8 192 rows of bfloat16 logits.  Of the form of whole rows four run, and the simulator
 extrapolates, as in `modelled.py`.  Of the shared form, whose programs read again what others have read, so many rows run
 that their programs fill the chip three times, and the model's figures for that launch are scaled as they are: with its
