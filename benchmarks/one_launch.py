@@ -2,6 +2,8 @@
 
     FUSED_KD_SIMULATOR=folder python -m benchmarks.one_launch --json benchmarks/results/one_launch.json
 
+`results/one_launch-triton-3.6.json` is the same with Triton 3.6, whose plans have no clusters.
+
 It is launched as planned for 8 192 rows of bfloat16 logits.  Of the form of whole rows four run, and the simulator
 extrapolates, as in `modelled.py`.  Of the shared form, whose programs read again what others have read, so many rows run
 that their programs fill the chip three times, and the model's figures for that launch are scaled as they are: with its
@@ -59,10 +61,12 @@ TARGETS = (
 
 def modelled(simulator: Any, target: Target, temperature: float) -> dict[str, Any]:
     from fused_kd import kernels
+    from fused_kd.one_launch import as_compiled
     from fused_kd.one_launch_plan import DEVICES, one_launch_plan
 
     wide = target.vocab_size % 16 == 0  # as `is_wide` finds the rows below
-    planned = one_launch_plan(target.rows, target.vocab_size, 4, 2, DEVICES[target.chip.upper()], wide)
+    device = as_compiled(DEVICES[target.chip.upper()])
+    planned = one_launch_plan(target.rows, target.vocab_size, 4, 2, device, wide)
     is_whole = planned.splits == 0
     fill = max(1, FILLED * planned.rows_in_flight)
     rows = min(target.rows, WHOLE_ROWS if is_whole else min(MOST_ROWS, fill))
@@ -70,10 +74,10 @@ def modelled(simulator: Any, target: Target, temperature: float) -> dict[str, An
     student, teacher = ((3 * torch.randn(1, rows, target.vocab_size, generator=generator)).bfloat16() for _ in range(2))
     labels = torch.randint(target.vocab_size, (rows,), generator=generator)
     weight, gradient = torch.ones(rows, dtype=torch.float64), torch.empty_like(student)
-    with simulator.device(target.chip) as device:
+    with simulator.device(target.chip) as simulated:
         kernels.loss_and_gradient(student, teacher, labels, weight, weight, temperature, gradient, launch=planned)
-        launch = device.launches[-1]
-        estimate = device.extrapolate(launch, rows=target.rows) if is_whole else launch.estimate()
+        launch = simulated.launches[-1]
+        estimate = simulated.extrapolate(launch, rows=target.rows) if is_whole else launch.estimate()
     chip = launch.chip
     modelled_rows = target.rows if is_whole else rows
     pairs = modelled_rows * target.vocab_size

@@ -13,7 +13,7 @@ from rich.table import Table
 
 from fused_kd.cli import record
 from fused_kd.cli.compiled.bounds import Violation, one_launch_violations, violations
-from fused_kd.cli.compiled.profile import Profile, Resources
+from fused_kd.cli.compiled.profile import OneLaunchFigures, Profile
 from fused_kd.cli.compiled.variants import (
     KERNELS,
     ONE_LAUNCH,
@@ -40,7 +40,8 @@ Columns of the table, counts a pair:
   B, load, store        bytes of global memory; bytes of the narrowest access
   sync                  barriers, shuffles, shared and local memory
 
-Of both loops in one launch, a second table has the registers beside those that its rows in flight are planned by.
+Of the kernels in one launch a second table has the registers beside those that rows in flight are planned by, and the
+shuffles in all loops over a row.
 """
 NAMES = ("kernel", "target", "dtypes", "T", "terms", "layout", "map", "gradients")
 COUNTS = ("instr", "mufu", "fma", "alu", "conv", "B", "load", "store", "sync")
@@ -101,12 +102,12 @@ def _row(v: Variant, p: Profile) -> Iterator[str]:
     yield f"{sum(p.kinds[kind] for kind in ('barrier', 'shuffle', 'shared', 'local')):.2f}"
 
 
-def table_of_one_launch(found: dict[Variant, Resources]) -> Table:
+def table_of_one_launch(found: dict[Variant, OneLaunchFigures]) -> Table:
     table = Table(box=None, header_style="bold", padding=(0, 1, 0, 0))
-    for name in ("form", "target", "T", "regs", "planned", "spill", "shared", "warps"):
+    for name in ("form", "target", "T", "regs", "planned", "spill", "shared", "warps", "shuffles"):
         table.add_column(name, no_wrap=True)
     for v, r in found.items():
-        counts = (r.registers, planned_shape(v).registers, r.spill, r.shared, r.resident_warps)
+        counts = (r.registers, planned_shape(v).registers, r.spill, r.shared, r.resident_warps, r.shuffles)
         table.add_row(v.kernel, v.target, v.temperature_name, *map(str, counts))
     return table
 
@@ -120,7 +121,7 @@ def write_json(path: Path, profiles: dict[Variant, Profile], failures: Iterable[
 
 
 def broken_bounds(
-    profiles: dict[Variant, Profile], in_one_launch: dict[Variant, Resources]
+    profiles: dict[Variant, Profile], in_one_launch: dict[Variant, OneLaunchFigures]
 ) -> Iterator[tuple[Variant, Violation]]:
     for variant, profile in profiles.items():
         yield from ((variant, violation) for violation in violations(variant, profile))
@@ -142,7 +143,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         console = Console(width=180)  # a log has no width to fit
     results = in_workers(figures, variants + of_one_launch, options.workers)
     profiles = {variant: result for variant, result in results.items() if isinstance(result, Profile)}
-    in_one_launch = {variant: result for variant, result in results.items() if isinstance(result, Resources)}
+    in_one_launch = {variant: result for variant, result in results.items() if isinstance(result, OneLaunchFigures)}
     failures = [f"{v.name}: {type(r).__name__}: {r}" for v, r in results.items() if isinstance(r, BaseException)]
     if profiles:
         console.print(table(profiles))

@@ -52,16 +52,25 @@ def device_of(device: torch.device) -> Device | None:
 
 @functools.lru_cache
 def _cuda_device(device: torch.device) -> Device:
-    found = device_of_properties(torch.cuda.get_device_properties(device))
-    return found._replace(clusters=found.clusters and _reduces_over_clusters())
+    return as_compiled(device_of_properties(torch.cuda.get_device_properties(device)))
 
 
-def _reduces_over_clusters() -> bool:
-    """Triton 3.2 to 3.7 do not compile a reduction over the blocks of a cluster (`PlanCTAPass` fails)."""
+def as_compiled(device: Device) -> Device:
+    """Return the device without clusters where the Triton at hand does not compile for them."""
+    return device._replace(clusters=device.clusters and compiles_clusters())
+
+
+def compiles_clusters() -> bool:
+    """Return whether reductions over the blocks of a cluster compile; up to Triton 3.7 `PlanCTAPass` fails."""
+    return triton_release() >= (3, 8)
+
+
+def triton_release() -> tuple[int, int]:
+    """Return major and minor of the Triton at hand."""
     import triton
 
     major, minor, *_ = triton.__version__.split(".")
-    return (int(major), int(minor)) >= (3, 8)
+    return int(major), int(minor)
 
 
 def is_chosen(

@@ -42,21 +42,32 @@ INTERPRETED = tl.constexpr(not isinstance(row_offset, triton.JITFunction))  # in
 
 @triton.jit
 def tile_columns(LANES: tl.constexpr, K: tl.constexpr, WIDE: tl.constexpr):
-    """Column numbers of a tile, K columns a thread in every layout, so that sums over K need no shuffle.
+    """Column numbers of a tile as it is loaded and stored; `by_lane` gives each lane its K columns.
 
-    WIDE = 1: [LANES, K], K neighbours a thread, loaded as 16 bytes at once.  WIDE = 2 and more: [WIDE, LANES, K / WIDE], so
-    many such loads; were they neighbours too, Triton would deal a lane's columns out to several threads, which shuffle.
-    WIDE = 0: [K, LANES], where rows start anywhere: neighbouring threads take neighbouring columns, so that the threads'
-    narrow loads coalesce; the hint keeps Triton from regrouping them.  (Triton deals a tile's first dimension out to the
-    blocks of a cluster: of [K, LANES] the K of a thread.)
+    WIDE = 1: [LANES, K]; a thread loads K neighbours as 16 bytes at once.  WIDE = 2 and more: [WIDE * LANES, K / WIDE]; a
+    thread has so many such loads.  WIDE = 0, where rows start anywhere: [K * LANES]; neighbouring threads load neighbouring
+    columns, so that narrow loads coalesce.  There the hint keeps Triton from giving a thread neighbours where one of two
+    tensors is aligned.
+
+    Lanes and loads are one dimension.  As two without contiguous elements, [K, LANES] and [WIDE, LANES, K / WIDE], they are
+    ordered another way by Triton before 3.7: a thread's columns lie in several threads, and every sum over them shuffles.
+    Only WIDE = 1 suits a cluster, to whose blocks Triton deals out the first dimension.
     """
-    if WIDE > 1:
-        first = tl.arange(0, WIDE)[:, None, None] * LANES + tl.arange(0, LANES)[None, :, None]
-        return first * (K // WIDE) + tl.arange(0, K // WIDE)[None, None, :]
-    elif WIDE:
-        return tl.arange(0, LANES)[:, None] * K + tl.arange(0, K)[None, :]
+    if WIDE:
+        return tl.arange(0, WIDE * LANES)[:, None] * (K // WIDE) + tl.arange(0, K // WIDE)[None, :]
     else:
-        return tl.max_contiguous(tl.arange(0, LANES)[None, :] + tl.arange(0, K)[:, None] * LANES, [1, 1])
+        return tl.max_contiguous(tl.arange(0, K * LANES), [1])
+
+
+@triton.jit
+def by_lane(tile, LANES: tl.constexpr, K: tl.constexpr, WIDE: tl.constexpr):
+    """The loaded tile as [LANES, K], [WIDE, LANES, K / WIDE] or [K, LANES], where sums over a lane's K need no shuffle."""
+    if WIDE > 1:
+        return tl.reshape(tile, [WIDE, LANES, K // WIDE])
+    elif WIDE:
+        return tile
+    else:
+        return tl.reshape(tile, [K, LANES])
 
 
 @triton.jit
@@ -127,11 +138,11 @@ def slope_at(z, factor, cap, MAP: tl.constexpr):
 
 @triton.jit
 def in_float32(x, BY_BITS: tl.constexpr):
-    """BY_BITS: a bfloat16 as the upper half of a float32, exactly: 2 instructions a pair, where a conversion is 3.
+    """BY_BITS: a bfloat16 as the upper half of a float32, exactly; sm_100 then subtracts maxima two at a time.
 
-    Not in the gradient: sm_100 fuses the conversion into the subtraction of the maximum there, which leaves none.  Nor in
-    the statistics where a thread has one load: at T = 3 and 4 sm_100 then takes 50 registers, not 47, for a tenth of the
-    threads that wait for memory.
+    That is 18.5 instead of 20.3 instructions per pair in the statistics of the shared form.  Not in the gradient: sm_100
+    fuses the conversion into the subtraction of the maximum there, which leaves none.  Nor in the statistics where a thread
+    has one load: at T = 3 and 4 sm_100 then takes 50 registers, not 47, for a tenth of the threads that wait for memory.
     """
     if BY_BITS and x.dtype == tl.bfloat16:
         return (x.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)

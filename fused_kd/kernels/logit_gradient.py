@@ -41,7 +41,8 @@ def student_gradient(
     """
     at_1, at_T = exponentials(u, exp2_scale, POWER)
     gradient = tl.zeros_like(u)
-    if NEED_CE and NEED_KL and POWER > 0 and not HAS_LABEL:
+    # In pairs: Triton 3.3 takes no chain of `and`.
+    if (NEED_CE and NEED_KL) and (POWER > 0 and not HAS_LABEL):
         factor = p_1_scale
         for _ in tl.static_range(POWER - 1):
             factor = factor * at_T
@@ -71,7 +72,7 @@ def teacher_gradient(
 def write_tile(
     student_row, teacher_row, gradient_row, teacher_gradient_row,  # pointers to the rows' first columns
     student_stride_column, teacher_stride_column, gradient_stride_column, teacher_gradient_stride_column,
-    column, high, label,  # column: [K, LANES]
+    column, high, label,  # column: a tile
     m_s, m_t, w_ce, p_1_scale, p_T_scale, q_scale, mean_log_ratio, exp2_scale, inverse_T,
     student_factor, student_cap, teacher_factor, teacher_cap,
     NEED_CE: tl.constexpr, HAS_LABEL: tl.constexpr, NEED_KL: tl.constexpr, TEACHER_GRAD: tl.constexpr,

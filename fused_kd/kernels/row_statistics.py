@@ -20,6 +20,7 @@ import triton.language as tl
 from ..logit_map import IDENTITY_MAP, LogitMap
 from .formulas import (
     INTERPRETED,
+    by_lane,
     exponentials,
     for_every_column,
     load_pair,
@@ -155,16 +156,18 @@ def sweep_statistics(
             teacher_stride_column, teacher_factor, teacher_cap, NEED_KL, STUDENT_MAP, TEACHER_MAP, False, WIDE > 1,
         )  # fmt: skip
         m_s, d_1, d_T, m_t, e, c = add_tile(
-            m_s, d_1, d_T, m_t, e, c, z, y, exp2_scale, inverse_T, NEED_CE, NEED_KL, POWER, WIDE
-        )
+            m_s, d_1, d_T, m_t, e, c, by_lane(z, LANES, K, WIDE), by_lane(y, LANES, K, WIDE), exp2_scale, inverse_T,
+            NEED_CE, NEED_KL, POWER, WIDE,
+        )  # fmt: skip
     if whole < high:
         z, y = load_pair(
             student_row, teacher_row, whole + column, high, student_stride_column, student_factor, student_cap,
             teacher_stride_column, teacher_factor, teacher_cap, NEED_KL, STUDENT_MAP, TEACHER_MAP, True, WIDE > 1,
         )  # fmt: skip
         m_s, d_1, d_T, m_t, e, c = add_tile(
-            m_s, d_1, d_T, m_t, e, c, z, y, exp2_scale, inverse_T, NEED_CE, NEED_KL, POWER, WIDE
-        )
+            m_s, d_1, d_T, m_t, e, c, by_lane(z, LANES, K, WIDE), by_lane(y, LANES, K, WIDE), exp2_scale, inverse_T,
+            NEED_CE, NEED_KL, POWER, WIDE,
+        )  # fmt: skip
     return merged(m_s, d_1, d_T, m_t, e, c, exp2_scale, inverse_T, POWER)
 
 

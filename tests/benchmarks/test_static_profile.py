@@ -11,7 +11,7 @@ pytest.importorskip("triton")
 pytest.importorskip("rich")
 static_profile: Any = pytest.importorskip("benchmarks.static_profile")
 from fused_kd.cli.compiled import amdgcn, bounds, sass, variants, workers  # noqa: E402
-from fused_kd.cli.compiled.profile import Resources, profile  # noqa: E402
+from fused_kd.cli.compiled.profile import OneLaunchFigures, profile, shuffles  # noqa: E402
 
 ONE = "row_statistics sm_90 bf16/bf16 T=2 ce+kl dense identity"
 
@@ -101,6 +101,23 @@ def test_sass_loads_that_wait_for_one_another_are_not_in_flight_together():
         "@!P1 BRA 0x0",
     )
     assert sass.main_loop(serial).bytes_in_flight == 16
+
+
+def test_sass_shuffles_are_counted_in_loops_that_take_exponentials():
+    listing = sass_listing(
+        "SHFL.BFLY PT, R5, R4, 0x10, 0x1f",
+        "MUFU.EX2 R4, R4",  # 0010
+        "SHFL.BFLY PT, R5, R4, 0x8, 0x1f",
+        "@!P1 BRA 0x10",
+        "SHFL.BFLY PT, R5, R4, 0x4, 0x1f",  # 0040
+        "@!P1 BRA 0x40",
+        "MUFU.EX2 R4, R4",  # 0060
+        "SHFL.BFLY PT, R5, R4, 0x8, 0x1f",
+        "@!P1 BRA 0x60",
+    )
+    assert shuffles(*sass.code_and_loops(listing)) == 2
+    with pytest.raises(ValueError, match="no loop takes exponentials"):
+        shuffles(*sass.code_and_loops(sass_listing("EXIT")))
 
 
 def test_sass_loop_counter_is_found_behind_a_copy_of_its_predicate():
@@ -195,6 +212,10 @@ def test_specialisation_is_that_of_tritons_jit(layout: str):
         assert ours == theirs
 
 
+def keeps_its_bounds(variant: variants.Variant, registers: int, shuffled: int = 0) -> bool:
+    return not list(bounds.one_launch_violations(variant, OneLaunchFigures(registers, 0, 0, 32, shuffled)))
+
+
 @pytest.mark.parametrize(
     ("dtype", "logit_map", "registers", "kept"),
     [
@@ -203,10 +224,37 @@ def test_specialisation_is_that_of_tritons_jit(layout: str):
         ("fp32", "identity", 40, True),
     ],
 )  # fmt: skip
-def test_registers_are_those_that_rows_in_flight_are_planned_by(dtype: str, logit_map: str, registers: int, kept: bool):
+def test_registers_are_those_that_rows_in_flight_are_planned_by(
+    monkeypatch: pytest.MonkeyPatch, dtype: str, logit_map: str, registers: int, kept: bool
+):
     """64 on an H100."""
+    monkeypatch.setattr("triton.__version__", "3.8.0")
     variant = variants.Variant("shared", "sm_90", dtype, dtype, 2.0, "ce+kl", "dense", logit_map)
-    assert (not list(bounds.one_launch_violations(variant, Resources(registers, 0, 0, 32)))) == kept
+    assert keeps_its_bounds(variant, registers) == kept
+    assert not keeps_its_bounds(variant, registers, shuffled=1)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "target", "version", "kept"),
+    [
+        ("shared", "sm_90", "3.6.0", range(49, 65)), ("shared", "sm_90", "3.8.0", range(57, 65)),
+        ("shared", "sm_80", "3.6.0", range(57, 65)), ("whole", "sm_100", "3.6.0", range(57, 73)),
+        ("whole", "sm_100", "3.9.0", range(57, 65)),
+    ],
+)  # fmt: skip
+def test_other_releases_of_triton_take_other_registers_where_it_is_said(
+    monkeypatch: pytest.MonkeyPatch, kernel: str, target: str, version: str, kept: range
+):
+    monkeypatch.setattr("triton.__version__", version)
+    variant = variants.Variant(kernel, target, "bf16", "bf16", 2.0, "ce+kl", "dense")
+    assert [registers for registers in range(40, 90) if keeps_its_bounds(variant, registers)] == list(kept)
+
+
+@pytest.mark.parametrize(("version", "there"), [("3.7.1", False), ("3.8.0", True)])
+def test_clusters_are_profiled_where_they_are_launched(monkeypatch: pytest.MonkeyPatch, version: str, there: bool):
+    monkeypatch.setattr("triton.__version__", version)
+    kernels = {variant.kernel for variant in variants.one_launch_variants()}
+    assert kernels == ({"whole", "shared", "cluster"} if there else {"whole", "shared"})
 
 
 def test_one_variant_keeps_its_bounds(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
@@ -236,6 +284,9 @@ def test_a_sum_over_threads_rounds_alike_in_all_of_them():
         variants.Variant("row_statistics", "sm_90", "bf16", "bf16", temperature, "ce+kl", layout)
         for temperature in (1.0, 2.0, 3.0)
         for layout in ("dense", "padded", "odd")
+    ] + [
+        variants.Variant(kernel, target, "bf16", "bf16", 2.0, "ce+kl", "dense")
+        for kernel, target in (("whole", "sm_90"), ("whole", "sm_100"), ("shared", "sm_90"))
     ]
     codes = workers.in_workers(variants.ptx, cases, workers=1)
     for case, code in codes.items():

@@ -38,6 +38,12 @@ def _width(operand_type: str) -> int:
 
 
 def main_loop(assembly: str) -> Loop:
+    body = main_loop_body(*code_and_loops(assembly))
+    return Loop(body, _columns(body), _bytes_in_flight(body))
+
+
+def code_and_loops(assembly: str) -> tuple[list[Instruction], list[tuple[int, int]]]:
+    """All instructions, and of every loop the first and the last index."""
     code: list[Instruction] = []
     label_at: dict[str, int] = {}
     branches = []
@@ -51,8 +57,7 @@ def main_loop(assembly: str) -> Loop:
         if branch and branch["target"] in label_at:
             branches.append((label_at[branch["target"]], len(code)))
         code.append(instruction(text))
-    body = main_loop_body(code, branches)
-    return Loop(body, _columns(body), _bytes_in_flight(body))
+    return code, branches
 
 
 def _columns(body: Sequence[Instruction]) -> int:

@@ -41,6 +41,13 @@ class Resources:
 
 
 @dataclass(frozen=True)
+class OneLaunchFigures(Resources):
+    """Figures of a kernel with several loops over a row."""
+
+    shuffles: int  # in all of these loops
+
+
+@dataclass(frozen=True)
 class Profile:
     """Figures of a variant.  A pair is one (student, teacher) element; instructions are those that a warp issues."""
 
@@ -84,11 +91,24 @@ def profile(resources: Resources, loop: Loop, lanes: int, columns: int, warp_siz
 
 def main_loop_body(code: Sequence[Instruction], loops: Sequence[tuple[int, int]]) -> tuple[Instruction, ...]:
     """The main loop among all (first, last index) of a kernel; of an unrolled one and its remainder, the unrolled."""
-    bodies = [code[first : last + 1] for first, last in loops if not _has_inner_loop((first, last), loops)]
-    candidates = [body for body in bodies if {"load", "mufu"} <= {instruction.kind for instruction in body}]
+    bodies = loops_over_a_row(code, loops)
+    candidates = [body for body in bodies if any(instruction.kind == "load" for instruction in body)]
     if not candidates:
-        raise ValueError(f"none of {len(bodies)} innermost loops has both loads and exponentials")
+        raise ValueError(f"none of {len(bodies)} innermost loops with exponentials has loads")
     return tuple(max(candidates, key=lambda body: sum(i.bytes for i in body if i.kind == "load")))
+
+
+def loops_over_a_row(code: Sequence[Instruction], loops: Sequence[tuple[int, int]]) -> list[Sequence[Instruction]]:
+    """The innermost loops that take exponentials, among all (first, last index) of a kernel."""
+    bodies = [code[first : last + 1] for first, last in loops if not _has_inner_loop((first, last), loops)]
+    return [body for body in bodies if any(instruction.kind == "mufu" for instruction in body)]
+
+
+def shuffles(code: Sequence[Instruction], loops: Sequence[tuple[int, int]]) -> int:
+    bodies = loops_over_a_row(code, loops)
+    if not bodies:
+        raise ValueError("no loop takes exponentials")
+    return sum(instruction.kind == "shuffle" for body in bodies for instruction in body)
 
 
 def _has_inner_loop(loop: tuple[int, int], loops: Sequence[tuple[int, int]]) -> bool:

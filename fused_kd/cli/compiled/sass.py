@@ -52,12 +52,17 @@ def _width(bare: str) -> int:
 
 
 def main_loop(sass: str) -> Loop:
+    body = main_loop_body(*code_and_loops(sass))
+    return Loop(body, _columns(body), _bytes_in_flight(body))
+
+
+def code_and_loops(sass: str) -> tuple[list[Instruction], list[tuple[int, int]]]:
+    """All instructions, and of every loop the first and the last index."""
     addresses, code = [], []
     for match in LINE.finditer(sass):
         addresses.append(int(match["address"], 16))
         code.append(instruction(match["text"]))
-    body = main_loop_body(code, _backward_branches(addresses, code))
-    return Loop(body, _columns(body), _bytes_in_flight(body))
+    return code, _backward_branches(addresses, code)
 
 
 def _backward_branches(addresses: Sequence[int], code: Sequence[Instruction]) -> list[tuple[int, int]]:

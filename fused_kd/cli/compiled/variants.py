@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from . import amdgcn, sass
-from .profile import Profile, Resources, profile
+from .profile import OneLaunchFigures, Profile, Resources, profile, shuffles
 
 if TYPE_CHECKING:  # triton and fused_kd.kernels are imported where a worker needs them, see `workers`
     from triton.compiler import ASTSource
@@ -85,9 +85,14 @@ def all_variants() -> list[Variant]:
 
 
 def one_launch_variants() -> list[Variant]:
-    """The forms on the targets that they are planned for; registers are what two loops decide together."""
+    """The forms on the targets that they are planned for, as far as the Triton at hand compiles them.
+
+    Registers are what two loops decide together.
+    """
+    from fused_kd.one_launch import compiles_clusters
+
     others = [("cluster", "fp32", "identity"), ("cluster", "bf16", "scale"), ("shared", "bf16", "softcap")]
-    return [
+    variants = [
         Variant(kernel, target, "bf16", "bf16", T, "ce+kl", "dense")
         for kernel in ONE_LAUNCH
         for target in TARGETS
@@ -96,6 +101,7 @@ def one_launch_variants() -> list[Variant]:
     ] + [
         Variant(kernel, "sm_90", dtype, dtype, 2.0, "ce+kl", "dense", logit_map) for kernel, dtype, logit_map in others
     ]
+    return [variant for variant in variants if variant.kernel != "cluster" or compiles_clusters()]
 
 
 def _variants(kernel: str, target: str) -> Iterator[Variant]:
@@ -317,9 +323,11 @@ def measure(variant: Variant) -> Profile:
     return profile(found, read.main_loop(code), plan.lanes, plan.columns, warp_size(variant.target))
 
 
-def figures(variant: Variant) -> Profile | Resources:
-    """Of a kernel with one loop all of them; of one with two, what belongs to the kernel."""
-    return _read(variant)[0] if variant.kernel in ONE_LAUNCH else measure(variant)
+def figures(variant: Variant) -> Profile | OneLaunchFigures:
+    if variant.kernel not in ONE_LAUNCH:
+        return measure(variant)
+    found, read, code = _read(variant)
+    return OneLaunchFigures(**vars(found), shuffles=shuffles(*read.code_and_loops(code)))
 
 
 def _read(variant: Variant) -> tuple[Resources, Any, str]:
