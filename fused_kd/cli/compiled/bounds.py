@@ -36,10 +36,11 @@ MORE_OF_TARGET, MORE_OF_SOFTCAP = {"gfx942": 2}, 1
 # with.  One step less puts an eighth more rows in flight.  A simulated H100 with Triton 3.6 then moves 6.3 bytes
 # per pair at V = 151 936, with 3.8 6.1: 1.05 and 1.02 of the floor's time.
 STEPS_OF_RELEASE = {
-    ("shared", "sm_90"): dict.fromkeys([(3, 3), (3, 4), (3, 5), (3, 6), (3, 7)], -1),
-    ("shared", "sm_100"): dict.fromkeys([(3, 3), (3, 4), (3, 6), (3, 7)], -1),
-    ("whole", "sm_100"): dict.fromkeys([(3, 5), (3, 6)], 1),
+    ("shared", "sm_80"): {(3, 3): 1},
+    ("shared", "sm_90"): {(3, 3): 1, (3, 4): -1, (3, 5): -1, (3, 6): -1, (3, 7): -1},
+    ("shared", "sm_100"): {(3, 3): 1, (3, 4): -1, (3, 6): -1, (3, 7): -1},
     ("shared", "gfx942"): {(3, 7): 2},
+    ("whole", "sm_100"): {(3, 3): 2, (3, 5): 1, (3, 6): 1},
 }
 
 
