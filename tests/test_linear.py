@@ -288,6 +288,21 @@ def test_every_backward_multiplies_by_its_own_upstream_gradient(device, reductio
         assert torch.equal(scaled[0], (once[0].float() * upstream).to(dtype))
 
 
+@pytest.fixture
+def unwritten_is_nan():
+    """PyTorch fills new memory with NaN."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_nothing_is_read_that_is_not_written(device, dtype, unwritten_is_nan):
+    """Products in bfloat16 on a CPU with AMX multiply the memory between rows by 0 (seen with PyTorch 2.7 to 2.14)."""
+    given = make(device, dtype, shape=(64,))
+    assert all(gradient.isfinite().all() for gradient in run(linear_kd_loss, given).values())
+
+
 def test_a_mean_over_many_rows_does_not_underflow_in_float16(device):
     """With the loss scale of AMP coming in backward, gradients of 1e-9 a logit have to survive the forward pass."""
     given = make(device, torch.float16, shape=(16,), vocabulary=8000, scale=0.05)
