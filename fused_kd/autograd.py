@@ -249,7 +249,8 @@ class LinearKDRowLossesFunction(torch.autograd.Function):
 
 
 def _without_gradients(options: LinearOptions) -> LinearOptions:
-    return options._replace(needed=(False,) * len(options.needed))
+    kd, needed, dtype, teacher_dtype, logits_dtype, workspace_bytes = options  # PyTorch 2.7 does not trace `_replace`
+    return LinearOptions(kd, (False,) * len(needed), dtype, teacher_dtype, logits_dtype, workspace_bytes)
 
 
 def _dtypes(heads: Sequence[Tensor | None], options: LinearOptions) -> list[torch.dtype]:

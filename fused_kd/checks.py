@@ -17,7 +17,7 @@ SMALLEST, LARGEST = 1e-18, 1e18  # of a number in the formula: float32 holds its
 
 
 def is_number(value: object) -> bool:
-    return isinstance(value, float | int) and not isinstance(value, bool)
+    return isinstance(value, (float, int)) and not isinstance(value, bool)  # PyTorch 2.7 does not trace `float | int`
 
 
 def _is_integer(value: object) -> bool:
@@ -120,7 +120,7 @@ def check_linear_options(
     logits_dtype: torch.dtype | None,
     workspace_bytes: int | None,
 ) -> None:
-    if not isinstance(logits_dtype, torch.dtype | None):
+    if logits_dtype is not None and not isinstance(logits_dtype, torch.dtype):
         raise TypeError(f"logits_dtype: expected None or a torch.dtype, got {_what(logits_dtype)}")
     for hidden in (student_hidden, teacher_hidden):
         if hidden is None or logits_dtype is None:
@@ -156,7 +156,7 @@ def logit_maps(logit_scale: Scale, logit_softcap: Softcap) -> tuple[LogitMap, Lo
 
 
 def _pair(name: str, value: Any) -> tuple[Any, Any]:
-    if not isinstance(value, tuple | list):
+    if not isinstance(value, (tuple, list)):
         return value, value
     if len(value) != 2:
         raise ValueError(f"{name}: expected one value or a pair (student, teacher), got {len(value)} values")

@@ -1,5 +1,7 @@
 """The losses: the one place where a user's arguments are checked and shaped."""
 
+from __future__ import annotations  # PyTorch 2.7 does not trace unions in the annotations of a function within another
+
 import math
 import warnings
 from typing import NamedTuple
@@ -117,7 +119,7 @@ def kd_loss(
     return terms.output(losses if reduction == "none" else losses.sum(), ce, kl)
 
 
-def _takes_gradient_along(student: Tensor, teacher: Tensor | None, terms: "_Terms") -> bool:
+def _takes_gradient_along(student: Tensor, teacher: Tensor | None, terms: _Terms) -> bool:
     """Whether the gradient is taken with the loss, for an upstream gradient of 1.
 
     Not in float16, where the gradient of a mean over many rows underflows before a loss scale multiplies it; not where the

@@ -34,7 +34,10 @@ class Head(NamedTuple):
     def logits_buffer(self, rows: int, dtype: torch.dtype | None) -> Tensor:  # [C, V]
         """In the dtype of the products, if not in another one."""
         V = self.weight.shape[0]
-        return self.weight.new_empty(rows, row_stride(V), dtype=dtype or self.weight.dtype)[:, :V]
+        buffer = self.weight.new_empty(rows, row_stride(V), dtype=dtype or self.weight.dtype)
+        if not buffer.is_cuda:
+            buffer[:, V:].zero_()  # oneDNN multiplies what follows a row of bfloat16 by 0, and 0 times NaN is NaN
+        return buffer[:, :V]
 
     def logits(self, rows: slice, out: Tensor) -> Tensor:  # [1, C, V]
         """Of some rows, written over `out`."""

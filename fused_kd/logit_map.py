@@ -27,7 +27,8 @@ class LogitMap(NamedTuple):
 
     def of(self, x: Tensor) -> Tensor:
         z = x * self.scale
-        return self.softcap * torch.tanh(z / self.softcap) if self.is_capped else z
+        # Not `is_capped`: PyTorch 2.9 does not trace a property of a named tuple where sizes are dynamic.
+        return self.softcap * torch.tanh(z / self.softcap) if self.softcap < math.inf else z
 
 
 IDENTITY_MAP = LogitMap()

@@ -2,6 +2,7 @@
 
 A 16-bit product with a float32 result rounds once.  PyTorch has it for CUDA tensors: `mm` with `out_dtype` since 2.8,
 `addmm` that adds to a float32 matrix since 2.10.  Elsewhere a slab of the vocabulary at a time is converted to float32.
+docs/versions.md says how that was found.
 """
 
 from collections.abc import Iterator
@@ -12,9 +13,18 @@ from torch import Tensor
 SLAB_ELEMENTS = 2**21  # of what is converted to float32: 8 MB
 
 
-def _since(release: tuple[int, int], tensor: Tensor) -> bool:
-    """Whether the tensor is on a GPU and PyTorch at least of this release."""
-    return tensor.is_cuda and tuple(int(part) for part in torch.__version__.split(".")[:2]) >= release
+RELEASE = tuple(int(part) for part in torch.__version__.split(".")[:2])
+
+
+def _since(release: tuple[int, int], operand: Tensor) -> bool:
+    """Whether PyTorch is at least of this release and gives a float32 product of such 16-bit operands."""
+    return release <= RELEASE and _has_float32_products(operand)
+
+
+def _has_float32_products(operand: Tensor) -> bool:
+    """Whether the tensor is on a CUDA device, with settings under which PyTorch does not refuse such a product."""
+    in_float16 = operand.dtype == torch.float16 and torch.backends.cuda.matmul.allow_fp16_accumulation
+    return operand.is_cuda and torch.version.hip is None and not in_float16
 
 
 def project(
@@ -29,8 +39,8 @@ def project(
     elif _since((2, 10), hidden):
         if bias is None:
             torch.mm(hidden, weight.T, out_dtype=out.dtype, out=out)
-        else:
-            torch.addmm(bias.to(out.dtype), hidden, weight.T, out_dtype=out.dtype, out=out)
+        else:  # as a matrix: PyTorch's comments say that cuBLASLt's own sum with a vector is wrong for these dtypes
+            torch.addmm(out.copy_(bias), hidden, weight.T, out_dtype=out.dtype, out=out)
     else:
         for slab in _slabs(weight, hidden):
             out[:, slab] = _widened_mm(hidden, weight[slab].T)

@@ -39,7 +39,7 @@ def mapped(x: Tensor, scale: float, softcap: float | None) -> Tensor:
 
 
 def _pair(value: Any) -> tuple[Any, Any]:
-    return tuple(value) if isinstance(value, tuple | list) else (value, value)
+    return tuple(value) if isinstance(value, (tuple, list)) else (value, value)
 
 
 def kd_loss(
@@ -96,7 +96,7 @@ def kd_loss(
     if labels is not None:
         ce = F.cross_entropy(student, rows(labels), reduction="none")
         loss = loss + (1 - alpha) * ce
-    if teacher_logits is not None and not (isinstance(alpha, float | int) and alpha == 0):
+    if teacher_logits is not None and not (isinstance(alpha, (float, int)) and alpha == 0):
         teacher_logits = teacher_logits if teacher_grad else teacher_logits.detach()
         teacher = rows(teacher_logits[..., :V].reshape(-1, V)).to(dtype)
         teacher = mapped(teacher, scales[1], softcaps[1])

@@ -9,6 +9,7 @@ import torch
 
 from fused_kd import kd_loss, linear_kd_loss, ops
 from fused_kd.logit_map import IDENTITY_MAP, LogitMap
+from fused_kd.matmul import RELEASE
 
 from .oracle import relative_error
 
@@ -141,6 +142,10 @@ def step_inputs(rows):
 @pytest.mark.parametrize("strict", [False, True])
 @pytest.mark.parametrize("from_logits", [True, False])
 def test_export_of_the_forward_pass(from_logits, strict):
+    if RELEASE < (2, 9):
+        pytest.skip("PyTorch 2.7 loses a dynamic size if strict, and saves no infinite number (a softcap that is none)")
+    if RELEASE < (2, 11) and not strict:
+        pytest.skip("PyTorch 2.9 loses a dynamic size if not strict")
     step, rows = Step(from_logits), torch.export.Dim("rows", min=1, max=4096)
     shapes = ({0: rows}, {0: rows}, {0: rows})
     program = torch.export.export(step, step_inputs(N), dynamic_shapes=shapes, strict=strict)

@@ -1,15 +1,18 @@
 """linear_kd_loss against the float64 oracle: values, the gradients of hidden states, weight and bias, memory, work."""
 
 import inspect
+from collections import Counter
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
-from fused_kd import KDLossOutput, LinearKDLoss, checks, chunk_plan, linear, linear_kd_loss, reference
+from fused_kd import KDLossOutput, LinearKDLoss, checks, chunk_plan, linear, linear_kd_loss, matmul, reference
 from fused_kd.cli.memory import peak_bytes
 from fused_kd.linear_operator import linear_row_losses
 from fused_kd.matmul import accumulate, project
@@ -283,6 +286,21 @@ def test_every_backward_multiplies_by_its_own_upstream_gradient(device, reductio
         assert relative_error(b, upstream * a.double()) < (1e-6 if dtype == torch.float32 else 5e-3)
     if reduction == "mean":  # what is saved of the hidden states' gradient is in their dtype
         assert torch.equal(scaled[0], (once[0].float() * upstream).to(dtype))
+
+
+@pytest.fixture
+def unwritten_is_nan():
+    """PyTorch fills new memory with NaN."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_nothing_is_read_that_is_not_written(device, dtype, unwritten_is_nan):
+    """Products in bfloat16 on a CPU with AMX multiply the memory between rows by 0 (seen with PyTorch 2.7 to 2.14)."""
+    given = make(device, dtype, shape=(64,))
+    assert all(gradient.isfinite().all() for gradient in run(linear_kd_loss, given).values())
 
 
 def test_a_mean_over_many_rows_does_not_underflow_in_float16(device):
@@ -601,19 +619,65 @@ def test_float32_logits_spare_peaked_logits_their_rounding():
         assert relative_error(exact[name], oracle[name]) < 0.5 * relative_error(rounded[name], oracle[name])
 
 
-@pytest.mark.parametrize("release", [(2, 8), (2, 10)])  # of PyTorch, on a GPU
+class ProductsOfAGPU(TorchDispatchMode):
+    """Gives CPU tensors the float32 products that PyTorch has for CUDA tensors, which it takes in that release."""
+
+    def __init__(self, release):
+        super().__init__()
+        self.release = release
+        self.seen = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func.__name__ not in ("mm.dtype", "mm.dtype_out", "addmm.dtype_out"):
+            return func(*args, **kwargs)
+        self.seen[func.__name__] += 1
+        *addend, a, b, dtype = args
+        assert a.dtype == b.dtype == torch.bfloat16
+        assert dtype == torch.float32
+        result = kwargs.get("out", torch.empty(a.shape[0], b.shape[1]))
+        product = a.double() @ b.double()
+        if addend:
+            assert self.release >= (2, 10)  # before, PyTorch asks for a 16-bit one
+            assert addend[0] is result  # else cuBLASLt may be asked to add it
+            product += addend[0].double() if kwargs.get("beta", 1) else 0.0
+        return result.copy_(product)
+
+
+@pytest.mark.parametrize("release", [(2, 8), (2, 10)])
 @pytest.mark.parametrize("bias", [True, False])
 def test_products_on_a_gpu_give_float32_from_16_bit_operands(bias, release, monkeypatch):
-    """What a machine without a GPU can say of it: PyTorch has the products and takes these operands."""
-    from fused_kd import matmul
-
-    monkeypatch.setattr(matmul, "_since", lambda since, tensor: release >= since)
+    """Shown on a CPU: the operators, and what they are given, are those for CUDA tensors."""
+    if release > matmul.RELEASE:
+        pytest.skip(f"PyTorch {torch.__version__} lacks products of {release[0]}.{release[1]}")
+    monkeypatch.setattr(matmul, "RELEASE", release)
+    monkeypatch.setattr(matmul, "_has_float32_products", lambda operand: True)
     monkeypatch.setattr(matmul, "SLAB_ELEMENTS", 100 * H_S)
+    hidden, weight, vector = (torch.randn(*shape).bfloat16() for shape in ((N, H_S), (V, H_S), (V,)))
+    exact = hidden.double() @ weight.double().T + (vector.double() if bias else 0.0)
+    out, total = torch.full((N, 1280), torch.nan)[:, :V], torch.full((V, H_S), torch.nan)
+    gradient = exact.bfloat16()
+    with ProductsOfAGPU(release) as products:
+        project(hidden, weight, vector if bias else None, out)
+        accumulate(total, gradient, hidden, first=True)
+        accumulate(total, gradient, hidden, first=False)
+    assert relative_error(out, exact) < 1e-7
+    assert relative_error(total, 2 * (gradient.double().T @ hidden.double())) < 1e-7
+    if release >= (2, 10):
+        assert products.seen == ({"addmm.dtype_out": 3} if bias else {"mm.dtype_out": 1, "addmm.dtype_out": 2})
+    else:
+        assert set(products.seen) == {"mm.dtype"}
 
-    def on_gpu(*shape, dtype=torch.bfloat16):
-        return torch.empty(shape, dtype=dtype, device="meta")
 
-    out = on_gpu(N, 1280, dtype=torch.float32)[:, :V]
-    project(on_gpu(N, H_S), on_gpu(V, H_S), on_gpu(V) if bias else None, out)
-    for first in (True, False):
-        accumulate(on_gpu(V, H_S, dtype=torch.float32), on_gpu(N, V), on_gpu(N, H_S), first=first)
+def test_float32_products_are_asked_for_where_pytorch_does_not_refuse_them(monkeypatch):
+    def asked(dtype=torch.float16, is_cuda=True):
+        return matmul._has_float32_products(SimpleNamespace(dtype=dtype, is_cuda=is_cuda))
+
+    monkeypatch.setattr(torch.version, "hip", None)
+    assert asked()
+    assert not asked(is_cuda=False)
+    monkeypatch.setattr(torch.backends.cuda, "matmul", SimpleNamespace(allow_fp16_accumulation=True))
+    assert not asked()
+    assert asked(torch.bfloat16)
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    assert not asked(torch.bfloat16)

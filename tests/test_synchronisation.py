@@ -20,7 +20,7 @@ from fused_kd.autograd import (
     LinearKDLossFunction,
     LinearKDRowLossesFunction,
 )
-from fused_kd.cli.launches import opened_operators
+from fused_kd.cli.launches import Float32Products, opened_operators
 from fused_kd.one_launch_plan import DEVICES
 
 N, V, H_S, H_T = 40, 137, 8, 12
@@ -97,7 +97,7 @@ def fake_device(monkeypatch):
     monkeypatch.setattr(ops, "_backend", lambda *arguments: stub)
     monkeypatch.setattr(ops, "_device_of", lambda tensor: nullcontext())
     monkeypatch.setattr(one_launch, "device_of", lambda device: DEVICES["H100"])
-    with opened_operators(), FakeTensorMode(), WithoutCuda():
+    with opened_operators(), FakeTensorMode(), Float32Products(), WithoutCuda():
         yield torch.device("cuda", 0)
 
 

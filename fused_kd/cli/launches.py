@@ -30,6 +30,7 @@ KERNELS = {  # by module
     "scale": ("scale_kernel",),
 }
 ALLOCATIONS = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}
+FLOAT32_PRODUCTS = {f"aten.{name}.{overload}" for name in ("mm", "addmm") for overload in ("dtype", "dtype_out")}
 RELABELLED = {"_unsafe_view", "_reshape_alias"}  # views that do not say so
 
 
@@ -48,6 +49,17 @@ class Launches(TorchDispatchMode):
         if written and not func.is_view and name not in ALLOCATIONS | RELABELLED:
             self.operators[name] += 1
         return result
+
+
+class Float32Products(TorchDispatchMode):
+    """Results of 16-bit products in float32 for fake and meta tensors: PyTorch has right ones for all since 2.13."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if matmul.RELEASE >= (2, 13) or str(func) not in FLOAT32_PRODUCTS:
+            return func(*args, **kwargs)
+        a, b, dtype = args[-3:]
+        return kwargs["out"] if "out" in kwargs else a.new_empty(a.shape[0], b.shape[1], dtype=dtype)
 
 
 @contextlib.contextmanager
@@ -73,6 +85,7 @@ def fake_gpu() -> Iterator[Launches]:
         for module, name, replacement in _as_on_a_gpu(launches):
             contexts.enter_context(patch.object(module, name, replacement))
         contexts.enter_context(FakeTensorMode())
+        contexts.enter_context(Float32Products())
         yield launches
 
 
@@ -83,9 +96,9 @@ def _as_on_a_gpu(launches: Launches) -> Iterator[tuple[ModuleType, str, Any]]:
         outer, inner, vocabulary = student.shape
         return plan(max(1, outer * inner), vocabulary, itemsize, DEVICES[GPU].processors)
 
-    kernels, since = ops._kernels(), matmul._since
+    kernels = ops._kernels()
     yield ops, "_backend", lambda *_: kernels
-    yield matmul, "_since", lambda release, _: since(release, SimpleNamespace(is_cuda=True))  # type: ignore[arg-type]
+    yield matmul, "_has_float32_products", lambda _: True
     yield one_launch, "device_of", lambda _: DEVICES[GPU]
     for name, kernel_names in KERNELS.items():
         module = importlib.import_module(f"fused_kd.kernels.{name}")
