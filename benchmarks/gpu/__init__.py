@@ -1,1 +1,1 @@
-"""What a machine with a GPU proves and measures in eight minutes: `python -m benchmarks.gpu`."""
+"""Proof and measurement on a machine with a GPU, in eight minutes: `python -m benchmarks.gpu`."""

@@ -15,7 +15,7 @@ from .subjects import TEMPERATURE
 
 
 def steps(context: Context, file: Path, rows: int, vocabularies: list[int]) -> None:
-    """A step of kd_loss at each vocabulary, as planned and in two launches; what was launched is written to the file."""
+    """Run a step of kd_loss at each vocabulary, as planned and in two launches, and write to the file what was launched."""
     from fused_kd import kd_loss
 
     with file.open("w") as lines:

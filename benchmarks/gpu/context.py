@@ -1,4 +1,4 @@
-"""What a stage is given: a device, the sizes that it runs at, the time that it has."""
+"""The context of a stage: a device, the sizes that it runs at, the time that it has."""
 
 import os
 import time
@@ -53,10 +53,11 @@ class Context(NamedTuple):
     end: float  # of its time, by `time.monotonic`
 
     def has(self, seconds: float) -> bool:
-        """Whether so many seconds are left."""
+        """Return whether more than so many seconds are left."""
         return seconds < self.left()
 
     def left(self) -> float:
+        """Return the seconds that are left."""
         return self.end - time.monotonic()
 
 
@@ -65,7 +66,7 @@ def is_rehearsal() -> bool:
 
 
 def prepare() -> None:
-    """Makes this process fit to run a stage: in a rehearsal, the stand-ins take the place of what is not here."""
+    """Make this process fit to run a stage: in a rehearsal, stand-ins take the place of what is not here."""
     if is_rehearsal():
         from .standins import install
 
@@ -73,7 +74,7 @@ def prepare() -> None:
 
 
 def here(folder: Path, seconds: float) -> Context:
-    """The context of a stage that starts in this process."""
+    """Return the context of a stage that starts in this process."""
     prepare()
     device, sizes = (torch.device("cpu"), REHEARSED) if is_rehearsal() else (torch.device("cuda"), GPU)
     return Context(device, sizes, folder, time.monotonic() + seconds)

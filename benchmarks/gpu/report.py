@@ -14,7 +14,7 @@ from .subjects import TEMPERATURE
 
 
 def device(run: dict[str, Any]) -> str:
-    """What was measured on what, in one sentence."""
+    """Name the device and the releases that were measured, in one sentence."""
     figures = {result["figure"]: result for result in results(run, "machine")}
     installed = figures.get("installed", {})
     names = [name for name in ("python", "torch", "triton", "cuda") if installed.get(name)]
@@ -28,7 +28,7 @@ def device(run: dict[str, Any]) -> str:
 
 
 def steps(run: dict[str, Any]) -> Iterator[str]:
-    """Milliseconds of a whole step of kd_loss beside its peers, and multiples of the floor."""
+    """Write milliseconds of a whole step of kd_loss beside its peers, and multiples of the floor."""
     found = [r for r in results(run, "fast") if "subject" in r]
     vocabularies = sorted({r["vocabulary"] for r in found})
     yield f"`kd_loss`, forward and backward, N = {spaced(found[0]['rows'])}, bfloat16: milliseconds (times the floor)."
@@ -103,7 +103,7 @@ def beside_the_model(found: list[Comparison]) -> Iterator[str]:
 
 
 def right(run: dict[str, Any]) -> str:
-    """How many results were checked, in one sentence."""
+    """Count the results that were checked, in one sentence."""
     found = results(run, "right")
     wrong = sum(1 for r in found if r.get("finding"))
     counts = Counter(r["suite"] for r in found)
@@ -112,7 +112,7 @@ def right(run: dict[str, Any]) -> str:
 
 
 def summary(run: dict[str, Any]) -> Iterator[str]:
-    """For the README: a step from logits, ours and others', at the usual temperature."""
+    """Write the README's lines: a step from logits, ours and others', at the usual temperature."""
     usual = [r for r in results(run, "fast") if r.get("temperature", TEMPERATURE) != TEMPERATURES[1]]
     yield device(run)
     yield right(run)
@@ -121,7 +121,7 @@ def summary(run: dict[str, Any]) -> Iterator[str]:
 
 
 def everything(run: dict[str, Any], compared: list[Comparison]) -> Iterator[str]:
-    """For docs/performance.md; of a stage that has no results nothing is said."""
+    """Write the lines of docs/performance.md, without stages that have no results."""
     yield device(run)
     yield right(run)
     parts = {"fast": steps, "hidden": from_hidden_states, "l2": memory_traffic, "launches": launched}

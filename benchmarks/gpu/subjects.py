@@ -1,4 +1,4 @@
-"""What is timed: a training step of a peer at a shape, and why one has no figure."""
+"""The subjects that are timed: a training step of a peer at a shape, or the reason why it has no figure."""
 
 import gc
 from collections.abc import Iterable, Iterator
@@ -18,7 +18,7 @@ _agreed: dict[str, agreement.Agreement] = {}
 
 
 def released() -> None:
-    """Gives back what the last subject held."""
+    """Give back the memory that the last subject held."""
     gc.collect()
     torch.cuda.empty_cache()
 
@@ -41,7 +41,7 @@ class Subject:
         self.step.run("both")
 
     def described(self, shape: Shape, device: torch.device) -> dict[str, Any]:
-        """The name, what it computes, and how far that is from float64."""
+        """Return the name, what is computed, and how far that is from float64."""
         if self.peer.name not in _agreed:
             _agreed[self.peer.name] = agreement.check(self.peer, self.loss, shape, device, TEMPERATURE)
         found = _agreed[self.peer.name]

@@ -14,12 +14,12 @@ COMPLETE = ("done", "no time was left")
 
 
 def findings(outcome: dict[str, Any]) -> list[str]:
-    """What is wrong in a stage's results."""
+    """List what is wrong in a stage's results."""
     return [f"{_name(result)}: {result['finding']}" for result in outcome["results"] if result.get("finding")]
 
 
 def wrong(record: dict[str, Any]) -> list[str]:
-    """What is wrong in the run: results, and stages that did not come to their end."""
+    """List what is wrong in a run: results, and stages that did not come to their end."""
     found = []
     for name, outcome in record["stages"].items():
         found += [f"{name}: {finding}" for finding in findings(outcome)]
@@ -29,7 +29,7 @@ def wrong(record: dict[str, Any]) -> list[str]:
 
 
 def missed(record: dict[str, Any]) -> Iterator[str]:
-    """Targets that are missed; in a rehearsal times mean nothing."""
+    """List targets that are missed; in a rehearsal times mean nothing."""
     if record["rehearsal"]:
         return
     for name, outcome in record["stages"].items():
@@ -86,7 +86,7 @@ def _number(result: dict[str, Any], key: str, form: str = "{:.2f}") -> str:
 
 
 def words(result: dict[str, Any]) -> str:
-    """The first line of what is wrong, or of why there is no figure."""
+    """Return the first line of what is wrong, or of why there is no figure."""
     return str(result.get("finding") or result.get("reason") or "").partition("\n")[0]
 
 
@@ -174,7 +174,7 @@ def _megabytes(result: dict[str, Any], key: str) -> str:
 
 
 def _plans(title: str, results: list[dict[str, Any]]) -> Table:
-    """What was planned, and the three fastest, for each vocabulary."""
+    """List the planned launch and the three fastest others, for each vocabulary."""
 
     def rows() -> Iterator[tuple[str, ...]]:
         for vocabulary in dict.fromkeys(result["vocabulary"] for result in results):

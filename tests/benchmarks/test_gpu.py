@@ -123,6 +123,7 @@ def test_every_stage_has_a_module_and_a_table():
 # --- a rehearsal
 
 
+@pytest.mark.slow
 def test_a_wrong_kernel_fails_the_second_stage(tmp_path):
     file = tmp_path / "record.json"
     arguments = ["--rehearse-wrong", "--stages", "right", "--json", str(file)]

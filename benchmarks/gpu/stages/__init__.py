@@ -15,12 +15,12 @@ class Stage(NamedTuple):
 
 STAGES = (
     Stage("machine", 30, "the machine: versions, copy bandwidth, matrix rate"),
-    Stage("right", 110, "right: every result within the bounds of `fused-kd check`, and the same bits three times"),
+    Stage("right", 120, "right: every result within the bounds of `fused-kd check`, and the same bits three times"),
     Stage("fast", 110, "fast: a step of kd_loss beside the floor and its peers"),
     Stage("l2", 60, "L2: bytes of memory that the kernels move, by ncu"),
     Stage("hidden", 100, "from hidden states: a step of linear_kd_loss beside its bare products and its peers"),
     Stage("plans", 70, "plans: other launches of the one-launch kernel"),
-    Stage("safe", 90, "safe: compute-sanitizer, a CUDA graph, pytest -m gpu"),
+    Stage("safe", 120, "safe: compute-sanitizer, a CUDA graph, pytest -m gpu"),
     Stage("launches", 30, "launches: what a step launches, and how long each takes"),
 )
 TOTAL_SECONDS = 480.0

@@ -28,7 +28,7 @@ PEER_SECONDS = 10.0  # without so many left, a peer is not begun
 
 
 def results(context: Context) -> Iterator[dict[str, Any]]:
-    """Ours at every vocabulary, then the others."""
+    """Measure ours at every vocabulary first, then the others."""
     bandwidth = copy_bandwidth(context)
     yield {"figure": "copy", "bytes_per_second": bandwidth}
     for select in (ours, others):
@@ -76,7 +76,7 @@ def in_two_launches(loss: Loss) -> Loss:
 
 
 def of_graph(context: Context, inputs: problems.Inputs, floor: float) -> dict[str, Any]:
-    """The same step replayed as a CUDA graph: nothing waits for the host to launch it."""
+    """Time the same step as a CUDA graph, where nothing waits for the host."""
     result: dict[str, Any] = {"subject": GRAPH, "computes": "CE + KL", "temperature": TEMPERATURE}
     try:
         graph, _ = captured(step(inputs))
@@ -87,7 +87,7 @@ def of_graph(context: Context, inputs: problems.Inputs, floor: float) -> dict[st
 
 
 def step(inputs: problems.Inputs) -> Callable[[], list[torch.Tensor]]:
-    """The loss and its gradient, by the arguments of the timed steps."""
+    """Return a step that gives the loss and its gradient, with the arguments of the timed steps."""
 
     def run() -> list[torch.Tensor]:
         (student,), (teacher,), labels = inputs

@@ -1,4 +1,4 @@
-"""From hidden states: a step of linear_kd_loss beside the time of its bare products, its planned memory and its peers."""
+"""A step of linear_kd_loss from hidden states, beside the time of its bare products, its planned memory and its peers."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -62,7 +62,7 @@ def at(context: Context, shape: Shape, inputs: problems.Inputs, head: str) -> It
 
 
 def bare_products(shape: Shape, inputs: problems.Inputs, trained: bool) -> Callable[[], None]:
-    """The products that a step cannot do without, each in one call, of logits that are there as a whole."""
+    """Return the products that a step cannot do without, each in one call, of logits that are there as a whole."""
     (hidden, weight), (teacher_hidden, teacher_weight) = (
         tuple(tensor.detach() for tensor in stream) for stream in (inputs.student, inputs.teacher)
     )
@@ -86,7 +86,7 @@ def plan_of(shape: Shape, trained: bool) -> Any:
 
 
 def chunked(context: Context, trained: bool) -> list[Peer]:
-    """Our loss with chunks of other lengths."""
+    """Return our loss with chunks of other lengths."""
     return [
         Peer(f"{OURS}, chunks of {rows}", "hidden", lambda rows=rows: in_chunks(rows, trained))
         for rows in context.sizes.chunk_rows

@@ -1,6 +1,7 @@
-"""L2: bytes of device memory that each kernel moves, by ncu: the claim on which three passes stand.
+"""L2: bytes of device memory that each kernel moves, counted by ncu.
 
-One process runs a step at each vocabulary, as planned and in two launches, under ncu, which counts the kernels' traffic.
+That a loss in one launch takes three passes over memory depends on its second reading, which has to hit L2.  One process
+runs a step at each vocabulary, as planned and in two launches, while ncu counts the kernels' traffic.
 """
 
 import csv
@@ -44,7 +45,7 @@ def results(context: Context) -> Iterator[dict[str, Any]]:
 
 
 def matched(launched: list[dict[str, Any]], counted: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """Each step with the kernels that are its own, in the order in which both were launched."""
+    """Give each step the kernels that are its own, in the order in which both were launched."""
     left = iter(counted)
     for step in launched:
         own = [kernel for _, kernel in zip(range(step["kernels"]), left, strict=False)]
@@ -62,7 +63,7 @@ def matched(launched: list[dict[str, Any]], counted: list[dict[str, Any]]) -> It
 
 
 def kernels(text: str) -> Iterator[dict[str, Any]]:
-    """The kernels of a CSV log of ncu, in the order of their launch, with their metrics in base units."""
+    """Read the kernels of a CSV log of ncu, in the order of their launch, with their metrics in base units."""
     begin = text.find('"ID"')
     by_id: dict[str, dict[str, Any]] = {}
     for row in csv.DictReader(io.StringIO(text[begin:])) if begin >= 0 else ():

@@ -53,5 +53,5 @@ def copy_timing(context: Context) -> Timing:
 
 
 def copy_bandwidth(context: Context) -> float:
-    """Bytes read and written per second by a copy."""
+    """Measure the bytes per second that a copy reads and writes."""
     return 2 * context.sizes.copy_bytes / copy_timing(context).seconds

@@ -26,7 +26,7 @@ def results(context: Context) -> Iterator[dict[str, Any]]:
 
 
 def texts(context: Context) -> list[str]:
-    """Launches as FUSED_KD_PLAN names them, what is planned first."""
+    """Return launches as FUSED_KD_PLAN names them; the planned one is the first."""
     device = device_of(context.device)
     programs = [
         f"programs={count},warps={warps},columns={columns}"
@@ -50,7 +50,7 @@ def at(context: Context, vocabulary: int) -> Iterator[dict[str, Any]]:
 
 
 def compiled(context: Context, vocabulary: int) -> Iterator[tuple[str, str | None]]:
-    """Each launch, and why it does not compile; several at a time, for the cache that processes share."""
+    """Compile the launches in several processes, for the cache that they share; give each with its error or None."""
     wanted = texts(context)
     pool = ProcessPoolExecutor(context.sizes.workers, multiprocessing.get_context("spawn"), initializer=prepare)
     with pool:
@@ -61,7 +61,7 @@ def compiled(context: Context, vocabulary: int) -> Iterator[tuple[str, str | Non
 
 
 def compile_launch(text: str, device: str, dtype: torch.dtype, vocabulary: int) -> str | None:
-    """Runs in a worker."""
+    """Return why a launch does not compile and run, or None; runs in a worker."""
     try:
         with planned(text):
             kernel(torch.device(device), dtype, COMPILED_ROWS, vocabulary)()
@@ -81,7 +81,7 @@ def kernel(device: torch.device, dtype: torch.dtype, rows: int, vocabulary: int)
 
 
 def launch(context: Context, vocabulary: int) -> dict[str, Any]:
-    """What is planned."""
+    """Return the launch that is planned."""
     from fused_kd.one_launch_plan import one_launch_plan
 
     device, size = device_of(context.device), context.sizes.dtype.itemsize

@@ -1,4 +1,4 @@
-"""Right: the losses within the bounds of `fused-kd check`, the kernels beside the formula in float64, the same bits again.
+"""Right: losses within the bounds of `fused-kd check`, kernels beside the formula in float64, equal bits in three runs.
 
 Cases are shared out to processes, since most of their time is the compilation of kernels.
 """
@@ -47,7 +47,7 @@ def results(context: Context) -> Iterator[dict[str, Any]]:
 
 
 def cases() -> list[tuple[str, Any]]:
-    """The quick table of `fused-kd check`, of each loss that can take one launch both ways."""
+    """Return the quick table of `fused-kd check`, with both plans for each loss that can take one launch."""
     found = []
     for name, suite in SUITES.items():
         for case in REHEARSED[name] if is_rehearsal() else suite.cases(quick=True):  # type: ignore[attr-defined]
@@ -57,13 +57,13 @@ def cases() -> list[tuple[str, Any]]:
 
 
 def launches() -> list[tuple[str, Any]]:
-    """Launches of the kernels in which any two options meet."""
+    """Return launches of the kernels in which any two options meet."""
     found = covering_cases(2)
     return [("kernels", case) for case in ({case.form: case for case in found}.values() if is_rehearsal() else found)]
 
 
 def measure(suite: str, case: Any, device: str) -> dict[str, Any]:
-    """Runs in a worker."""
+    """Return the errors of a case, and a finding if one is too large; runs in a worker."""
     os.environ.setdefault("CUDA_MODULE_LOADING", "LAZY")
     if suite == "kernels":
         return of_launch(case, torch.device(device))
@@ -88,7 +88,7 @@ def of_launch(case: Any, device: torch.device) -> dict[str, Any]:
 
 
 def same_bits(runs: Sequence[Sequence[Tensor]]) -> bool:
-    """Whether each run has the results of the first, bit for bit; NaN is equal to itself."""
+    """Return whether each run has the results of the first, bit for bit; NaN is equal to itself."""
     return all(
         torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
         for run in runs[1:]
