@@ -1,11 +1,12 @@
 """Proves and measures the package on a GPU, in eight minutes; or rehearses that on a machine without one."""
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from .run import RESULTS, run, run_stage
+from .run import RESULTS, ROOT, run, run_stage
 from .stages import STAGES, TOTAL_SECONDS
 
 DESCRIPTION = """\
@@ -31,7 +32,10 @@ def parser() -> argparse.ArgumentParser:
     names = [stage.name for stage in STAGES]
     parser.add_argument("--stages", nargs="+", choices=names, default=names, metavar="NAME", help="only these stages")
     parser.add_argument(
-        "--json", type=Path, default=RESULTS, metavar="FILE", help=f"the record (default: {RESULTS.name})"
+        "--json",
+        type=Path,
+        metavar="FILE",
+        help=f"the record (default: {RESULTS.relative_to(ROOT)}; of a rehearsal none)",
     )
     parser.add_argument(
         "--seconds", type=float, default=TOTAL_SECONDS, help=f"of all stages (default: {TOTAL_SECONDS:.0f})"
@@ -61,7 +65,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.wheels and not options.wheels.is_dir():
         parser().error(f"--wheels: expected a folder of wheels, got {options.wheels}")
     rehearsal = "right" if options.rehearse else "wrong" if options.rehearse_wrong else None
-    return run(options.stages, options.json, options.seconds, options.wheels, rehearsal)
+    file = options.json or (Path(os.devnull) if rehearsal else RESULTS)
+    return run(options.stages, file, options.seconds, options.wheels, rehearsal)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from fused_kd.cli.benchmarking.peers import Peer
 from fused_kd.cli.benchmarking.shapes import Shape
 
 from .context import Context
-from .timing import Timing, timed
+from .timing import timed
 
 TEMPERATURE = 2.0
 _agreed: dict[str, agreement.Agreement] = {}
@@ -56,33 +56,29 @@ class Subject:
 
 def measured(
     context: Context, shape: Shape, buffers: list[problems.Inputs], wanted: Iterable[tuple[Peer, float]], seconds: float
-) -> Iterator[tuple[Subject, dict[str, Any], Timing | None]]:
-    """Time the step of each peer at its temperature: the subject, its record, its timing or None with a reason.
+) -> Iterator[dict[str, Any]]:
+    """Time the step of each peer at its temperature, and take its peak memory; give a record for each peer.
 
-    What another package raises, or memory that does not suffice, costs its figure and no more.
+    An exception in another package, or memory that does not suffice, costs the peer its figures and no more.
     """
     for peer, temperature in wanted:
         given = {"vocabulary": shape.vocab_size, "rows": shape.rows}
         named = {**given, "subject": peer.name, "temperature": peer.temperature or temperature}
         missing = peer.missing(context.device)
         if missing is not None or not context.has(seconds):
-            yield _nothing(named, missing or "no time was left")
+            yield {**named, "reason": missing or "no time was left"}
             continue
         try:
-            subject = Subject(peer, buffers, temperature)
-            described = subject.described(shape, context.device)
-            timing = timed({0: subject.run}, context.sizes.batches, context.sizes.rounds)[0]
+            yield {**given, **_measured(context, shape, Subject(peer, buffers, temperature))}
         except Exception as error:
             ours = peer.name.startswith("fused_kd") and not isinstance(error, torch.OutOfMemoryError)
-            yield _nothing(named, reason(error), "finding" if ours else "reason")
-        else:
-            yield subject, {**given, **described, **timing._asdict()}, timing
-            subject.step.next()
-            del subject
+            yield {**named, "finding" if ours else "reason": reason(error)}
         for buffer in buffers:
             buffer.clear()
         released()
 
 
-def _nothing(named: dict[str, Any], why: str, key: str = "reason") -> tuple[Any, dict[str, Any], None]:
-    return None, {**named, key: why}, None
+def _measured(context: Context, shape: Shape, subject: Subject) -> dict[str, Any]:
+    described = subject.described(shape, context.device)
+    timing = timed({0: subject.run}, context.sizes.batches, context.sizes.rounds)[0]
+    return {**described, **timing._asdict(), "peak_bytes": measure.peak_beyond(subject.step, context.device)}

@@ -80,6 +80,16 @@ def test_a_run_whose_stages_all_work_exits_with_0(stages, tmp_path):
     assert run.run(["works"], tmp_path / "record.json", 100.0, None, None) == 0
 
 
+def test_a_rehearsal_leaves_no_record(stages, monkeypatch):
+    called = []
+    monkeypatch.setattr(command, "run", lambda *arguments: called.append(arguments) or 0)
+    command.main(["--rehearse"])
+    command.main([])
+    assert [arguments[1] for arguments in called] == [Path(os.devnull), run.RESULTS]
+    assert run.run(["works"], Path(os.devnull), 100.0, None, None) == 0
+    assert Path(os.devnull).is_char_device()
+
+
 def test_without_time_a_stage_is_not_begun(stages, tmp_path):
     file = tmp_path / "record.json"
     assert run.run(["works"], file, 0.5, None, None) == 1
@@ -275,11 +285,13 @@ def test_a_peer_that_raises_costs_its_figure(rehearsed, name, key):
     buffers = [problems.make(shape, rehearsed.device)]
     eager = next(peer for peer in peers.of(shape) if peer.name == "eager PyTorch")
     wanted = [(peers.Peer(name, "logits", fails("no such\n kernel")), 2.0), (eager, 2.0)]
-    (_, wrong, nothing), (_, right_, timing) = subjects.measured(rehearsed, shape, buffers, wanted, 1.0)
-    assert (wrong[key], nothing) == ("RuntimeError: no such kernel", None)
-    assert timing.seconds > 0
+    wrong, right_ = subjects.measured(rehearsed, shape, buffers, wanted, 1.0)
+    assert wrong[key] == "RuntimeError: no such kernel"
+    assert "seconds" not in wrong
+    assert right_["seconds"] > 0
+    assert right_["peak_bytes"] > 4 * 2 * 40
     assert right_["gradient_error"] < 1e-6
-    ((_, late, _),) = subjects.measured(rehearsed._replace(end=time.monotonic()), shape, buffers, [(eager, 2.0)], 1.0)
+    (late,) = subjects.measured(rehearsed._replace(end=time.monotonic()), shape, buffers, [(eager, 2.0)], 1.0)
     assert late["reason"] == "no time was left"
 
 
@@ -287,7 +299,7 @@ def test_a_peer_that_raises_costs_its_figure(rehearsed, name, key):
 def test_another_loss_than_it_says_is_told(rehearsed, name, key):
     shape = shapes.Shape("", "", "logits", 2, 40, 0, 0, torch.float32)
     twice = peers.Peer(name, "logits", lambda: lambda inputs, T: 2 * peers.eager_loss(inputs, T))
-    ((_, result, _),) = subjects.measured(rehearsed, shape, [problems.make(shape, rehearsed.device)], [(twice, 2.0)], 1)
+    (result,) = subjects.measured(rehearsed, shape, [problems.make(shape, rehearsed.device)], [(twice, 2.0)], 1)
     assert result[key] == "not the loss that it says it is"
 
 
@@ -305,10 +317,9 @@ def test_a_replayed_step_that_differs_is_told(rehearsed, monkeypatch):
 
 def test_a_launch_that_does_not_compile_is_told(rehearsed, monkeypatch):
     errors = {"auto": None, "programs=2,warps=4,columns=8": "RuntimeError: PassManager::run failed"}
-    monkeypatch.setattr(plans, "compiled", lambda *_: errors.items())
     monkeypatch.setattr(plans, "kernel", lambda *_: lambda: None)
     monkeypatch.setattr(plans, "launch", lambda *_: {})
-    worked, failed = plans.at(rehearsed, 40)
+    worked, failed = plans.at(rehearsed, 40, errors)
     assert worked["seconds"] >= 0
     assert failed["reason"] == "RuntimeError: PassManager::run failed"
     monkeypatch.undo()
@@ -320,7 +331,11 @@ def test_what_a_worker_raises_is_a_finding_of_its_case(rehearsed, monkeypatch):
         def __init__(self, *_, **__):
             pass
 
-        __enter__ = __exit__ = lambda *_: None
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            pass
 
         def submit(self, function, *arguments):
             future = Future()

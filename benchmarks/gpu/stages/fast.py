@@ -54,10 +54,10 @@ def at(
     buffers = measure.rotation(problems.make(shape, context.device), context.device)
     torch._dynamo.reset()
     wanted = select({peer.name: peer for peer in peers.of(shape)})
-    for _, result, timing in measured(context, shape, buffers, wanted, PEER_SECONDS):
-        if timing is not None:
-            result |= {"floor_seconds": floor, "times_the_floor": timing.seconds / floor}
-            result["bytes_per_second"] = floor * bandwidth / timing.seconds
+    for result in measured(context, shape, buffers, wanted, PEER_SECONDS):
+        if "seconds" in result:
+            result |= {"floor_seconds": floor, "times_the_floor": result["seconds"] / floor}
+            result["bytes_per_second"] = floor * bandwidth / result["seconds"]
             if result["subject"] == OURS and vocabulary in context.sizes.judged:
                 result["target"] = TARGET
         yield result

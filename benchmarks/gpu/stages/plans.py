@@ -3,7 +3,7 @@
 import itertools
 import multiprocessing
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
 import torch
@@ -20,8 +20,9 @@ COMPILED_ROWS = 2  # no length of rows is compiled in
 
 
 def results(context: Context) -> Iterator[dict[str, Any]]:
+    errors = compiled(context)
     for vocabulary in context.sizes.vocabularies:
-        yield from at(context, vocabulary)
+        yield from at(context, vocabulary, {text: errors[vocabulary, text] for text in texts(context)})
         released()
 
 
@@ -36,10 +37,9 @@ def texts(context: Context) -> list[str]:
     return [AUTO, *clusters, *programs]
 
 
-def at(context: Context, vocabulary: int) -> Iterator[dict[str, Any]]:
-    compiles = dict(compiled(context, vocabulary))
+def at(context: Context, vocabulary: int, errors: dict[str, str | None]) -> Iterator[dict[str, Any]]:
     run = kernel(context.device, context.sizes.dtype, context.sizes.rows, vocabulary)
-    for text, error in compiles.items():
+    for text, error in errors.items():
         result: dict[str, Any] = {"vocabulary": vocabulary, "rows": context.sizes.rows, "plan": text}
         if error is not None or not context.has(3):
             yield {**result, "reason": error or "no time was left"}
@@ -49,15 +49,14 @@ def at(context: Context, vocabulary: int) -> Iterator[dict[str, Any]]:
         yield {**result, **timing._asdict(), **(launch(context, vocabulary) if text == AUTO else {})}
 
 
-def compiled(context: Context, vocabulary: int) -> Iterator[tuple[str, str | None]]:
-    """Compile the launches in several processes, for the cache that they share; give each with its error or None."""
-    wanted = texts(context)
-    pool = ProcessPoolExecutor(context.sizes.workers, multiprocessing.get_context("spawn"), initializer=prepare)
-    with pool:
-        arguments = str(context.device), context.sizes.dtype, vocabulary
-        text_of = {pool.submit(compile_launch, text, *arguments): text for text in wanted}
-        errors = {text_of[future]: future.result() for future in as_completed(text_of)}
-    yield from ((text, errors[text]) for text in wanted)
+def compiled(context: Context) -> dict[tuple[int, str], str | None]:
+    """Compile all launches in several processes, for the cache that they share; give the error of each, or None."""
+    wanted = list(itertools.product(context.sizes.vocabularies, texts(context)))
+    spawned = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(context.sizes.workers, spawned, initializer=prepare) as pool:
+        arguments = str(context.device), context.sizes.dtype
+        futures = {(V, text): pool.submit(compile_launch, text, *arguments, V) for V, text in wanted}
+    return {key: future.result() for key, future in futures.items()}
 
 
 def compile_launch(text: str, device: str, dtype: torch.dtype, vocabulary: int) -> str | None:

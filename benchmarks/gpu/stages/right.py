@@ -34,8 +34,8 @@ REHEARSED: dict[str, list[Any]] = {
 
 def results(context: Context) -> Iterator[dict[str, Any]]:
     work = [*cases(), *launches()]
-    pool = ProcessPoolExecutor(context.sizes.workers, multiprocessing.get_context("spawn"), initializer=prepare)
-    with pool:
+    spawned = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(context.sizes.workers, spawned, initializer=prepare) as pool:
         futures = {pool.submit(measure, *item, str(context.device)): item for item in work}
         for future in as_completed(futures):
             suite, case = futures[future]
