@@ -70,9 +70,9 @@ def seed() -> None:
     torch.manual_seed(0)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def process_group() -> Iterator[None]:
-    """A group of this process alone."""
+    """A group of this process alone.  One for many tests: with PyTorch 2.7 its end may wait for ever."""
     if not dist.is_available() or not dist.is_gloo_available():
         pytest.skip("PyTorch without gloo")
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)

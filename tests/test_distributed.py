@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from fused_kd import kd_loss, linear_kd_loss
+from fused_kd.matmul import RELEASE
 
 from .oracle import relative_error
 
@@ -240,6 +241,13 @@ def ranks(tmp_path_factory) -> list[dict]:
     return [torch.load(folder / f"{rank}.pt") for rank in range(WORLD)]
 
 
+def skip_sums_of_fsdp(name: str) -> None:
+    if RELEASE < (2, 9) and ("FSDP2" in name or "fully_shard" in name):
+        pytest.skip(
+            "FSDP2 of PyTorch 2.7 adds the gradients of CPU tensors over ranks, of any model, and takes no mean"
+        )
+
+
 def assert_same_gradients(ours: dict[str, Tensor | None], exact: dict[str, Tensor | None]) -> None:
     for name in exact.keys() - {"loss"}:
         if exact[name] is None:
@@ -250,6 +258,7 @@ def assert_same_gradients(ours: dict[str, Tensor | None], exact: dict[str, Tenso
 
 @pytest.mark.parametrize("name", CASES)
 def test_step_is_that_of_one_process(ranks, name):
+    skip_sums_of_fsdp(name)
     case = CASES[name]
     exact = one_process(case.tied, case.frozen)
     without = {name for name, gradient in exact.items() if gradient is None}
@@ -263,6 +272,7 @@ def test_step_is_that_of_one_process(ranks, name):
 
 @pytest.mark.parametrize("wrapper", README_WRAPPERS)
 def test_readme_step_on_two_processes_is_that_on_one(ranks, process_group, wrapper):
+    skip_sums_of_fsdp(wrapper)
     exact = readme_step(wrapper, *batch())
     for results in ranks:
         assert_same_gradients(results["README"][wrapper], exact)
@@ -338,6 +348,10 @@ def test_dtensor_is_refused_under_the_compiler(process_group):
 
 
 def test_head_that_fully_shard_has_sharded_again_is_refused(process_group):
+    if RELEASE < (2, 9):
+        pytest.skip(
+            "FSDP2 of PyTorch 2.7 leaves the outermost module whole after its forward, whatever it is asked for"
+        )
     model, (ids, labels) = Distillation(), batch()
     sharded = fully_shard(model.student, mesh=init_device_mesh("cpu", (1,)), reshard_after_forward=True)
     hidden = sharded(ids)
