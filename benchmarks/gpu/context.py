@@ -35,8 +35,8 @@ class Sizes(NamedTuple):
 GPU = Sizes(
     rows=8192, vocabularies=(128_256, 151_936, 32_000, 262_144), judged=(128_256, 151_936), hidden=4096,
     hidden_vocabularies=(128_256, 151_936), chunk_rows=(256, 512, 1024, 2048, 4096, 8192),
-    programs=(16, 32, 48, 64, 96, 128), programs_of=((2, 16), (4, 8), (2, 8), (8, 8), (4, 16), (8, 16)), graphs=(1040, 32_000),
-    copy_bytes=2**31, matrix=8192, dtype=torch.bfloat16, batches=3, rounds=5,
+    programs=(16, 32, 48, 64, 96, 128), programs_of=((2, 16), (4, 8), (2, 8), (8, 8), (4, 16), (8, 16)),
+    graphs=(1040, 32_000), copy_bytes=2**31, matrix=8192, dtype=torch.bfloat16, batches=3, rounds=5,
     workers=max(2, min(14, (os.cpu_count() or 2) - 2)), checked=100,
 )  # fmt: skip
 REHEARSED = Sizes(
