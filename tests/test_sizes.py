@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from fused_kd import kd_loss, reference
+from fused_kd.one_launch import compiles_clusters, triton_release
 
 from .oracle import EPSILON, relative_error, value_and_gradient
 
@@ -105,6 +106,7 @@ def addresses(code: str) -> tuple[dict[str, list[str]], list[str]]:
     return offsets, narrow
 
 
+@pytest.mark.skipif(triton_release() < (3, 4), reason="Triton 3.3 does not print the names of arguments")
 def test_every_address_of_a_logit_is_a_64_bit_offset():
     cases = [
         variants.Variant(kernel, "sm_90", "bf16", "bf16", 3.0, "ce+kl", layout, teacher_grad=teacher_grad)
@@ -113,7 +115,9 @@ def test_every_address_of_a_logit_is_a_64_bit_offset():
     ]
     in_one_launch = [
         variants.Variant(kernel, "sm_90", "bf16", "bf16", 3.0, "ce+kl", layout)
-        for kernel, layout in (("cluster", "dense"), ("shared", "dense"), ("shared", "odd"))
+        for kernel in ("cluster" if compiles_clusters() else "whole", "shared")
+        for layout in ("dense", "odd")
+        if kernel != "cluster" or layout == "dense"
     ]
     for case, code in workers.in_workers(variants.ttir, in_one_launch, workers=1).items():
         assert isinstance(code, str), code
@@ -138,7 +142,7 @@ def test_every_address_of_a_logit_is_a_64_bit_offset():
             # gradient, the zeros of a row that does not count, too.
             sweep = 2 if case.kernel == "row_statistics" else 4
             assert len(columns) == sweep + ("gradient" in pointer), (case.name, pointer)
-            assert all(re.fullmatch(r"tensor<\d+x\d+xi64>", column) for column in columns), (case.name, pointer)
+            assert all(re.fullmatch(r"tensor<(\d+x)+i64>", column) for column in columns), (case.name, pointer)
 
 
 @pytest.mark.slow
