@@ -51,7 +51,7 @@ def parser() -> argparse.ArgumentParser:
         action="store_true",
         help="a rehearsal with a wrong kernel, which the second stage must find",
     )
-    # What a stage's own process is called with.
+    # The arguments of a stage's own process.
     parser.add_argument("--stage", help=argparse.SUPPRESS)
     parser.add_argument("--lines", type=Path, help=argparse.SUPPRESS)
     return parser

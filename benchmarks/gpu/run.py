@@ -1,7 +1,9 @@
 """The run: each stage in a process of its own, its results in the record as they come."""
 
 import contextlib
+import functools
 import importlib
+import io
 import json
 import os
 import signal
@@ -30,26 +32,22 @@ EVERY = 2.0  # seconds between two writings of the record
 
 def run(names: Sequence[str], file: Path, seconds: float, wheels: Path | None, rehearsal: str | None) -> int:
     begin = time.monotonic()
-    getattr(sys.stdout, "reconfigure", lambda **_: None)(
-        line_buffering=True
-    )  # what is printed is seen if the run is ended
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(line_buffering=True)  # if the run is ended, what it printed has been seen
     console = Console(width=None if sys.stdout.isatty() else 160)
     written: dict[str, Any] = {"command": "benchmarks.gpu", "rehearsal": rehearsal, "stages": {}}
+    save = functools.partial(_save, file, written)
     with tempfile.TemporaryDirectory() as folder:
         environment = _environment(Path(folder), wheels, rehearsal)
         for stage in (stage for stage in STAGES if stage.name in names):
             left = seconds - (time.monotonic() - begin)
             outcome = written["stages"][stage.name] = {"status": "running", "results": []}
-            _run_stage(
-                stage, min(stage.seconds, left), Path(folder), environment, outcome, lambda: _save(file, written)
-            )
+            _run_stage(stage, min(stage.seconds, left), Path(folder), environment, outcome, save)
             written["seconds"] = time.monotonic() - begin
-            _save(file, written)
-            findings = tables.findings(outcome)
-            text = (
-                f"{stage.name}: {outcome['status']} in {outcome['seconds']:.0f} s, {len(outcome['results'])} results, "
-            )
-            console.print(text + f"{len(findings)} findings", markup=False, highlight=False)
+            save()
+            counts = f"{len(outcome['results'])} results, {len(tables.findings(outcome))} findings"
+            line = f"{stage.name}: {outcome['status']} in {outcome['seconds']:.0f} s, {counts}"
+            console.print(line, markup=False, highlight=False)
     tables.show(console, written)
     return 1 if tables.wrong(written) else 0
 

@@ -1,5 +1,6 @@
 """A step of linear_kd_loss from hidden states, beside the time of its bare products, its planned memory and its peers."""
 
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -46,7 +47,7 @@ def at(context: Context, shape: Shape, inputs: problems.Inputs, head: str) -> It
     yield {**given, "subject": "bare products", "computes": "products", **products._asdict()}
     released()
     by_name = {peer.name: peer for peer in peers.of(shape)}
-    wanted = [by_name[OURS], *chunked(context, HEADS[head])]
+    wanted = [by_name[OURS], *chunked(context, HEADS[head]), Peer(f"{OURS}, float32 logits", "hidden", in_float32)]
     wanted += [by_name[name] for name in OTHERS if HEADS[head]]
     for result in measured(context, shape, [inputs], [(peer, TEMPERATURE) for peer in wanted], PEER_SECONDS):
         result |= given
@@ -92,16 +93,24 @@ def chunked(context: Context, trained: bool) -> list[Peer]:
     ]
 
 
+def in_float32() -> Loss:
+    """Our loss with the logits of a chunk in float32, whose products take 16-bit operands."""
+    return functools.partial(step, logits_dtype=torch.float32)
+
+
+def step(inputs: problems.Inputs, temperature: float, **options: Any) -> torch.Tensor:
+    value = linear_kd_loss(
+        *inputs.student, *inputs.teacher, inputs.labels, alpha=problems.ALPHA, temperature=temperature, **options
+    )
+    assert isinstance(value, torch.Tensor)
+    return value
+
+
 def in_chunks(rows: int, trained: bool) -> Loss:
     def loss(inputs: problems.Inputs, temperature: float) -> torch.Tensor:
         (hidden, weight), (teacher_hidden, _) = inputs.student, inputs.teacher
         sizes = weight.shape[0], hidden.shape[1], teacher_hidden.shape[1]
         of_row = plan_of(Shape("", "", "hidden", 1, *sizes, hidden.dtype), trained).workspace_bytes
-        value = linear_kd_loss(
-            *inputs.student, *inputs.teacher, inputs.labels, alpha=problems.ALPHA, temperature=temperature,
-            workspace_bytes=rows * of_row,
-        )  # fmt: skip
-        assert isinstance(value, torch.Tensor)
-        return value
+        return step(inputs, temperature, workspace_bytes=rows * of_row)
 
     return loss

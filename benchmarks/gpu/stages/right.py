@@ -19,6 +19,7 @@ from fused_kd.one_launch import ONE, TWO
 
 from ...simulated.cases import covering_cases
 from ..context import Context, is_rehearsal, prepare
+from ..subjects import reason
 
 RUNS = 3  # of each result, for equal bits
 SUITES = {"kd_loss": accuracy, "linear_kd_loss": linear_accuracy}
@@ -39,11 +40,9 @@ def results(context: Context) -> Iterator[dict[str, Any]]:
         futures = {pool.submit(measure, *item, str(context.device)): item for item in work}
         for future in as_completed(futures):
             suite, case = futures[future]
+            result = {"suite": suite, "case": getattr(case, "name", str(case))}
             error = future.exception()
-            if error is None:
-                yield {"suite": suite, "case": str(case), **future.result()}
-            else:
-                yield {"suite": suite, "case": str(case), "finding": f"{type(error).__name__}: {error}"[:500]}
+            yield {**result, **(future.result() if error is None else {"finding": reason(error)})}
 
 
 def cases() -> list[tuple[str, Any]]:
