@@ -25,7 +25,7 @@ SHARED_ONCE, SHARED_OF_ROW = 0.6, 4.0  # the same of a program that shares a row
 
 
 class Shape(NamedTuple):
-    """Of a program, and the registers a thread that Triton 3.8 compiles it to (T = 2 and 3, bf16).
+    """Threads and columns of a program, and the registers per thread that Triton 3.8 compiles it to (T = 2 and 3, bf16).
 
     The fewest, in steps of 8: with more a multiprocessor holds fewer programs, and fewer rows are in flight.
     """

@@ -12,6 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from benchmarks.gpu.graphs import captured
 from fused_kd import functional, kd_loss, linear, linear_kd_loss, one_launch, ops
 from fused_kd import statistics as stats
 from fused_kd.autograd import (
@@ -212,15 +213,7 @@ def test_a_cuda_graph_replays_on_new_data(from_logits):
         loss = function(*static, labels, temperature=2.0)
         return [loss, *torch.autograd.grad(loss, leaves)]
 
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            step()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step()
+    graph, written = captured(step)
     with torch.no_grad():
         for tensor in static:
             tensor.copy_(fresh(*tensor.shape))
@@ -228,5 +221,5 @@ def test_a_cuda_graph_replays_on_new_data(from_logits):
         labels[:100] = -100
     graph.replay()
     torch.cuda.synchronize()
-    for ours, expected in zip(captured, step(), strict=True):
+    for ours, expected in zip(written, step(), strict=True):
         assert torch.equal(ours, expected)
