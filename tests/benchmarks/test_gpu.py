@@ -24,6 +24,7 @@ from benchmarks.gpu import model, report, run, subjects, tables
 from benchmarks.gpu.context import REHEARSED, Context
 from benchmarks.gpu.stages import STAGES, Stage, fast, l2, machine, plans, right, safe
 from benchmarks.gpu.standins import cuda
+from benchmarks.gpu.timing import timed
 from benchmarks.simulated import launches
 from fused_kd.cli import accuracy
 from fused_kd.cli.benchmarking import peers, problems, shapes
@@ -172,6 +173,28 @@ def test_a_captured_step_repeats_operators_alone():
     assert read == [3.0]
 
 
+def test_times_are_those_between_events(monkeypatch):
+    now, slept, calls = [0.0], [], []
+
+    class Event(cuda.Event):
+        def record(self):
+            self.seconds = now[0]
+
+    def run():
+        calls.append(now[0])
+        now[0] += len(calls)
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "_sleep", slept.append)
+    timing = timed({"step": run}, batches=2, rounds=3)["step"]
+    assert len(calls) == 2 + 2 * 3
+    assert (timing.seconds, timing.samples) == (5.5, 6)  # of 3, 4, 5, 6, 7, 8 seconds; the first two do not count
+    assert timing.low < timing.seconds < timing.high
+    assert len(slept) == 2
+    assert min(slept) > 3 * timing.host_seconds * 2e9
+
+
 # --- what the tools print
 
 NCU = """\
@@ -225,7 +248,8 @@ def test_a_tool_that_is_not_there_or_too_slow_is_named(monkeypatch):
     context = run.here(Path(), 10.0)
     monkeypatch.setattr(safe.shutil, "which", lambda name: None)
     assert "not installed" in safe.checked(context, "memcheck")["reason"]
-    assert "not installed" in next(l2.results(context))["reason"]
+    (result,) = l2.results(context)
+    assert "not installed" in result["reason"]
     monkeypatch.setattr(safe.shutil, "which", lambda name: name)
     monkeypatch.setattr(safe, "_run", lambda *_: None)
     assert "in time" in safe.checked(context, "memcheck")["reason"]
