@@ -31,7 +31,7 @@ BEGIN, END = "<!-- written by benchmarks.readme: begin -->", "<!-- end -->"
 
 
 def section() -> str:
-    """The README's: what was measured, on a GPU where there is a record, and on a CPU."""
+    """Return the README's section: what was measured on a GPU, where there is a record, and on a CPU."""
     lines: list[str] = []
     run = gpu_run()
     if run is not None:
@@ -41,7 +41,7 @@ def section() -> str:
 
 
 def performance() -> str:
-    """That of docs/performance.md: all that was measured on a GPU, the compiled code, the model."""
+    """Return the section of docs/performance.md: all that was measured on a GPU, the compiled code, the model."""
     lines: list[str] = []
     run = gpu_run()
     if run is None:
@@ -54,13 +54,13 @@ def performance() -> str:
 
 
 def gpu_run() -> dict[str, Any] | None:
-    """The record of a run on a GPU; the figures of a rehearsal mean nothing."""
+    """Return the record of a run on a GPU, if there is one; the figures of a rehearsal mean nothing."""
     run = _read("gpu") if (RESULTS / "gpu.json").exists() else None
     return None if run is None or run["rehearsal"] else run
 
 
 def _one_launch(run: dict[str, Any]) -> dict[str, Any]:
-    """Modelled with the Triton that the run had, where there is such a record."""
+    """Return the record that was modelled with the Triton of the run, or the usual one."""
     installed: dict[str, Any] = next((r for r in model.results(run, "machine") if r["figure"] == "installed"), {})
     release = ".".join(str(installed.get("triton")).split(".")[:2])
     name = f"one_launch-triton-{release}"

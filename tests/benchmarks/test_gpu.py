@@ -244,6 +244,15 @@ def test_summary_of_compute_sanitizer(monkeypatch, printed, code, errors):
     assert errors == 0 or printed.splitlines()[0] in result["finding"]
 
 
+def test_a_program_that_fails_under_compute_sanitizer_says_why(monkeypatch):
+    monkeypatch.setattr(safe.shutil, "which", lambda name: name)
+    done = subprocess.CompletedProcess(
+        [], 1, "========= COMPUTE-SANITIZER\n========= ERROR SUMMARY: 0 errors", "no module"
+    )
+    monkeypatch.setattr(safe, "_run", lambda *_: done)
+    assert safe.checked(run.here(Path(), 10.0), "memcheck")["finding"].endswith("0 errors\nno module")
+
+
 def test_a_tool_that_is_not_there_or_too_slow_is_named(monkeypatch):
     context = run.here(Path(), 10.0)
     monkeypatch.setattr(safe.shutil, "which", lambda name: None)
@@ -254,6 +263,8 @@ def test_a_tool_that_is_not_there_or_too_slow_is_named(monkeypatch):
     monkeypatch.setattr(safe, "_run", lambda *_: None)
     assert "in time" in safe.checked(context, "memcheck")["reason"]
     assert "in time" in safe.tested(context)["reason"]
+    monkeypatch.setattr(safe, "TEST_PACKAGES", ("pytest", "no_such_package"))
+    assert safe.tested(context)["reason"] == "not installed: no_such_package"
     monkeypatch.undo()
     assert safe._run([sys.executable, "-c", "import time; time.sleep(20)"], dict(os.environ), 0.2) is None
 

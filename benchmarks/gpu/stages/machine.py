@@ -38,7 +38,8 @@ def results(context: Context) -> Iterator[dict[str, Any]]:
     yield {"figure": "matrix product", "flops_per_second": 2 * size**3 / product.seconds, **product._asdict()}
 
 
-def nvidia_smi() -> str | None:
+def nvidia_smi() -> str:
+    """Return what the driver says of the device and its clocks, or why it says nothing."""
     try:
         command = ["nvidia-smi", f"--query-gpu={QUERY}", "--format=csv,noheader"]
         return subprocess.run(command, check=True, capture_output=True, text=True, timeout=20).stdout.strip()

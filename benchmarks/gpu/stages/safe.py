@@ -1,5 +1,6 @@
 """Safe: compute-sanitizer on launches of every kernel, a CUDA graph on new data, and the tests that need a GPU."""
 
+import importlib.util
 import os
 import re
 import shutil
@@ -22,6 +23,7 @@ KERNELS = (*SWEEPS, "scale_kernel")
 TOOLS = ("memcheck", "racecheck")
 SHARE = 0.4  # of the time that is left, for one tool
 SUMMARY = re.compile(r"SUMMARY: (\d+)")
+TEST_PACKAGES = ("pytest", "xdist", "hypothesis")
 TESTS = ("tests/test_synchronisation.py", "tests/kernels", "tests/test_one_launch.py", "tests/test_determinism.py")
 OUTCOME = re.compile(r"(\d+) (passed|failed|errors?|skipped)")
 
@@ -65,12 +67,16 @@ def checked(context: Context, tool: str) -> dict[str, Any]:
     counts = SUMMARY.findall(done.stdout)
     if done.returncode == 0 and counts and not any(map(int, counts)):
         return {**result, "errors": 0}
-    lines = [line for line in done.stdout.splitlines() if line.startswith("=========")] or done.stderr.splitlines()
-    return {**result, "errors": max(map(int, counts), default=None), "finding": "\n".join(lines[:60])}
+    said = [line for line in done.stdout.splitlines() if line.startswith("=========")][:60]
+    said += done.stderr.splitlines()[-20:]  # why the program itself ended, if it did
+    return {**result, "errors": max(map(int, counts), default=None), "finding": "\n".join(said)}
 
 
 def tested(context: Context) -> dict[str, Any]:
     """Run the tests that need a GPU; in a rehearsal all of them are skipped."""
+    missing = [package for package in TEST_PACKAGES if importlib.util.find_spec(package) is None]
+    if missing:
+        return {"check": "pytest -m gpu", "reason": f"not installed: {', '.join(missing)}"}
     command = [
         sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-rf", "--tb=short", "-p", "no:cacheprovider",
         "--numprocesses", str(context.sizes.workers), *TESTS,
