@@ -10,9 +10,13 @@ from typing import Any
 
 import torch
 
+from .outputs import written_beside
+
 
 def write_json(path: Path, record: dict[str, Any]) -> None:
-    path.write_text(json.dumps(jsonable(record), indent=1, allow_nan=False) + "\n")
+    text = json.dumps(jsonable(record), indent=1, allow_nan=False) + "\n"
+    with written_beside(path) as place:
+        place.write_text(text)
 
 
 def machine(device: torch.device) -> dict[str, Any]:
