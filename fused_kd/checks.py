@@ -2,8 +2,10 @@
 
 import math
 import reprlib
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -340,17 +342,24 @@ def check_token_weights(token_weights: Tensor, student: Tensor) -> None:
         raise TypeError(f"token_weights: expected real numbers, got {token_weights.dtype}")
 
 
-def check_inplace_backward(student: Tensor) -> None:
-    if student.is_leaf and student.requires_grad:
-        raise ValueError(
-            "inplace_backward: expected student_logits computed by a model, got a leaf that requires grad, whose "
-            "memory its owner holds; pass inplace_backward=False"
-        )
+def check_inplace_backward(student: Tensor, teacher: Tensor | None) -> None:
+    for tensor, what in ((student, "a leaf"), (student._base, "a view of a leaf")):
+        if tensor is not None and tensor.is_leaf and tensor.requires_grad:
+            raise ValueError(
+                f"inplace_backward: expected student_logits computed by a model, got {what} that requires grad, whose "
+                f"memory its owner holds; pass inplace_backward=False"
+            )
     if _overlaps(student):
         raise ValueError(
             f"inplace_backward: expected student_logits whose elements have memory of their own, got strides "
             f"{student.stride()} for shape {tuple(student.shape)} (an expanded tensor?); pass "
             f"inplace_backward=False, or a copy"
+        )
+    if teacher is not None and not torch.compiler.is_compiling() and _is_spoilt(teacher, student):
+        raise ValueError(
+            "inplace_backward: expected teacher_logits with memory of their own, or exactly that of student_logits, got "
+            "some in the place of other logits of the student, which are written over; pass inplace_backward=False, or "
+            "a copy"
         )
 
 
@@ -365,3 +374,32 @@ def _overlaps(tensor: Tensor) -> bool:
             return True
         extent += stride * (size - 1)
     return False
+
+
+def _is_spoilt(teacher: Tensor, student: Tensor) -> bool:
+    """Whether writing over the student changes a logit of the teacher before it is read.
+
+    Not where each of them lies in the place of the student's, as in `student.detach()`: it is read before that is written.
+    """
+    if teacher.untyped_storage()._cdata != student.untyped_storage()._cdata:
+        return False
+    same_place = teacher.storage_offset() == student.storage_offset() and teacher.stride() == student.stride()
+    if same_place and teacher.dtype == student.dtype:
+        return False
+    try:
+        return np.shares_memory(_addresses(teacher), _addresses(student), max_work=10_000)  # type: ignore[arg-type]
+    except RuntimeError:  # numpy's TooHardError: strides so odd that it is not found out in that many steps
+        return True
+
+
+def _addresses(tensor: Tensor) -> Any:
+    """A tensor's place in its storage, as an array whose elements nobody reads."""
+    size = tensor.element_size()
+    place = {
+        "version": 3,
+        "typestr": f"|V{size}",
+        "shape": tuple(tensor.shape),
+        "strides": tuple(stride * size for stride in tensor.stride()),
+        "data": (1 + tensor.storage_offset() * size, True),  # 0 is no address
+    }
+    return np.asarray(SimpleNamespace(__array_interface__=place))

@@ -15,12 +15,15 @@ from .autograd import (
     KDLossFunction,
     LinearKDLossFunction,
     LinearKDRowLossesFunction,
+    OverwriteFunction,
+    Overwritten,
 )
-from .linear import LinearOptions
+from .linear import Head, LinearOptions, planned_chunk
 from .logit_map import LogitMap, Scale, Softcap
 from .output import KDLossOutput
 from .row_losses import KDOptions, fits_one_launch
 from .rows import RowWeights, as_rows, counted_rows, row_weights
+from .scaling import is_batched
 
 
 def kd_loss(
@@ -80,10 +83,12 @@ def kd_loss(
         teacher_grad: the teacher learns too (mutual, online distillation): its logits get the gradient of the KL term,
             alpha T (log-ratio - KL) q_T a row, from the same sweep.  A teacher that requires grad without it is warned of
             once, and is a constant.
-        inplace_backward: the gradient takes the memory of the student's logits, which saves an `[N, V]` array.  In one
-            launch it does so before the call returns, so nothing may read the logits after it, nor may
-            `torch.autograd.grad` be asked for the gradient of logits that are a view.  What saved them for a backward pass
-            of its own raises PyTorch's error about a tensor modified in place.
+        inplace_backward: the gradient takes the memory of the student's logits, which saves an `[N, V]` array.  It does so
+            before the call returns, on every device, where one launch can give it; nothing may read the logits afterwards.
+            Logits that are a view wait for backward, as does all that takes two launches but for the device.  Backward
+            raises RuntimeError for what saved the logits before and for what is computed from them after they were
+            written over.  Refused are leaves that require grad, views of these, and teacher logits in the memory of
+            other logits of the student.  Nothing is written over under `torch.func`.
         return_parts: return `KDLossOutput(loss, kl, ce)`, with detached parts for logging.
 
     Returns:
@@ -98,8 +103,9 @@ def kd_loss(
     V = checks.check_logits(student_logits, teacher_logits, vocab_size)
     maps = checks.logit_maps(logit_scale, logit_softcap)
     checks.check_flags(teacher_grad=teacher_grad, inplace_backward=inplace_backward, return_parts=return_parts)
+    inplace_backward = inplace_backward and not is_batched(student_logits)  # nothing is written over under torch.func
     if inplace_backward:
-        checks.check_inplace_backward(student_logits)
+        checks.check_inplace_backward(student_logits, teacher_logits)
     terms = _terms(
         student_logits, teacher_logits, "teacher_logits", labels, V, maps,
         alpha=alpha, temperature=temperature, ignore_index=ignore_index, reduction=reduction,
@@ -111,27 +117,39 @@ def kd_loss(
         # A slice of all columns would be copied in backward, to put its gradient in its place.
         real = teacher_logits if teacher_logits.shape[-1] == V else teacher_logits[..., :V]
         (teacher,) = _teacher((as_rows(real),), teacher_grad, terms.options, "teacher_logits")
-    arguments = student, teacher, terms.labels, terms.weights.ce, terms.weights.kl, terms.options, inplace_backward
-    if reduction != "none" and _takes_gradient_along(student, teacher, terms):
-        loss, ce, kl, _ = KDLossAndGradientFunction.apply(*arguments)
+    arguments = teacher, terms.labels, terms.weights.ce, terms.weights.kl, terms.options
+    if _takes_gradient_along(student_logits, teacher, terms, inplace_backward):
+        written = None
+        if inplace_backward:
+            written = Overwritten()
+            student = as_rows(OverwriteFunction.apply(student_logits, written))
+        loss, ce, kl, _ = KDLossAndGradientFunction.apply(student, *arguments, written)
         return terms.output(loss, ce, kl)
-    losses, ce, kl, _ = KDLossFunction.apply(*arguments)
+    losses, ce, kl, _ = KDLossFunction.apply(student, *arguments, inplace_backward)
     return terms.output(losses if reduction == "none" else losses.sum(), ce, kl)
 
 
-def _takes_gradient_along(student: Tensor, teacher: Tensor | None, terms: _Terms) -> bool:
+def _takes_gradient_along(
+    student: Tensor,  # the user's, [..., V']
+    teacher: Tensor | None,
+    terms: _Terms,
+    inplace_backward: bool,
+) -> bool:
     """Whether the gradient is taken with the loss, for an upstream gradient of 1.
 
     Not in float16, where the gradient of a mean over many rows underflows before a loss scale multiplies it; not where the
-    teacher learns; not under a compiler, whose backward pass would multiply it into a second array.
+    teacher learns; not under a compiler, whose backward pass would multiply it into a second array; not over a view, of
+    whose gradient PyTorch would then make a copy.
     """
     return (
-        torch.is_grad_enabled()
+        terms.reduction != "none"
+        and torch.is_grad_enabled()
         and student.requires_grad
         and student.dtype != torch.float16
         and not (teacher is not None and teacher.requires_grad)
         and not torch.compiler.is_compiling()
-        and fits_one_launch(student, teacher, terms.labels, terms.options)
+        and not (inplace_backward and student._is_view())
+        and fits_one_launch(student, teacher, terms.labels, terms.options, in_place=inplace_backward)
     )
 
 
@@ -229,11 +247,15 @@ def linear_kd_loss(
     needed = tuple(
         tensor is not None and tensor.requires_grad and torch.is_grad_enabled() for tensor in student + teacher
     )
+    options = LinearOptions(terms.options, needed, dtype, teacher_dtype, logits_dtype, workspace_bytes)
+    if (
+        workspace_bytes is not None and not torch.compiler.is_compiling()
+    ):  # refused now, not by backward, which takes more
+        planned_chunk(Head(*student), None if teacher[0] is None else Head(*teacher), options)  # type: ignore[arg-type]
     function = LinearKDRowLossesFunction if reduction == "none" else LinearKDLossFunction
     loss, ce, kl, *_ = function.apply(
-        *student, *teacher, rows(terms.labels), rows(terms.weights.ce), rows(terms.weights.kl),
-        LinearOptions(terms.options, needed, dtype, teacher_dtype, logits_dtype, workspace_bytes),
-    )  # fmt: skip
+        *student, *teacher, rows(terms.labels), rows(terms.weights.ce), rows(terms.weights.kl), options
+    )
     return terms.output(spread(loss) if reduction == "none" else loss, spread(ce), spread(kl))
 
 

@@ -16,7 +16,7 @@ from .chunk_plan import Plan, plan, row_stride
 from .matmul import accumulate, project
 from .row_losses import KDOptions, fits_one_launch, gradient_arguments, row_values, row_values_and_gradient
 
-__all__ = ["Gradients", "Head", "LinearOptions", "Plan", "gradient_unit", "plan", "sweep"]
+__all__ = ["Gradients", "Head", "LinearOptions", "Plan", "gradient_unit", "plan", "planned_chunk", "sweep"]
 
 
 class Head(NamedTuple):
@@ -107,7 +107,7 @@ def sweep(
 ) -> tuple[Tensor, Tensor]:  # CE and KL, [N] float64
     """Every chunk's logits, values and gradients, one chunk after another in the same buffers."""
     N, V = ce_weight.numel(), options.kd.vocab_size
-    chunk_rows = _planned_chunk(student, teacher, options)
+    chunk_rows = planned_chunk(student, teacher, options)
     ce, kl = torch.zeros_like(ce_weight), torch.zeros_like(kl_weight)
     with torch.autocast(student.hidden.device.type, enabled=False):  # the dtypes are chosen already
         student = student.cast(options.dtype, V)
@@ -141,7 +141,8 @@ def sweep(
     return ce, kl
 
 
-def _planned_chunk(student: Head, teacher: Head | None, options: LinearOptions) -> int:
+def planned_chunk(student: Head, teacher: Head | None, options: LinearOptions) -> int:
+    """Tokens of a chunk.  Raises ValueError where workspace_bytes is too small for one."""
     hidden, weight, bias, teacher_hidden, teacher_weight, teacher_bias = options.needed
     return plan(
         student.hidden.shape[0], options.kd.vocab_size, student.hidden.shape[1],

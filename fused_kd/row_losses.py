@@ -68,18 +68,25 @@ def _values(
 
 
 def fits_one_launch(
-    student: Tensor,  # [outer, inner, V']
+    student: Tensor,  # [..., V']
     teacher: Tensor | None,  # [outer', inner', vocab_size]
     labels: Tensor | None,  # [N]
     options: KDOptions,
+    *,
+    in_place: bool = False,
 ) -> bool:
     """For values and gradient of the same terms: one that is only logged has no gradient.
 
-    In the dtype of the logits' own: not in float64 for the sake of a teacher that is left out.
+    In the dtype of the logits' own: not in float64 for the sake of a teacher that is left out.  In place on every device:
+    when the logits are written over must not depend on it.
     """
     same_terms = (labels is None or options.ce_in_loss) and (teacher is None or options.kl_in_loss)
     same_dtype = options.dtype == statistics_dtype(student, teacher)
-    return same_terms and same_dtype and one_launch.is_chosen(student, teacher, options.vocab_size)
+    if not (same_terms and same_dtype):
+        return False
+    if in_place:
+        return one_launch.requested() != one_launch.TWO
+    return one_launch.is_chosen(student, teacher, options.vocab_size)
 
 
 def row_values_and_gradient(
