@@ -25,6 +25,9 @@ class HelpFormatter(argparse.HelpFormatter):
         text = super()._format_action_invocation(action)
         return text if len(text) < self._width else text.replace(" {", "\n      {")  # choices in a line of their own
 
+    def _split_lines(self, text: str, width: int) -> list[str]:
+        return self._filled(text, width, "").splitlines()
+
     @staticmethod
     def _filled(text: str, width: int, indent: str, hanging: str = "") -> str:
         return textwrap.fill(

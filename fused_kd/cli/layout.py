@@ -1,5 +1,6 @@
 """Tables as wide as the terminal: no word of them is cut, and a table too wide for that is printed as records."""
 
+import re
 import shutil
 import textwrap
 
@@ -8,6 +9,8 @@ from rich.console import Console
 from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
+
+NO_BREAK = "\N{NO-BREAK SPACE}"
 
 
 def console(width: int, *, highlight: bool = True) -> Console:
@@ -49,12 +52,12 @@ def _print_records(console: Console, table: Table, texts: list[list[str]]) -> No
 
 
 def _print_wrapped(console: Console, text: str, indent: str, style: str) -> None:
-    """A word that is wider than the terminal is left to it: nothing may be lost of it."""
+    """A word that is wider than the terminal is left to it; a number is not cut between its digits."""
     lines = textwrap.wrap(
-        text, console.width, initial_indent=indent, subsequent_indent=indent + "  ",
+        re.sub(r"(?<=\d) (?=\d{3})", NO_BREAK, text), console.width, initial_indent=indent, subsequent_indent=indent + "  ",
         break_long_words=False, break_on_hyphens=False,
     )  # fmt: skip
-    console.print(Text("\n".join(lines), style=style), soft_wrap=True)
+    console.print(Text("\n".join(lines).replace(NO_BREAK, " "), style=style), soft_wrap=True)
 
 
 def _plain(console: Console, text: object) -> str:

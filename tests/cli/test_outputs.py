@@ -85,7 +85,7 @@ def test_a_write_that_fails_leaves_what_was_there(tmp_path):
             place.write_text("half")
             raise error
 
-    with pytest.raises(UserError, match="cannot write .*file: No space left on device"):
+    with pytest.raises(UserError, match=r"cannot write .*file: No space left on device"):
         fail(file, OSError(28, "No space left on device"))
     with pytest.raises(RuntimeError, match="a bug"):
         fail(folder, RuntimeError("a bug"))
