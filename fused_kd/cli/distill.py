@@ -6,6 +6,7 @@ from pathlib import Path
 
 from .arguments import at_least_one, at_least_two, positive, share
 from .errors import reporting
+from .help import HelpFormatter
 
 DESCRIPTION = """\
 Distils a causal language model into a smaller one with the loss
@@ -25,7 +26,7 @@ missing.
 PACKAGES = ("rich", "matplotlib", "transformers", "gguf")  # of the extra "demo"
 
 
-class _Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+class _Formatter(argparse.ArgumentDefaultsHelpFormatter, HelpFormatter):
     pass
 
 

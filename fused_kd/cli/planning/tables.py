@@ -1,32 +1,31 @@
 """What `fused-kd plan` prints and records of a step."""
 
-import sys
 from typing import Any
 
 from rich import box
-from rich.console import Console
 from rich.table import Table
 
 from ...one_launch import hits
 from ...one_launch_plan import DEVICES
+from ..layout import console, print_table
 from ..words import dtype_name, spaced
 from . import paths
 from .paths import Array, Ledger, LossStep
 
 
 def print_plan(step: LossStep, reserved: int, notes: list[str]) -> None:
-    console = Console(width=None if sys.stdout.isatty() else 114, highlight=False)
+    out = console(114, highlight=False)
     ledgers = paths.ledgers(step)
-    console.print(
+    out.print(
         f"{spaced(step.tokens)} tokens, V = {spaced(step.vocab_size)}, H_s = {spaced(step.student_hidden)}, "
         f"H_t = {spaced(step.teacher_hidden)}, {dtype_name(step.dtype)}, {'trained' if step.trained else 'frozen'} head; "
         "planned, not measured\n"
     )
     tables = [_memory(step, ledgers), _cards(step, ledgers, reserved)]
     for table in (*tables, *(_arrays(path, ledger) for path, ledger in ledgers.items())):
-        console.print(table)
+        print_table(out, table)
     for line in (*_lines(step), *notes):
-        console.print(line)
+        out.print(line)
 
 
 def _table(title: str, *headings: str) -> Table:
@@ -82,6 +81,7 @@ def _lines(step: LossStep) -> list[str]:
     products = ", ".join(f"{count} of the {side}" for side, count in step.products.items())
     flops, plural = step.flops, "s" * (chunks.chunks > 1)
     return [
+        _least_memory(step),
         f"linear_kd_loss: {spaced(chunks.chunks)} chunk{plural} of {spaced(chunks.chunk_rows)} tokens, in buffers of "
         f"{_size(chunks.workspace_bytes)}.",
         f"Products of the heads, on every path: {products}, 2 N V H each: {_flops(sum(flops.values()))} "
@@ -94,6 +94,25 @@ def _lines(step: LossStep) -> list[str]:
         "Left out: a few hundred bytes a token, blocks of 64 MB at most, CUDA's context and workspaces (about 0.5 GB), "
         "fragments.",
     ]  # fmt: skip
+
+
+def _least_memory(step: LossStep) -> str:
+    """Which path takes the least, and why that is not linear_kd_loss where it is not."""
+    peaks = {path: _size(paths.needed_bytes(step, ledger)) for path, ledger in paths.ledgers(step).items()}
+    path = paths.least_memory(step)
+    line = f"Least memory, within 1%: {path}, {peaks[path]}."
+    if path == paths.LINEAR:
+        return line
+    total = step.chunks.buffers.get("weight gradient, summed in float32")
+    if total:
+        reason = f"sums the weight gradient in float32 ({_size(total)}), however few the tokens"
+    elif step.logits_dtype and step.logits_dtype.itemsize > step.dtype.itemsize:
+        reason = f"has its logits in {dtype_name(step.logits_dtype)}"
+    else:
+        reason = "saves little where a chunk holds most of the tokens, and aligns its rows"
+    start = paths.linear_from(step)
+    from_there = f"From {spaced(start)} tokens on it takes the least." if start else "More tokens do not change that."
+    return f"{line}  linear_kd_loss takes {peaks[paths.LINEAR]}: it {reason}.  {from_there}"
 
 
 def one_launch_devices(step: LossStep) -> list[str]:
@@ -135,6 +154,7 @@ def record(step: LossStep, reserved: int, notes: list[str]) -> dict[str, Any]:
             }
             for path, ledger in ledgers.items()
         },
+        "least_memory": {"path": paths.least_memory(step), "linear_kd_loss_from_tokens": paths.linear_from(step)},
         "chunks": {
             "chunk_rows": chunks.chunk_rows,
             "chunks": chunks.chunks,
