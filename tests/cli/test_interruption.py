@@ -215,20 +215,3 @@ def test_ctrl_c_ends_the_workers_without_a_word(tmp_path):
     assert result.returncode == 130
     assert time.perf_counter() - begin < 100
     assert "Traceback" not in result.stderr
-
-
-IMPORTS = """
-import os, signal, sys
-class Hook:
-    def find_spec(name, *rest):
-        if name == "torch":
-            os.kill(os.getpid(), signal.SIGINT)
-sys.meta_path.insert(0, Hook)
-from fused_kd_command import main
-sys.exit(main())
-"""
-
-
-def test_ctrl_c_during_imports_is_one_line():
-    result = run(sys.executable, "-c", IMPORTS, preexec_fn=lambda: signal.signal(SIGINT, signal.SIG_DFL))
-    assert (result.returncode, result.stdout, result.stderr) == (130, "", "fused-kd: interrupted\n")
