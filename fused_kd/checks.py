@@ -100,18 +100,21 @@ def _check_head(who: str, hidden: Tensor | None, weight: Tensor | None, bias: Te
             raise ValueError(
                 f"{name}: expected a tensor on the device of {who}_hidden, {hidden.device}, got {tensor.device}"
             )
-        if tensor.dtype != hidden.dtype and products_dtype(hidden) == hidden.dtype:
+        if products_dtype(tensor) != products_dtype(hidden):
+            autocast = "which torch.autocast does not do with float64"
+            if torch.float64 not in (tensor.dtype, hidden.dtype):
+                autocast = "or run under torch.autocast"
             raise ValueError(
-                f"{name}: expected the dtype of {who}_hidden, {hidden.dtype}, got {tensor.dtype}; cast one of them, or "
-                f"run under torch.autocast"
+                f"{name}: expected the dtype of {who}_hidden, {hidden.dtype}, got {tensor.dtype}; cast one of them, "
+                f"{autocast}"
             )
 
 
-def products_dtype(hidden: Tensor) -> torch.dtype:
-    """What a head's products run in: the autocast dtype under torch.autocast, as nn.Linear has it."""
-    kind = hidden.device.type
-    autocast = hidden.dtype != torch.float64 and torch.is_autocast_enabled(kind)
-    return torch.get_autocast_dtype(kind) if autocast else hidden.dtype
+def products_dtype(tensor: Tensor) -> torch.dtype:
+    """What a part of a head is multiplied in: under torch.autocast the autocast dtype, unless it is float64."""
+    kind = tensor.device.type
+    autocast = tensor.dtype != torch.float64 and torch.is_autocast_enabled(kind)
+    return torch.get_autocast_dtype(kind) if autocast else tensor.dtype
 
 
 def check_linear_options(

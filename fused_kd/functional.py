@@ -170,7 +170,8 @@ def linear_kd_loss(
     Args:
         student_hidden: `[..., H_s]`, float32, bfloat16, float16, or float64 on the CPU; what the head takes, so after the
             model's last norm.
-        student_weight: `[V, H_s]`, as in `nn.Linear`, in the dtype of the hidden states; may be tied to the embeddings.
+        student_weight: `[V, H_s]`, as in `nn.Linear`, in the dtype of the hidden states, or in another one under
+            autocast; may be tied to the embeddings.
         teacher_hidden, teacher_weight: `[..., H_t]` and `[V, H_t]`, with a width and a dtype of their own.  May be None
             where alpha is 0.
         labels, alpha, temperature, ignore_index, reduction, token_weights, num_items, vocab_size, return_parts: as in
@@ -184,8 +185,8 @@ def linear_kd_loss(
             torch.float32 spares 16-bit logits their rounding.
         workspace_bytes: bound of the buffers for a chunk's logits, in bytes.  Default: what `fused_kd.linear.plan` chooses.
 
-    Under `torch.autocast` the products run in the autocast dtype, as those of `nn.Linear` would, and the gradients have the
-    dtype of what they are a gradient of.
+    Under `torch.autocast` the products run in the autocast dtype, as those of `nn.Linear` would, whatever dtypes hidden
+    states, weight and bias have; float64 is not cast.  The gradients have the dtype of what they are a gradient of.
 
     Returns:
         As `kd_loss`.

@@ -100,14 +100,15 @@ def test_linear_kd_loss_is_one_graph_and_equal_to_the_last_bit(options, dynamic)
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_linear_kd_loss_under_autocast_is_one_graph(dtype):
-    leaves = torch.randn(N, H_S, requires_grad=True), torch.randn(V, H_S, requires_grad=True)
+    """Of a head in float32 with hidden states in float32, or in bfloat16, as a last nn.Linear gives them."""
     teacher, labels = (torch.randn(N, H_T), torch.randn(V, H_T)), torch.randint(V, (N,))
 
     def loss(hidden, weight):
         with torch.autocast("cpu", dtype=dtype):
             return linear_kd_loss(hidden, weight, *teacher, labels, temperature=2.0)
 
-    assert equal_to_the_last_bit(loss, *leaves)
+    for hidden in (torch.randn(N, H_S), torch.randn(N, H_S, dtype=torch.bfloat16)):
+        assert equal_to_the_last_bit(loss, hidden.requires_grad_(), torch.randn(V, H_S, requires_grad=True))
 
 
 def test_a_compiled_teacher_that_requires_grad_is_warned_of():
