@@ -63,7 +63,7 @@ def kd_loss(
         labels: `[...]`, int32 or int64, class ids in [0, V) or `ignore_index`.  A row that is ignored adds nothing to
             either term and costs nothing; its logits may hold anything.  Without labels alpha must be 1.
         alpha: weight of the KL term in [0, 1]: 0 is supervised training, 1 a copy of the teacher.  A tensor gives one
-            value a row (1 for a row whose label is not to be trusted).
+            value per row (1 for a row whose label is not to be trusted), or, without dimensions, one for all rows.
         temperature: T, > 0, of both distributions in the KL term.
         ignore_index: the label of rows that do not count.
         reduction: "mean" divides by the sum of the weights of the rows that count, "sum", or "none" for one value a
@@ -95,9 +95,15 @@ def kd_loss(
         IndexError: a label outside [0, V) on the CPU.  On a GPU, where raising would need a synchronisation, the loss
             of such a row is NaN.
     """
+    alpha, temperature, ignore_index, num_items, vocab_size = map(
+        checks.plain, (alpha, temperature, ignore_index, num_items, vocab_size)
+    )
     V = checks.check_logits(student_logits, teacher_logits, vocab_size)
-    maps = checks.logit_maps(logit_scale, logit_softcap)
-    checks.check_flags(teacher_grad=teacher_grad, inplace_backward=inplace_backward, return_parts=return_parts)
+    maps = checks.check_options(
+        alpha=alpha, temperature=temperature, ignore_index=ignore_index, reduction=reduction, vocab_size=vocab_size,
+        logit_softcap=logit_softcap, logit_scale=logit_scale, teacher_grad=teacher_grad,
+        inplace_backward=inplace_backward, return_parts=return_parts,
+    )  # fmt: skip
     if inplace_backward:
         checks.check_inplace_backward(student_logits)
     terms = _terms(
@@ -195,12 +201,18 @@ def linear_kd_loss(
         TypeError, ValueError: the argument's name, what was expected and what came.  Nothing has been modified.
         IndexError: a label outside [0, V) on the CPU.  On a GPU the loss of such a row is NaN.
     """
+    alpha, temperature, ignore_index, num_items, vocab_size, workspace_bytes = map(
+        checks.plain, (alpha, temperature, ignore_index, num_items, vocab_size, workspace_bytes)
+    )
     student_head = student_hidden, student_weight, student_bias
     teacher_head = teacher_hidden, teacher_weight, teacher_bias
     V = checks.check_heads(student_head, teacher_head, vocab_size)
-    maps = checks.logit_maps(logit_scale, logit_softcap)
-    checks.check_flags(teacher_grad=teacher_grad, return_parts=return_parts)
-    checks.check_linear_options(student_hidden, teacher_hidden, logits_dtype, workspace_bytes)
+    maps = checks.check_options(
+        alpha=alpha, temperature=temperature, ignore_index=ignore_index, reduction=reduction, vocab_size=vocab_size,
+        logit_softcap=logit_softcap, logit_scale=logit_scale, teacher_grad=teacher_grad, logits_dtype=logits_dtype,
+        workspace_bytes=workspace_bytes, return_parts=return_parts,
+    )  # fmt: skip
+    checks.check_logits_dtype(student_hidden, teacher_hidden, logits_dtype)
     terms = _terms(
         student_hidden, teacher_hidden, "teacher_hidden", labels, V, maps,
         alpha=alpha, temperature=temperature, ignore_index=ignore_index, reduction=reduction,
@@ -300,7 +312,6 @@ def _terms(
     num_items: int | float | Tensor | None,
     return_parts: bool,
 ) -> _Terms:
-    checks.check_options(temperature, ignore_index, reduction)
     checks.check_num_items(num_items, reduction, student)
     checks.check_alpha(alpha, student, teacher, labels, teacher_name)
     if labels is not None:
@@ -312,7 +323,7 @@ def _terms(
     weights = row_weights(
         labels,
         None if token_weights is None else token_weights.reshape(N),
-        alpha.reshape(N) if isinstance(alpha, Tensor) else alpha,
+        alpha.reshape(N) if isinstance(alpha, Tensor) and alpha.dim() else alpha,
         rows=N,
         device=student.device,
         temperature=temperature,

@@ -419,7 +419,9 @@ def test_autocast_does_not_cast_float64(name, teachers):
     with torch.autocast("cpu", torch.bfloat16):
         with pytest.raises(RuntimeError, match="dtype"):
             torch.nn.functional.linear(*head, parts["bias"])
-        with pytest.raises(ValueError, match=r"expected the dtype of .*, which torch.autocast does not do with float64"):
+        with pytest.raises(
+            ValueError, match=r"expected the dtype of .*, which torch.autocast does not do with float64"
+        ):
             linear_kd_loss(*heads, given.labels, **{f"{'teacher' if teachers else 'student'}_bias": parts["bias"]})
 
 
