@@ -16,17 +16,15 @@ from .linear import Gradients, Head, LinearOptions
 from .logit_map import LogitMap
 from .row_losses import KDOptions
 
-LINEAR_ROW_LOSSES = "fused_kd::linear_row_losses"
-
-torch.library.define(
-    LINEAR_ROW_LOSSES,
+LINEAR_ROW_LOSSES = ops.define(
+    "linear_row_losses",
     "(Tensor student_hidden, Tensor student_weight, Tensor? student_bias, Tensor? teacher_hidden, Tensor? teacher_weight, "
     "Tensor? teacher_bias, Tensor? labels, Tensor ce_weight, Tensor kl_weight, float temperature, SymInt vocab_size, "
     "bool ce_in_loss, bool kl_in_loss, ScalarType statistics_dtype, float[] student_map, float[] teacher_map, "
     "bool[] needed, ScalarType dtype, ScalarType teacher_dtype, ScalarType? logits_dtype, int? workspace_bytes) "
     "-> Tensor[]",
-    tags=torch.Tag.pt2_compliant_tag,
 )
+_operator = ops.operator(LINEAR_ROW_LOSSES)
 
 
 def linear_row_losses(
@@ -37,7 +35,7 @@ def linear_row_losses(
     if not torch.compiler.is_compiling():
         _register_flops()
     kd, *rest = options
-    result: list[Tensor] = torch.ops.fused_kd.linear_row_losses(*tensors, *kd, *rest)
+    result: list[Tensor] = _operator(*tensors, *kd, *rest)
     return result
 
 
@@ -91,15 +89,15 @@ def _register_flops() -> None:
 
     A counter that is active already has taken its copy of the formulas.
     """
-    module, operator = sys.modules.get("torch.utils.flop_counter"), torch.ops.fused_kd.linear_row_losses
-    if module is None or operator in module.flop_registry:
+    module = sys.modules.get("torch.utils.flop_counter")
+    if module is None or _operator in module.flop_registry:
         return
     from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
-    module.register_flop_formula(operator)(_flops)
+    module.register_flop_formula(_operator)(_flops)
     for mode in _get_current_dispatch_mode_stack():
         registry = getattr(getattr(mode, "counter", mode), "flop_registry", {})
-        registry[operator] = module.flop_registry[operator]
+        registry[_operator] = module.flop_registry[_operator]
 
 
 def _flops(  # type: ignore[no-untyped-def]
