@@ -92,8 +92,10 @@ def kd_loss(
 
     Raises:
         TypeError, ValueError: the argument's name, what was expected and what came.  Nothing has been modified.
-        IndexError: a label outside [0, V) on the CPU.  On a GPU, where raising would need a synchronisation, the loss
-            of such a row is NaN.
+        IndexError: a label outside [0, V) on the CPU.  Where values are not looked at, the loss of such a row and its
+            gradient are NaN: on a GPU, where that would need a synchronisation, under `torch.compile`, on the CPU too, and
+            under the transforms of `torch.func`.  The same holds for an alpha outside [0, 1] or a num_items below 0 in a
+            tensor, which elsewhere are a ValueError.
     """
     alpha, temperature, ignore_index, num_items, vocab_size = map(
         checks.plain, (alpha, temperature, ignore_index, num_items, vocab_size)
@@ -199,7 +201,8 @@ def linear_kd_loss(
 
     Raises:
         TypeError, ValueError: the argument's name, what was expected and what came.  Nothing has been modified.
-        IndexError: a label outside [0, V) on the CPU.  On a GPU the loss of such a row is NaN.
+        IndexError: a label outside [0, V) on the CPU.  On a GPU, under `torch.compile` and under the transforms of
+            `torch.func` the loss of such a row is NaN, and so are its gradients, as in `kd_loss`.
     """
     alpha, temperature, ignore_index, num_items, vocab_size, workspace_bytes = map(
         checks.plain, (alpha, temperature, ignore_index, num_items, vocab_size, workspace_bytes)

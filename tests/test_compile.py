@@ -111,6 +111,27 @@ def test_linear_kd_loss_under_autocast_is_one_graph(dtype):
         assert equal_to_the_last_bit(loss, hidden.requires_grad_(), torch.randn(V, H_S, requires_grad=True))
 
 
+@pytest.mark.parametrize("loss", [kd_loss, linear_kd_loss])
+@pytest.mark.parametrize("label", [V, -1])
+def test_a_label_that_is_no_class_gives_nan_in_a_compiled_loss(loss, label):
+    """In eager mode it is an IndexError.  An assertion in the graph would refuse `torch.vmap`."""
+    labels = torch.randint(V, (N,))
+    labels[2] = label
+    student, rest = torch.randn(N, V, requires_grad=True), (torch.randn(N, V),)
+    if loss is linear_kd_loss:
+        student = torch.randn(N, H_S, requires_grad=True)
+        rest = torch.randn(V, H_S), torch.randn(N, H_T), torch.randn(V, H_T)
+    with pytest.raises(IndexError, match=f"labels: .* got {label}"):
+        loss(student, *rest, labels)
+    compiled = compile_(loss, fullgraph=True)
+    assert compiled(student, *rest, labels).isnan()
+    rows = compiled(student, *rest, labels, reduction="none")
+    (gradient,) = torch.autograd.grad(rows, student, torch.ones_like(rows))
+    for found in (rows[:, None], gradient):
+        assert found[2].isnan().all()
+        assert found.isnan().sum() == found.shape[1]
+
+
 def test_a_compiled_teacher_that_requires_grad_is_warned_of():
     student, teacher = torch.randn(N, V, requires_grad=True), torch.randn(N, V, requires_grad=True)
     with pytest.warns(UserWarning, match="teacher_logits requires grad"):
