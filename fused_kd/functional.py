@@ -18,6 +18,7 @@ from .autograd import (
 )
 from .linear import LinearOptions
 from .logit_map import LogitMap, Scale, Softcap
+from .matmul import RELEASE
 from .output import KDLossOutput
 from .row_losses import KDOptions, fits_one_launch
 from .rows import RowWeights, as_rows, counted_rows, row_weights
@@ -271,6 +272,20 @@ def _teacher(
     return tuple(None if tensor is None else tensor.detach() for tensor in tensors)
 
 
+UNUSUAL = 1234.5  # no graph compares a temperature with it, so only of a constant is it known which of them is larger
+
+
+def _constant_or_tensor(temperature: float) -> float | Tensor:
+    """A tensor, if it is a temperature that changes from call to call of one compiled graph."""
+    temperature = float(temperature)
+    if not torch.compiler.is_compiling() or RELEASE < (2, 9):
+        return temperature
+    is_known = torch.fx.experimental.symbolic_shapes.statically_known_true
+    if is_known(temperature < UNUSUAL) or is_known(temperature >= UNUSUAL):
+        return temperature
+    return torch.ones((), dtype=torch.float64) * temperature  # torch.full would make it a constant
+
+
 class _Terms(NamedTuple):
     """What both losses make of the arguments that they share."""
 
@@ -342,7 +357,7 @@ def _terms(
     return _Terms(
         labels if ce_in_loss or return_parts else None,
         weights,
-        KDOptions(float(temperature), V, ce_in_loss, kl_in_loss, dtype, *maps),
+        KDOptions(_constant_or_tensor(temperature), V, ce_in_loss, kl_in_loss, dtype, *maps),
         teacher is not None and (kl_in_loss or return_parts),
         reduction,
         student.shape[:-1],

@@ -68,7 +68,7 @@ def _linear_row_losses(*arguments) -> list[Tensor]:  # type: ignore[no-untyped-d
     return [ce, kl, unit, *(tensor for of_head in gradients for tensor in of_head)]
 
 
-@torch.library.register_fake(LINEAR_ROW_LOSSES)
+@ops.fakes(LINEAR_ROW_LOSSES)
 def _(*arguments):  # type: ignore[no-untyped-def]
     heads, (_, ce_weight, kl_weight), options = arguments[:6], arguments[6:9], _options(arguments[9:])
     gradients = [

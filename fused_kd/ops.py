@@ -20,6 +20,10 @@ from .logit_map import LogitMap
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
+# The overload that takes the temperature as a tensor on the CPU, and reads it as it runs: of a compiled graph whose
+# temperature changes from call to call.  A float would be a constant of the graph.
+TRACED = ".traced"
+
 
 def define(name: str, schema: str) -> str:
     """The operator's whole name.
@@ -31,7 +35,9 @@ def define(name: str, schema: str) -> str:
     while hasattr(getattr(torch.ops, namespace), name):
         turn += 1
         namespace = f"fused_kd_{turn}"
+    traced = schema.replace("float temperature", "Tensor temperature")
     torch.library.define(f"{namespace}::{name}", schema, tags=torch.Tag.pt2_compliant_tag)
+    torch.library.define(f"{namespace}::{name}{TRACED}", traced, tags=torch.Tag.pt2_compliant_tag)
     return f"{namespace}::{name}"
 
 
@@ -75,7 +81,26 @@ def implements(name: str) -> Callable[[Function], Function]:
     """Of an operator, on the CPU and on CUDA devices; the function stays one."""
 
     def register(function: Function) -> Function:
+        names = [argument.name for argument in operator(name).default._schema.arguments]
+
+        def traced(*arguments: Any) -> Any:
+            return function(
+                *(a.item() if name == "temperature" else a for name, a in zip(names, arguments, strict=True))
+            )
+
         torch.library.impl(name, ("cpu", "cuda"), function)
+        torch.library.impl(f"{name}{TRACED}", ("cpu", "cuda"), traced)
+        return function
+
+    return register
+
+
+def fakes(name: str) -> Callable[[Function], Function]:
+    """The results of an operator for fake tensors."""
+
+    def register(function: Function) -> Function:
+        for overload in ("", TRACED):
+            torch.library.register_fake(f"{name}{overload}", function)
         return function
 
     return register
@@ -123,7 +148,7 @@ def _row_statistics(
         return stats.merge(parts, temperature)
 
 
-@torch.library.register_fake(ROW_STATISTICS)
+@fakes(ROW_STATISTICS)
 def _(student, teacher, ce_weight, *arguments):  # type: ignore[no-untyped-def]
     return ce_weight.new_empty(6, ce_weight.shape[0])
 
@@ -165,7 +190,7 @@ def _logit_gradient(student: Tensor, teacher: Tensor | None, *arguments) -> tupl
     return gradient, _write_into(gradient, student, teacher, *arguments)
 
 
-@torch.library.register_fake(LOGIT_GRADIENT)
+@fakes(LOGIT_GRADIENT)
 def _(student, teacher, *arguments):  # type: ignore[no-untyped-def]
     return _new_gradient(student), _new_teacher_gradient(teacher, arguments[-1], student)
 
@@ -175,7 +200,7 @@ def _logit_gradient_(student: Tensor, teacher: Tensor | None, *arguments) -> Ten
     return _write_into(student, student, teacher, *arguments)
 
 
-@torch.library.register_fake(LOGIT_GRADIENT_INPLACE)
+@fakes(LOGIT_GRADIENT_INPLACE)
 def _(student, teacher, *arguments):  # type: ignore[no-untyped-def]
     return _new_teacher_gradient(teacher, arguments[-1], student)
 
@@ -220,7 +245,7 @@ def _loss_and_gradient(student: Tensor, *arguments) -> tuple[Tensor, Tensor]:  #
     return write_loss_and_gradient(gradient, student, *arguments), gradient
 
 
-@torch.library.register_fake(LOSS_AND_GRADIENT)
+@fakes(LOSS_AND_GRADIENT)
 def _(student, teacher, labels, ce_weight, *arguments):  # type: ignore[no-untyped-def]
     return _statistics_of_one_launch(student, teacher, ce_weight), _new_gradient(student)
 
@@ -230,7 +255,7 @@ def _loss_and_gradient_(student: Tensor, *arguments) -> Tensor:  # type: ignore[
     return write_loss_and_gradient(student, student, *arguments)
 
 
-@torch.library.register_fake(LOSS_AND_GRADIENT_INPLACE)
+@fakes(LOSS_AND_GRADIENT_INPLACE)
 def _(student, teacher, labels, ce_weight, *arguments):  # type: ignore[no-untyped-def]
     return _statistics_of_one_launch(student, teacher, ce_weight)
 
@@ -270,8 +295,9 @@ def refuse_derivative(*_: object) -> None:
 
 def complete(name: str) -> None:
     """What every operator has besides its implementations."""
-    torch.library.register_autograd(name, refuse_derivative)
-    torch.library.register_vmap(name, _one_by_one(operator(name)))
+    for overload in ("", TRACED):
+        torch.library.register_autograd(f"{name}{overload}", refuse_derivative)
+        torch.library.register_vmap(f"{name}{overload}", _one_by_one(operator(name)))
 
 
 complete(ROW_STATISTICS)
