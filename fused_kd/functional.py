@@ -65,7 +65,8 @@ def kd_loss(
             either term and costs nothing; its logits may hold anything.  Without labels alpha must be 1.
         alpha: weight of the KL term in [0, 1]: 0 is supervised training, 1 a copy of the teacher.  A tensor gives one
             value per row (1 for a row whose label is not to be trusted), or, without dimensions, one for all rows.
-        temperature: T, > 0, of both distributions in the KL term.
+        temperature: T, > 0, of both distributions in the KL term.  `torch.compile` compiles one that changes from call to
+            call (annealing) twice, not for every value, with PyTorch from 2.9 on.
         ignore_index: the label of rows that do not count.
         reduction: "mean" divides by the sum of the weights of the rows that count, "sum", or "none" for one value a
             row.  Where no row counts the loss is 0.
