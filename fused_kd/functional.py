@@ -20,6 +20,7 @@ from .autograd import (
 )
 from .linear import Head, LinearOptions, planned_chunk
 from .logit_map import LogitMap, Scale, Softcap
+from .matmul import RELEASE
 from .output import KDLossOutput
 from .row_losses import KDOptions, fits_one_launch
 from .rows import RowWeights, as_rows, counted_rows, row_weights
@@ -66,8 +67,9 @@ def kd_loss(
         labels: `[...]`, int32 or int64, class ids in [0, V) or `ignore_index`.  A row that is ignored adds nothing to
             either term and costs nothing; its logits may hold anything.  Without labels alpha must be 1.
         alpha: weight of the KL term in [0, 1]: 0 is supervised training, 1 a copy of the teacher.  A tensor gives one
-            value a row (1 for a row whose label is not to be trusted).
-        temperature: T, > 0, of both distributions in the KL term.
+            value per row (1 for a row whose label is not to be trusted), or, without dimensions, one for all rows.
+        temperature: T, > 0, of both distributions in the KL term.  `torch.compile` compiles one that changes from call to
+            call (annealing) twice, not for every value, with PyTorch from 2.9 on.
         ignore_index: the label of rows that do not count.
         reduction: "mean" divides by the sum of the weights of the rows that count, "sum", or "none" for one value a
             row.  Where no row counts the loss is 0.
@@ -97,12 +99,20 @@ def kd_loss(
 
     Raises:
         TypeError, ValueError: the argument's name, what was expected and what came.  Nothing has been modified.
-        IndexError: a label outside [0, V) on the CPU.  On a GPU, where raising would need a synchronisation, the loss
-            of such a row is NaN.
+        IndexError: a label outside [0, V) on the CPU.  Where values are not looked at, the loss of such a row and its
+            gradient are NaN: on a GPU, where that would need a synchronisation, under `torch.compile`, on the CPU too, and
+            under the transforms of `torch.func`.  The same holds for an alpha outside [0, 1] or a num_items below 0 in a
+            tensor, which elsewhere are a ValueError.
     """
+    alpha, temperature, ignore_index, num_items, vocab_size = map(
+        checks.plain, (alpha, temperature, ignore_index, num_items, vocab_size)
+    )
     V = checks.check_logits(student_logits, teacher_logits, vocab_size)
-    maps = checks.logit_maps(logit_scale, logit_softcap)
-    checks.check_flags(teacher_grad=teacher_grad, inplace_backward=inplace_backward, return_parts=return_parts)
+    maps = checks.check_options(
+        alpha=alpha, temperature=temperature, ignore_index=ignore_index, reduction=reduction, vocab_size=vocab_size,
+        logit_softcap=logit_softcap, logit_scale=logit_scale, teacher_grad=teacher_grad,
+        inplace_backward=inplace_backward, return_parts=return_parts,
+    )  # fmt: skip
     inplace_backward = inplace_backward and not is_batched(student_logits)  # nothing is written over under torch.func
     if inplace_backward:
         checks.check_inplace_backward(student_logits, teacher_logits)
@@ -188,7 +198,8 @@ def linear_kd_loss(
     Args:
         student_hidden: `[..., H_s]`, float32, bfloat16, float16, or float64 on the CPU; what the head takes, so after the
             model's last norm.
-        student_weight: `[V, H_s]`, as in `nn.Linear`, in the dtype of the hidden states; may be tied to the embeddings.
+        student_weight: `[V, H_s]`, as in `nn.Linear`, in the dtype of the hidden states, or in another one under
+            autocast; may be tied to the embeddings.
         teacher_hidden, teacher_weight: `[..., H_t]` and `[V, H_t]`, with a width and a dtype of their own.  May be None
             where alpha is 0.
         labels, alpha, temperature, ignore_index, reduction, token_weights, num_items, vocab_size, return_parts: as in
@@ -202,22 +213,29 @@ def linear_kd_loss(
             torch.float32 spares 16-bit logits their rounding.
         workspace_bytes: bound of the buffers for a chunk's logits, in bytes.  Default: what `fused_kd.linear.plan` chooses.
 
-    Under `torch.autocast` the products run in the autocast dtype, as those of `nn.Linear` would, and the gradients have the
-    dtype of what they are a gradient of.
+    Under `torch.autocast` the products run in the autocast dtype, as those of `nn.Linear` would, whatever dtypes hidden
+    states, weight and bias have; float64 is not cast.  The gradients have the dtype of what they are a gradient of.
 
     Returns:
         As `kd_loss`.
 
     Raises:
         TypeError, ValueError: the argument's name, what was expected and what came.  Nothing has been modified.
-        IndexError: a label outside [0, V) on the CPU.  On a GPU the loss of such a row is NaN.
+        IndexError: a label outside [0, V) on the CPU.  On a GPU, under `torch.compile` and under the transforms of
+            `torch.func` the loss of such a row is NaN, and so are its gradients, as in `kd_loss`.
     """
+    alpha, temperature, ignore_index, num_items, vocab_size, workspace_bytes = map(
+        checks.plain, (alpha, temperature, ignore_index, num_items, vocab_size, workspace_bytes)
+    )
     student_head = student_hidden, student_weight, student_bias
     teacher_head = teacher_hidden, teacher_weight, teacher_bias
     V = checks.check_heads(student_head, teacher_head, vocab_size)
-    maps = checks.logit_maps(logit_scale, logit_softcap)
-    checks.check_flags(teacher_grad=teacher_grad, return_parts=return_parts)
-    checks.check_linear_options(student_hidden, teacher_hidden, logits_dtype, workspace_bytes)
+    maps = checks.check_options(
+        alpha=alpha, temperature=temperature, ignore_index=ignore_index, reduction=reduction, vocab_size=vocab_size,
+        logit_softcap=logit_softcap, logit_scale=logit_scale, teacher_grad=teacher_grad, logits_dtype=logits_dtype,
+        workspace_bytes=workspace_bytes, return_parts=return_parts,
+    )  # fmt: skip
+    checks.check_logits_dtype(student_hidden, teacher_hidden, logits_dtype)
     terms = _terms(
         student_hidden, teacher_hidden, "teacher_hidden", labels, V, maps,
         alpha=alpha, temperature=temperature, ignore_index=ignore_index, reduction=reduction,
@@ -277,6 +295,20 @@ def _teacher(
     return tuple(None if tensor is None else tensor.detach() for tensor in tensors)
 
 
+UNUSUAL = 1234.5  # no graph compares a temperature with it, so only of a constant is it known which of them is larger
+
+
+def _constant_or_tensor(temperature: float) -> float | Tensor:
+    """A tensor, if it is a temperature that changes from call to call of one compiled graph."""
+    temperature = float(temperature)
+    if not torch.compiler.is_compiling() or RELEASE < (2, 9):
+        return temperature
+    is_known = torch.fx.experimental.symbolic_shapes.statically_known_true
+    if is_known(temperature < UNUSUAL) or is_known(temperature >= UNUSUAL):
+        return temperature
+    return torch.ones((), dtype=torch.float64) * temperature  # torch.full would make it a constant
+
+
 class _Terms(NamedTuple):
     """What both losses make of the arguments that they share."""
 
@@ -321,7 +353,6 @@ def _terms(
     num_items: int | float | Tensor | None,
     return_parts: bool,
 ) -> _Terms:
-    checks.check_options(temperature, ignore_index, reduction)
     checks.check_num_items(num_items, reduction, student)
     checks.check_alpha(alpha, student, teacher, labels, teacher_name)
     if labels is not None:
@@ -333,7 +364,7 @@ def _terms(
     weights = row_weights(
         labels,
         None if token_weights is None else token_weights.reshape(N),
-        alpha.reshape(N) if isinstance(alpha, Tensor) else alpha,
+        alpha.reshape(N) if isinstance(alpha, Tensor) and alpha.dim() else alpha,
         rows=N,
         device=student.device,
         temperature=temperature,
@@ -349,7 +380,7 @@ def _terms(
     return _Terms(
         labels if ce_in_loss or return_parts else None,
         weights,
-        KDOptions(float(temperature), V, ce_in_loss, kl_in_loss, dtype, *maps),
+        KDOptions(_constant_or_tensor(temperature), V, ce_in_loss, kl_in_loss, dtype, *maps),
         teacher is not None and (kl_in_loss or return_parts),
         reduction,
         student.shape[:-1],

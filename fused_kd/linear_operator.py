@@ -16,18 +16,16 @@ from .linear import Gradients, Head, LinearOptions
 from .logit_map import LogitMap
 from .row_losses import KDOptions
 
-LINEAR_ROW_LOSSES = "fused_kd::linear_row_losses"
-
-torch.library.define(
-    LINEAR_ROW_LOSSES,
+LINEAR_ROW_LOSSES = ops.define(
+    "linear_row_losses",
     "(Tensor student_hidden, Tensor student_weight, Tensor? student_bias, Tensor? teacher_hidden, Tensor? teacher_weight, "
     "Tensor? teacher_bias, Tensor? labels, Tensor ce_weight, Tensor kl_weight, float temperature, SymInt vocab_size, "
     "bool ce_in_loss, bool kl_in_loss, ScalarType statistics_dtype, float[] student_map, float[] teacher_map, "
     "bool[] needed, ScalarType dtype, ScalarType teacher_dtype, ScalarType? logits_dtype, int? workspace_bytes) "
     # A fixed number, since a list of results has no fallback under `is_grads_batched`; empty where not needed.
     f"-> ({', '.join(['Tensor'] * 9)})",
-    tags=torch.Tag.pt2_compliant_tag,
 )
+_operator = ops.operator(LINEAR_ROW_LOSSES)
 
 
 def linear_row_losses(
@@ -38,7 +36,7 @@ def linear_row_losses(
     if not torch.compiler.is_compiling():
         _register_flops()
     kd, *rest = options
-    ce, kl, unit, *gradients = torch.ops.fused_kd.linear_row_losses(*tensors, *kd, *rest)
+    ce, kl, unit, *gradients = _operator(*tensors, *kd, *rest)
     return [ce, kl, unit, *(gradient for gradient, need in zip(gradients, options.needed, strict=True) if need)]
 
 
@@ -72,7 +70,7 @@ def _linear_row_losses(*arguments) -> tuple[Tensor, ...]:  # type: ignore[no-unt
     return ce, kl, unit, *(next(found) if need else ce.new_empty(0) for need in options.needed)
 
 
-@torch.library.register_fake(LINEAR_ROW_LOSSES)
+@ops.fakes(LINEAR_ROW_LOSSES)
 def _(*arguments):  # type: ignore[no-untyped-def]
     heads, (_, ce_weight, kl_weight), options = arguments[:6], arguments[6:9], _options(arguments[9:])
     gradients = [
@@ -94,15 +92,15 @@ def _register_flops() -> None:
 
     A counter that is active already has taken its copy of the formulas.
     """
-    module, operator = sys.modules.get("torch.utils.flop_counter"), torch.ops.fused_kd.linear_row_losses
-    if module is None or operator in module.flop_registry:
+    module = sys.modules.get("torch.utils.flop_counter")
+    if module is None or _operator in module.flop_registry:
         return
     from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
-    module.register_flop_formula(operator)(_flops)
+    module.register_flop_formula(_operator)(_flops)
     for mode in _get_current_dispatch_mode_stack():
         registry = getattr(getattr(mode, "counter", mode), "flop_registry", {})
-        registry[operator] = module.flop_registry[operator]
+        registry[_operator] = module.flop_registry[_operator]
 
 
 def _flops(  # type: ignore[no-untyped-def]

@@ -91,12 +91,16 @@ def kd_loss(
         return weighted.sum() / (weight.sum() if num_items is None else num_items)
 
     student = mapped(rows(student), scales[0], softcaps[0])
-    alpha = rows(alpha.reshape(N)) if isinstance(alpha, Tensor) else alpha
+    if not isinstance(alpha, Tensor):
+        alpha = float(alpha)
+    elif alpha.dim():
+        alpha = rows(alpha.reshape(N))
+    temperature = float(temperature)
     loss, kl, ce = torch.zeros_like(student[:, 0]), None, None
     if labels is not None:
         ce = F.cross_entropy(student, rows(labels), reduction="none")
         loss = loss + (1 - alpha) * ce
-    if teacher_logits is not None and not (isinstance(alpha, (float, int)) and alpha == 0):
+    if teacher_logits is not None and (isinstance(alpha, Tensor) or alpha != 0):
         teacher_logits = teacher_logits if teacher_grad else teacher_logits.detach()
         teacher = rows(teacher_logits[..., :V].reshape(-1, V)).to(dtype)
         teacher = mapped(teacher, scales[1], softcaps[1])

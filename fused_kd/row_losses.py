@@ -12,7 +12,7 @@ from .logit_map import IDENTITY_MAP, LogitMap
 
 
 class KDOptions(NamedTuple):
-    temperature: float
+    temperature: float | Tensor  # a tensor outside of the operators only, under a compiler; see `ops.TRACED`
     vocab_size: int  # how many leading columns of the student are real
     ce_in_loss: bool  # False: CE is computed for the caller's log only
     kl_in_loss: bool

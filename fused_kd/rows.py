@@ -26,7 +26,7 @@ class RowWeights(NamedTuple):
 def row_weights(
     labels: Tensor | None,  # [N]
     token_weights: Tensor | None,  # [N]
-    alpha: float | Tensor,  # [N]
+    alpha: float | Tensor,  # [N], or a scalar
     *,
     rows: int,
     device: torch.device,

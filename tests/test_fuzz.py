@@ -173,7 +173,8 @@ class Terms:
             kl_size, kl_gradient = p + q, (epsilon + 2 * z_error / T) * p + (epsilon + 2 * y_error / T) * q
             of_teacher = (epsilon + 2 * y_error / T) * of_teacher_size + q * (kl + 2 * (z_error + y_error) / T)
         alpha = given["alpha"]
-        alpha = alpha.detach().double().reshape(N) if isinstance(alpha, Tensor) else float(alpha)
+        one_alpha = not isinstance(alpha, Tensor) or alpha.dim() == 0
+        alpha = float(alpha) if one_alpha else alpha.detach().double().reshape(N)
         upstream = call.upstream.double().abs()
         upstream = upstream.reshape(N) if given["reduction"] == "none" else upstream
         self.ce, self.kl = weight * ce, weight * kl
@@ -186,6 +187,7 @@ class Terms:
         self.gradient = slope * upstream * weight * ((1 - alpha) * ce_gradient + alpha * T * kl_gradient)
         self.gradient_size = slope * upstream * weight * ((1 - alpha) * ce_size + alpha * T * kl_size)
         self.alpha = upstream * weight * (ce + T**2 * kl)
+        self.alpha = self.alpha.sum() if one_alpha else self.alpha
         unit = weight / self.token_weight
         self.token_weights = upstream * unit.nan_to_num(0.0) * row
         if given["reduction"] == "mean" and given.get("num_items") is None:  # the weight is in the divisor too
