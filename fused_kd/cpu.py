@@ -49,9 +49,11 @@ def row_statistics(
     counted = (ce_weight != 0) | (kl_weight != 0)
     result = stats.identity(ce_weight.numel(), ce_weight.dtype)
     buffers = _buffers(student, ce_weight.dtype)
+    of_block = stats.identity(buffers.shape[1], ce_weight.dtype)
     for rows in _blocks(counted, buffers.shape[1], student, teacher):
-        out = result[:, rows]
-        u, q, v = buffers[:, : out.shape[1]]
+        n = _length(rows)
+        u, q, v = buffers[:, :n]
+        out = of_block[:, :n]
         z = _load(student, rows, student_map, u)
         torch.amax(z, 1, out=out[stats.M_S])
         torch.sub(z, out[stats.M_S, :, None], out=u)
@@ -101,11 +103,12 @@ def logit_gradient(
     p_1_scale, p_T_scale, q_scale, mean_log_ratio = ce_weight / d_1, w_kl / d_T, w_kl / e, c / e
     if temperature == 1:
         p_T_scale = p_T_scale + p_1_scale if labels is not None else p_T_scale
-    of_rows = torch.stack([m_s, m_t, p_1_scale, p_T_scale, q_scale, mean_log_ratio, -ce_weight])[..., None]
+    of_rows = torch.stack([m_s, m_t, p_1_scale, p_T_scale, q_scale, mean_log_ratio, -ce_weight], 1)  # [N, 7]
     buffers = _buffers(student, statistics.dtype, count=3 if teacher_gradient is None else 4)
     for rows in _blocks(counted, buffers.shape[1], student, teacher, gradient, teacher_gradient):
-        m_s, m_t, p_1_scale, p_T_scale, q_scale, mean_log_ratio, minus_ce_weight = of_rows[:, rows]
-        u, result, q, *spare = buffers[:, : m_s.shape[0]]
+        block = of_rows[rows] if isinstance(rows, slice) else of_rows.index_select(0, rows)
+        m_s, m_t, p_1_scale, p_T_scale, q_scale, mean_log_ratio, minus_ce_weight = block.split(1, 1)  # [rows, 1] each
+        u, result, q, *spare = buffers[:, : _length(rows)]
         torch.sub(_load(student, rows, student_map, u), m_s, out=u)
         if teacher is None:
             _exponential(u, 1.0, out=result).mul_(p_1_scale)
@@ -249,6 +252,10 @@ def _long_runs(counted: Tensor, shortest: int) -> tuple[list[tuple[int, int]], T
     ends = lengths.cumsum(0)
     runs = zip((ends - lengths)[is_long].tolist(), ends[is_long].tolist(), strict=True)
     return list(runs), (flags & ~is_long).repeat_interleave(lengths).nonzero().flatten()
+
+
+def _length(rows: slice | Tensor) -> int:
+    return rows.stop - rows.start if isinstance(rows, slice) else rows.numel()
 
 
 def _view(tensor: Tensor, rows: slice) -> Tensor:
