@@ -59,6 +59,7 @@ def row_statistics(
         torch.sub(z, out[stats.M_S, :, None], out=u)
         if teacher is None:
             out[stats.D_1] = _sum(_exponential(u, 1.0, out=q))
+            result[:, rows] = out
             continue
         at_T = _exponential(u, temperature, out=q)
         out[stats.D_T] = _sum(at_T)

@@ -86,8 +86,9 @@ def test_rows_have_the_bits_of_those_that_count_alone(layout, ignored, dtype):
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_rows_match_the_oracle(layout, ignored):
     student, teacher = 3 * torch.randn(2, SEQUENCES, LENGTH, V)
-    other = LAYOUTS["a slice of each sequence"](teacher)
-    assert_matches_oracle(kd_loss, LAYOUTS[layout](student), other, labels_of(ignored), temperature=2.0)
+    other, labels = LAYOUTS["a slice of each sequence"](teacher), labels_of(ignored)
+    for alpha in (0.0, 0.4, 1.0):  # without the teacher, with both, without the labels
+        assert_matches_oracle(kd_loss, LAYOUTS[layout](student), other, labels, alpha=alpha, temperature=2.0)
 
 
 def test_an_expanded_teacher():
