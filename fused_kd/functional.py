@@ -68,7 +68,10 @@ def kd_loss(
         ignore_index: the label of rows that do not count.
         reduction: "mean" divides by the sum of the weights of the rows that count, "sum", or "none" for one value a
             row.  Where no row counts the loss is 0.
-        token_weights: `[...]`, one weight a row.  A row of weight 0 counts as ignored.
+        token_weights: `[...]`, one weight a row.  A row of weight 0 counts as ignored, unless the weights require grad: it
+            is read then, for its weight's gradient, and still adds nothing to the loss.  Rows that hold NaN are to be
+            ignored by their labels there.  Where "mean" has no weight but 0, the gradients of the weights are 0, as the
+            loss is.
         num_items: replaces the divisor of "mean", for gradient accumulation: the number of rows that count in the
             whole batch.
         vocab_size: how many leading columns are real, where vocabularies are padded (to different sizes even).  The

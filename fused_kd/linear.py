@@ -15,6 +15,7 @@ from . import ops
 from .chunk_plan import Plan, plan, row_stride
 from .matmul import accumulate, project
 from .row_losses import KDOptions, fits_one_launch, gradient_arguments, row_values, row_values_and_gradient
+from .rows import NEGLIGIBLE
 
 __all__ = ["Gradients", "Head", "LinearOptions", "Plan", "gradient_unit", "plan", "sweep"]
 
@@ -134,7 +135,7 @@ def sweep(
                 continue
             if rows.stop >= N and of_logits[1] is None:  # make room for the weight gradient, if this is the only chunk
                 y = teacher_logits = None
-            counted = (ce_weight[rows] != 0) | (kl_weight[rows] != 0)
+            counted = torch.hypot(ce_weight[rows], kl_weight[rows]) > NEGLIGIBLE
             for sums, gradient, head in zip(gradients, of_logits, (student, teacher), strict=False):
                 if gradient is not None and head is not None:
                     sums.add(rows, gradient[0].to(head.weight.dtype), head, counted)
@@ -165,4 +166,4 @@ def gradient_unit(ce_weight: Tensor, kl_weight: Tensor, options: KDOptions) -> T
     scale = max(options.student_map.scale, options.teacher_map.scale)
     largest = scale * (ce_weight.abs() + kl_weight.abs() / options.temperature)
     largest = torch.cat([largest.nan_to_num(0.0, 0.0), largest.new_zeros(1)]).amax()  # 0 of no rows
-    return torch.where(largest > 0, torch.exp2(largest.log2().floor()) / LARGEST_GRADIENT, 1.0)
+    return torch.where(largest > NEGLIGIBLE, torch.exp2(largest.log2().floor()) / LARGEST_GRADIENT, 1.0)

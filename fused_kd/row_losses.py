@@ -9,6 +9,7 @@ from . import one_launch, ops
 from . import statistics as stats
 from .cpu import statistics_dtype
 from .logit_map import IDENTITY_MAP, LogitMap
+from .rows import weighted_values
 
 
 class KDOptions(NamedTuple):
@@ -112,13 +113,11 @@ def weighted_sum(
     kl_weight: Tensor,  # [N]
     options: KDOptions,
 ) -> Tensor:  # [N], float64: w_ce CE + w_kl KL
-    """Without the terms that are only logged; a row of weight 0 adds nothing, whatever its value."""
-    loss = torch.zeros_like(ce_weight)
-    if options.ce_in_loss:
-        loss = loss + torch.where(ce_weight == 0, 0.0, ce_weight * ce)
-    if options.kl_in_loss:
-        loss = loss + torch.where(kl_weight == 0, 0.0, kl_weight * kl)
-    return loss
+    """Without the terms that are only logged."""
+    if not options.kl_in_loss:
+        return weighted_values(ce_weight, ce)
+    loss = weighted_values(kl_weight, kl)
+    return loss + weighted_values(ce_weight, ce) if options.ce_in_loss else loss
 
 
 def gradient_arguments(
