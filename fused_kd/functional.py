@@ -184,7 +184,7 @@ def linear_kd_loss(
         teacher_grad: the teacher's hidden states, weight and bias get gradients, each where it requires one, and the
             memory and the products that take.  Teacher hidden states that require grad without it are warned of once.
         logits_dtype: of a chunk's logits.  Default: the dtype of the products, which is what a model's own head gives.
-            torch.float32 spares 16-bit logits their rounding.
+            torch.float32 spares 16-bit logits their rounding, and the gradient of a bias that of its terms.
         workspace_bytes: bound of the buffers for a chunk's logits, in bytes.  Default: what `fused_kd.linear.plan` chooses.
 
     Under `torch.autocast` the products run in the autocast dtype, as those of `nn.Linear` would, and the gradients have the

@@ -48,7 +48,11 @@ class Head(NamedTuple):
 
 
 class Gradients:
-    """Of a head, those that are asked for; the weight's and the bias's are summed in float32."""
+    """Accumulates the requested gradients of one head; weight and bias in float32.
+
+    The bias's is a sum of the logits' gradients as they were written.  Beside 16-bit logits these are rounded, as those of
+    eager heads are, and so is each term of the sum; float32 logits spare it that.
+    """
 
     def __init__(self, head: Head, needed: Sequence[bool], dtype: torch.dtype, vocab_size: int) -> None:
         hidden, self._need_weight, bias = needed
@@ -62,11 +66,14 @@ class Gradients:
     def add(
         self,
         rows: slice,
-        logit_gradient: Tensor,  # [C, V], in the dtype of the products
+        logit_gradient: Tensor,  # [C, V], in the dtype of the logits
         head: Head,  # in the dtype of the products
         counted: Tensor,  # [C]
     ) -> None:
         V = self._vocab_size
+        if self.bias is not None:
+            self.bias[:V] += logit_gradient.sum(0, dtype=self.bias.dtype)
+        logit_gradient = logit_gradient.to(head.weight.dtype)
         if self.hidden is not None:
             out = self.hidden[rows]
             if out.dtype == logit_gradient.dtype:
@@ -81,8 +88,6 @@ class Gradients:
             # A row that does not count may hold anything, and 0 times NaN is NaN.
             hidden = head.hidden[rows].to(logit_gradient.dtype).masked_fill(~counted[:, None], 0.0)
             accumulate(self.weight[:V], logit_gradient, hidden, first=first)
-        if self.bias is not None:
-            self.bias[:V] += logit_gradient.sum(0, dtype=self.bias.dtype)
 
     def __iter__(self) -> Iterator[Tensor]:
         yield from (tensor for tensor in (self.hidden, self.weight, self.bias) if tensor is not None)
@@ -138,7 +143,7 @@ def sweep(
             counted = torch.hypot(ce_weight[rows], kl_weight[rows]) > NEGLIGIBLE
             for sums, gradient, head in zip(gradients, of_logits, (student, teacher), strict=False):
                 if gradient is not None and head is not None:
-                    sums.add(rows, gradient[0].to(head.weight.dtype), head, counted)
+                    sums.add(rows, gradient[0], head, counted)
     return ce, kl
 
 
