@@ -45,7 +45,9 @@ def row_values(
         real, teacher, *counted, options.temperature, labels is not None,
         options.student_map, options.teacher_map,
     )  # fmt: skip
-    return _values(statistics, label_logits(student, labels, options), teacher is not None, ce_weight)
+    return _values(
+        statistics, label_logits(student, labels, options), teacher is not None, ce_weight, options.temperature
+    )
 
 
 def label_logits(student: Tensor, labels: Tensor | None, options: KDOptions) -> Tensor | None:  # [N]
@@ -60,11 +62,12 @@ def _values(
     label_logit: Tensor | None,  # [N]
     has_teacher: bool,
     like: Tensor,  # [N], float64
+    temperature: float,
 ) -> RowValues:
     return RowValues(
         statistics,
         torch.zeros_like(like) if label_logit is None else stats.cross_entropy(statistics, label_logit),
-        stats.kl_divergence(statistics) if has_teacher else torch.zeros_like(like),
+        stats.kl_divergence(statistics, temperature) if has_teacher else torch.zeros_like(like),
     )
 
 
@@ -103,7 +106,7 @@ def row_values_and_gradient(
         statistics, gradient = ops.loss_and_gradient_(*arguments), student
     else:
         statistics, gradient = ops.loss_and_gradient(*arguments)
-    return _values(statistics, label_logit, teacher is not None, ce_weight), gradient
+    return _values(statistics, label_logit, teacher is not None, ce_weight, options.temperature), gradient
 
 
 def weighted_sum(
