@@ -74,7 +74,11 @@ def row_statistics(
         c = _sum(torch.mul(q, difference, out=u))
         if c.isnan().any():  # masked tokens: without teacher mass an infinite difference counts for nothing
             c = _sum(torch.mul(q, difference.masked_fill_(q == 0, 0.0), out=u))
-        out[stats.C] = c / temperature
+        out[stats.C] = c / stats.UNIT
+        if c.isinf().any():  # teacher mass where the student has none, or logits further apart than float32 reaches
+            u = _load(student, rows, student_map, u).div(stats.UNIT) - out[stats.M_S, :, None] / stats.UNIT
+            v = _load(teacher, rows, teacher_map, v).div(stats.UNIT) - out[stats.M_T, :, None] / stats.UNIT
+            out[stats.C] = _sum(v.sub_(u).masked_fill_(q == 0, 0.0).mul_(q))
         result[:, rows] = out
     return result[None]
 
@@ -101,7 +105,12 @@ def logit_gradient(
 
     m_s, d_1, d_T, m_t, e, c = statistics  # [N] each, as what follows
     w_kl = kl_weight / temperature
-    p_1_scale, p_T_scale, q_scale, mean_log_ratio = ce_weight / d_1, w_kl / d_T, w_kl / e, c / e
+    p_1_scale, p_T_scale, q_scale, mean_log_ratio = (
+        ce_weight / d_1,
+        w_kl / d_T,
+        w_kl / e,
+        c / e * (stats.UNIT / temperature),
+    )
     if temperature == 1:
         p_T_scale = p_T_scale + p_1_scale if labels is not None else p_T_scale
     of_rows = torch.stack([m_s, m_t, p_1_scale, p_T_scale, q_scale, mean_log_ratio, -ce_weight], 1)  # [N, 7]

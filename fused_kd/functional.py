@@ -73,7 +73,10 @@ def kd_loss(
         ignore_index: the label of rows that do not count.
         reduction: "mean" divides by the sum of the weights of the rows that count, "sum", or "none" for one value a
             row.  Where no row counts the loss is 0.
-        token_weights: `[...]`, one weight a row.  A row of weight 0 counts as ignored.
+        token_weights: `[...]`, one weight a row.  A row of weight 0 counts as ignored, unless the weights require grad: it
+            is read then, for its weight's gradient, and still adds nothing to the loss.  Rows that hold NaN are to be
+            ignored by their labels there.  Where "mean" has no weight but 0, the gradients of the weights are 0, as the
+            loss is.
         num_items: replaces the divisor of "mean", for gradient accumulation: the number of rows that count in the
             whole batch.
         vocab_size: how many leading columns are real, where vocabularies are padded (to different sizes even).  The
@@ -210,7 +213,7 @@ def linear_kd_loss(
         teacher_grad: the teacher's hidden states, weight and bias get gradients, each where it requires one, and the
             memory and the products that take.  Teacher hidden states that require grad without it are warned of once.
         logits_dtype: of a chunk's logits.  Default: the dtype of the products, which is what a model's own head gives.
-            torch.float32 spares 16-bit logits their rounding.
+            torch.float32 spares 16-bit logits their rounding, and the gradient of a bias that of its terms.
         workspace_bytes: bound of the buffers for a chunk's logits, in bytes.  Default: what `fused_kd.linear.plan` chooses.
 
     Under `torch.autocast` the products run in the autocast dtype, as those of `nn.Linear` would, whatever dtypes hidden

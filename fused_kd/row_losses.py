@@ -9,6 +9,7 @@ from . import one_launch, ops
 from . import statistics as stats
 from .cpu import statistics_dtype
 from .logit_map import IDENTITY_MAP, LogitMap
+from .rows import weighted_values
 
 
 class KDOptions(NamedTuple):
@@ -44,7 +45,9 @@ def row_values(
         real, teacher, *counted, options.temperature, labels is not None,
         options.student_map, options.teacher_map,
     )  # fmt: skip
-    return _values(statistics, label_logits(student, labels, options), teacher is not None, ce_weight)
+    return _values(
+        statistics, label_logits(student, labels, options), teacher is not None, ce_weight, options.temperature
+    )
 
 
 def label_logits(student: Tensor, labels: Tensor | None, options: KDOptions) -> Tensor | None:  # [N]
@@ -59,11 +62,12 @@ def _values(
     label_logit: Tensor | None,  # [N]
     has_teacher: bool,
     like: Tensor,  # [N], float64
+    temperature: float,
 ) -> RowValues:
     return RowValues(
         statistics,
         torch.zeros_like(like) if label_logit is None else stats.cross_entropy(statistics, label_logit),
-        stats.kl_divergence(statistics) if has_teacher else torch.zeros_like(like),
+        stats.kl_divergence(statistics, temperature) if has_teacher else torch.zeros_like(like),
     )
 
 
@@ -109,7 +113,7 @@ def row_values_and_gradient(
         statistics, gradient = ops.loss_and_gradient_(*arguments), student
     else:
         statistics, gradient = ops.loss_and_gradient(*arguments)
-    return _values(statistics, label_logit, teacher is not None, ce_weight), gradient
+    return _values(statistics, label_logit, teacher is not None, ce_weight, options.temperature), gradient
 
 
 def weighted_sum(
@@ -119,13 +123,11 @@ def weighted_sum(
     kl_weight: Tensor,  # [N]
     options: KDOptions,
 ) -> Tensor:  # [N], float64: w_ce CE + w_kl KL
-    """Without the terms that are only logged; a row of weight 0 adds nothing, whatever its value."""
-    loss = torch.zeros_like(ce_weight)
-    if options.ce_in_loss:
-        loss = loss + torch.where(ce_weight == 0, 0.0, ce_weight * ce)
-    if options.kl_in_loss:
-        loss = loss + torch.where(kl_weight == 0, 0.0, kl_weight * kl)
-    return loss
+    """Without the terms that are only logged."""
+    if not options.kl_in_loss:
+        return weighted_values(ce_weight, ce)
+    loss = weighted_values(kl_weight, kl)
+    return loss + weighted_values(ce_weight, ce) if options.ce_in_loss else loss
 
 
 def gradient_arguments(

@@ -107,8 +107,10 @@ def _rows(draw: st.DrawFn, widest: int) -> _Rows:
         weights = torch.where(torch.rand(shape, generator=generator) < 0.2, 0.0, weights)
         dtype = draw(st.sampled_from([torch.float64, *DTYPES, torch.int64, torch.bool]))
         weights = weights.to(dtype)
-        counted = counted & (weights != 0)
-        options["token_weights"] = weights.requires_grad_(dtype.is_floating_point and draw(st.booleans()))
+        weights.requires_grad_(dtype.is_floating_point and draw(st.booleans()))
+        if not weights.requires_grad:  # else a row of weight 0 is read
+            counted = counted & (weights != 0)
+        options["token_weights"] = weights
     if reduction == "mean":
         number = draw(st.integers(1, 1000))
         options["num_items"] = draw(

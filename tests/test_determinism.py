@@ -111,7 +111,7 @@ def test_splits_of_a_row(kernel_device, temperature):
         parts = kernels.row_statistics(student, teacher, *weights, temperature, True, launch=launch)
         statistics, gradient = stats.merge(parts, temperature), torch.empty_like(student)
         kernels.logit_gradient(student, teacher, labels, statistics, *weights, temperature, gradient, launch=launch)
-        results.append((stats.kl_divergence(statistics), statistics[stats.D_1], gradient))
+        results.append((stats.kl_divergence(statistics, temperature), statistics[stats.D_1], gradient))
     for result in results[1:]:
         assert all(relative_error(a, b.double()) <= 4 * EPSILON for a, b in zip(result, results[0], strict=True))
 

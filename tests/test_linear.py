@@ -102,6 +102,17 @@ def test_half_precision(device, dtype, logits_dtype, reduction):
     assert {gradient.dtype for gradient in results.values()} == {dtype}
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_with_float32_logits_a_bias_gradient_is_rounded_once(device, dtype):
+    """It is summed before the logits' gradient is rounded to the dtype of the products."""
+    given = make(device, dtype, shape=(256,))
+    options = {"temperature": 2.0, "logits_dtype": torch.float32}
+    found = run(linear_kd_loss, given, **options)["bias"]
+    options.pop("logits_dtype")
+    exact = run(reference.linear_kd_loss, given.to(torch.float64), **options)["bias"]
+    assert relative_error(found, exact) <= 1.001 * relative_error(exact.to(dtype), exact)
+
+
 @pytest.mark.parametrize(
     "options",
     [
