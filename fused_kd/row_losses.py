@@ -62,7 +62,7 @@ def _values(
     label_logit: Tensor | None,  # [N]
     has_teacher: bool,
     like: Tensor,  # [N], float64
-    temperature: float,
+    temperature: float | Tensor,
 ) -> RowValues:
     return RowValues(
         statistics,

@@ -56,7 +56,7 @@ def cross_entropy(
 
 def kl_divergence(
     statistics: Tensor,  # [6, N]
-    temperature: float,
+    temperature: float | Tensor,
 ) -> Tensor:  # [N], float64
     """KL(softmax(y / T) || softmax(z / T)), in nats.
 
@@ -64,5 +64,6 @@ def kl_divergence(
     logarithms, loses nothing where teacher and student are close.
     """
     _, _, d_T, _, e, c = statistics.double()
-    kl: Tensor = torch.addcdiv((d_T / e).log(), c, e, value=UNIT / temperature)
+    scale, kl = UNIT / temperature, (d_T / e).log()
+    kl = kl + c / e * scale if isinstance(scale, Tensor) else torch.addcdiv(kl, c, e, value=scale)
     return kl

@@ -66,16 +66,15 @@ def test_rows_have_the_bits_of_those_that_count_alone(layout, ignored, dtype):
     counted = labels != -100
     options = {"temperature": 3.0, "reduction": "none", "logit_softcap": (None, 5.0), "teacher_grad": True}
 
-    def run(student: Tensor, teacher: Tensor, labels: Tensor, **more: bool) -> list[Tensor]:
-        student, teacher = student.requires_grad_(), teacher.requires_grad_()
-        logits = student.view_as(student)
+    def run(place: Callable[[Tensor], Tensor], student: Tensor, teacher: Tensor, labels: Tensor, **more: bool):
+        logits, teacher = place(student.clone().requires_grad_()), place(teacher).requires_grad_()
         loss = kd_loss(logits, teacher, labels, **options, **more)
         return [loss.detach(), *torch.autograd.grad(loss.sum(), (logits, teacher))]
 
-    expected = run(student[counted], teacher[counted], labels[counted])
+    expected = run(Tensor.clone, student[counted], teacher[counted], labels[counted])
     student[~counted], teacher[~counted] = torch.nan, -torch.inf
     for inplace in (False, True):
-        found = run(LAYOUTS[layout](student), LAYOUTS[layout](teacher), labels, inplace_backward=inplace)
+        found = run(LAYOUTS[layout], student, teacher, labels, inplace_backward=inplace)
         for result, alone in zip(found, expected, strict=True):
             assert torch.equal(result[counted], alone)
             assert not result[~counted].any()
