@@ -29,7 +29,9 @@ class RowWeights(NamedTuple):
 
 def weighted_values(weight: Tensor, values: Tensor) -> Tensor:  # [N] each, float64
     """weight * values; a row of weight 0 adds nothing, whatever its value."""
-    return torch.where(weight.abs() < NEGLIGIBLE, 0.0, weight * values)
+    # NEGLIGIBLE: a float of the module would be an input of the compiled graph, and PyTorch 2.13 loses it between two
+    # functions of autograd.
+    return torch.where(weight.abs() < 1e-240, 0.0, weight * values)
 
 
 def row_weights(

@@ -16,7 +16,9 @@ import torch
 from torch import Tensor
 
 M_S, D_1, D_T, M_T, E, C = range(6)
-UNIT = 2.0**40  # of c: a sum of 2^31 differences, each below 2^130, is below 2^121 of it; a power of two rounds nothing
+# Of c: a sum of 2^31 differences, each below 2^130, is below 2^121 of it; a power of two rounds nothing.  An int, since a
+# float would be an input of every compiled graph.
+UNIT = 2**40
 MAXIMA = slice(M_S, M_T + 1, M_T - M_S)  # (m_s, m_t), as a slice: a list of indices would be copied from the host
 
 

@@ -12,7 +12,7 @@ from ..statistics import UNIT
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 IN_UNITS = tl.constexpr(1 / UNIT)  # times a logit: a difference of logits that float32 does not hold is finite then
-OF_UNITS = tl.constexpr(UNIT)
+OF_UNITS = tl.constexpr(float(UNIT))
 
 
 @triton.jit
