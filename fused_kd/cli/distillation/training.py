@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ...output import KDLossOutput
 from .. import memory
-from .data import Blocks, batch_order, next_tokens
+from .data import Blocks, batch_order
 from .heads import Loss, SplitModel
 from .stopwatch import Stopwatch
 
@@ -41,7 +41,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Means over the held-out tokens that have a next token; in nats, at temperature 1."""
+    """Means over the held-out positions that have a label; in nats, at temperature 1."""
 
     kl: float  # KL(teacher || student)
     ce: float
@@ -98,7 +98,7 @@ def train(
     watch = Stopwatch(PARTS, settings.device)
     values: list[Tensor] = []  # [4] each, on the device: reading them here would make the host wait
     for tokens in _batches(blocks.train, settings):
-        labels = next_tokens(tokens)
+        labels = blocks.labels(tokens)
         watch.start()
         with torch.no_grad(), settings.autocast():
             teacher_hidden = teacher.body(tokens)  # [batch, sequence, H_t]
@@ -142,8 +142,8 @@ def evaluate(teacher: SplitModel, student: SplitModel, blocks: Blocks, loss: Los
     sums = torch.zeros(3, device=settings.device)
     count = 0
     for tokens in blocks.held_out.split(settings.batch):
-        labels = next_tokens(tokens)
-        count += tokens.numel() - tokens.shape[0]
+        labels = blocks.labels(tokens)
+        count += tokens.shape[0] * blocks.labelled
         options = {"reduction": "sum", "vocab_size": settings.vocabulary, "return_parts": True}
         with settings.autocast():
             teacher_hidden, hidden = teacher.body(tokens), student.body(tokens)
