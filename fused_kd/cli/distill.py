@@ -20,8 +20,12 @@ The text is cut into blocks of --sequence-length tokens.  Each begins as the tok
 
 The output folder gets curves.png, report.json (every figure) and student/ (model and tokenizer, for from_pretrained).
 
+The first Ctrl-C or SIGTERM ends the training after the step it is at.  The output folder then has the results so far and
+checkpoint.pt.  The same command with --resume goes on from there, on a CPU to the bit; so it does from the last checkpoint
+after a crash.  A second signal ends the command at once.
+
 Exit code: 0 done, 1 if training diverged or --compare found trainings that do not coincide, 2 wrong use or something
-missing.
+missing, 130 interrupted by Ctrl-C, 143 by SIGTERM (128 and the signal's number).
 """
 
 PACKAGES = ("rich", "matplotlib", "transformers", "gguf")  # of the extra "demo"
@@ -85,7 +89,16 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         "--compare", choices=("none", "eager"), default="none",
         help="eager: train again, from the same start on the same batches, with the loss in plain PyTorch",
     )  # fmt: skip
-    parser.set_defaults(run=run)
+    keeping = parser.add_argument_group("interruption")
+    keeping.add_argument(
+        "--checkpoint-every", metavar="STEPS", type=at_least_one, default=argparse.SUPPRESS,
+        help="steps between two checkpoints (default: as many as take ten minutes)",
+    )  # fmt: skip
+    keeping.add_argument(
+        "--resume", action="store_true", default=argparse.SUPPRESS,
+        help="go on from the checkpoint in the output folder, which was made with the same options",
+    )  # fmt: skip
+    parser.set_defaults(run=run, resume=False)
 
 
 def run(options: argparse.Namespace) -> int:

@@ -1,10 +1,17 @@
 """`fused-kd distill` on tiny models: that it learns, measures and compares rightly, and refuses what it must."""
 
 import builtins
+import errno
 import importlib.machinery
+import itertools
 import json
 import math
+import os
+import pickle
+import signal
+import subprocess
 import sys
+import time
 from fractions import Fraction
 
 import pytest
@@ -18,7 +25,7 @@ from fused_kd.cli import (  # noqa: E402
     main,
     memory,
 )
-from fused_kd.cli.distillation import comparison, data, heads, models, training  # noqa: E402
+from fused_kd.cli.distillation import checkpoint, comparison, data, heads, models, training  # noqa: E402
 
 STEPS = 12
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -62,14 +69,18 @@ def distill(folder, tmp_path, monkeypatch):
     """Runs the command with small settings; gives its exit code."""
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
 
-    def run(*more, teacher="llama"):
+    def arguments(*more, teacher="llama"):
         options = {
             "--teacher": folder / teacher, "--text": folder / "text", "--output": tmp_path / "out", "--device": "cpu",
             "--student-layers": "1/2", "--steps": STEPS, "--batch-size": 2, "--sequence-length": 32, "--lr": 0.01,
             "--alpha": 0.7, "--temperature": 2, "--held-out-tokens": 200,
         }  # fmt: skip
-        return main(["distill", *(str(part) for option in options.items() for part in option), *map(str, more)])
+        return ["distill", *(str(part) for option in options.items() for part in option), *map(str, more)]
 
+    def run(*more, **teacher):
+        return main(arguments(*more, **teacher))
+
+    run.arguments = arguments
     return run
 
 
@@ -118,6 +129,200 @@ def test_same_seed_same_figures_and_another_seed_others(distill, tmp_path):
         curves.append(report(tmp_path)["runs"]["fused"]["curves"])
     assert curves[0] == curves[1]
     assert curves[0]["loss"] != curves[2]["loss"]
+
+
+@pytest.fixture
+def signals():
+    """Ctrl-C and SIGTERM as in a terminal; a shell's background jobs ignore Ctrl-C."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture
+def at_step(monkeypatch, signals):
+    """Does something in the n-th step of this process, which is not over then."""
+
+    def plan(actions):
+        clip, count = torch.nn.utils.clip_grad_norm_, itertools.count(1)
+
+        def clipped(*arguments, **options):
+            actions.get(next(count), lambda: None)()
+            return clip(*arguments, **options)
+
+        monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", clipped)
+
+    return plan
+
+
+def weights(folder):
+    return transformers.AutoModelForCausalLM.from_pretrained(folder / "student").state_dict()
+
+
+def assert_same(ours, theirs):
+    """The same losses and the same students, to the bit."""
+    a, b = (json.loads((folder / "report.json").read_text()) for folder in (ours, theirs))
+    assert a["runs"].keys() == b["runs"].keys()
+    for name in a["runs"]:
+        for part in ("before", "after", "curves"):
+            assert a["runs"][name][part] == b["runs"][name][part]
+        assert len(a["runs"][name]["seconds"]) == len(b["runs"][name]["seconds"])
+    a, b = weights(ours), weights(theirs)
+    assert all(torch.equal(a[key], b[key]) for key in a.keys() | b.keys())
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
+def test_an_interrupted_training_is_kept_and_gone_on_with_to_the_bit(distill, at_step, number, tmp_path, capsys):
+    """With dropout, in both trainings of --compare."""
+    options = ("--compare", "eager", "--loss", "logits")
+    assert distill(*options, "--output", tmp_path / "whole", teacher="gpt2") == 0
+    at_step({5: lambda: os.kill(os.getpid(), number)})
+    assert distill(*options, teacher="gpt2") == 128 + number
+    assert capsys.readouterr().err.endswith(
+        "fused-kd distill: interrupted after 5 of 24 steps; the same command with --resume goes on\n"
+    )
+    record = report(tmp_path)
+    assert record["interrupted"] == "interrupted after 5 of 24 steps"
+    assert len(record["runs"]["fused"]["curves"]["loss"]) == 5
+    assert record["comparisons"] == []
+    whole = json.loads((tmp_path / "whole" / "report.json").read_text())
+    assert whole["interrupted"] is None
+    assert record["runs"]["fused"]["curves"]["loss"] == whole["runs"]["fused"]["curves"]["loss"][:5]
+    assert (tmp_path / "out" / "curves.png").read_bytes().startswith(b"\x89PNG")
+    transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "student")
+
+    at_step({STEPS - 5 + 3: lambda: os.kill(os.getpid(), number)})  # three steps into the other training
+    assert distill(*options, "--resume", teacher="gpt2") == 128 + number
+    assert report(tmp_path)["interrupted"] == f"interrupted after {STEPS + 3} of 24 steps"
+    at_step({})
+    assert distill(*options, "--resume", teacher="gpt2") == 0
+    assert_same(tmp_path / "out", tmp_path / "whole")
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["curves.png", "report.json", "student"]
+
+
+def test_a_signal_in_the_last_step_changes_nothing(distill, at_step, tmp_path):
+    at_step({STEPS: lambda: os.kill(os.getpid(), signal.SIGINT)})
+    assert distill() == 0
+    assert report(tmp_path)["interrupted"] is None
+    assert not (tmp_path / "out" / "checkpoint.pt").exists()
+
+
+@pytest.mark.parametrize("numbers", [(signal.SIGTERM,), (signal.SIGINT, signal.SIGTERM)], ids=str)
+def test_signals_to_a_process(distill, folder, tmp_path, numbers):
+    """One is taken at a step's end; two end the command at once, in one line; afterwards it can be gone on with."""
+    command = [*COMMAND, *distill.arguments("--steps", 3000, "--checkpoint-every", 1)]
+    with process(command) as running:
+        wait_for(tmp_path / "out" / "checkpoint.pt", running)
+        for number in numbers:
+            running.send_signal(number)
+            time.sleep(0.02)
+        output = running.communicate(timeout=300)
+    error = output[1].decode()
+    assert "Traceback" not in error
+    assert running.returncode == 128 + numbers[-1]
+    assert "interrupted" in error.splitlines()[-1]
+    if len(numbers) == 1:
+        assert report(tmp_path)["interrupted"] == error.splitlines()[-1].partition(": ")[2].partition(";")[0]
+    steps = len(torch.load(tmp_path / "out" / "checkpoint.pt", weights_only=True)["training"]["values"])
+    assert 1 <= steps < 3000
+
+
+def test_after_a_crash_the_last_checkpoint_is_gone_on_with(distill, at_step, tmp_path):
+    assert distill("--output", tmp_path / "whole") == 0
+    command = [*COMMAND, *distill.arguments("--checkpoint-every", 4)]
+    with process(command, SLEEP_IN_STEP="7") as running:
+        wait_for(tmp_path / "out" / "checkpoint.pt", running)
+        running.kill()
+        running.communicate()
+    (tmp_path / "out" / ".checkpoint.pt.1.new").write_text("half")
+    at_step({STEPS - 4 + 1: lambda: pytest.fail("it began anew")})
+    assert distill("--checkpoint-every", 4, "--resume") == 0
+    assert_same(tmp_path / "out", tmp_path / "whole")
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["curves.png", "report.json", "student"]
+
+
+# The command, which sleeps in a step if it is told to, so that nothing depends on how fast the machine is.
+COMMAND = [sys.executable, "-c", """
+import itertools, os, sys, time, torch
+torch.set_num_threads(1)
+clip, count, slow = torch.nn.utils.clip_grad_norm_, itertools.count(1), int(os.environ.get("SLEEP_IN_STEP", 0))
+def clipped(*arguments, **options):
+    if next(count) == slow:
+        time.sleep(60)
+    return clip(*arguments, **options)
+torch.nn.utils.clip_grad_norm_ = clipped
+from fused_kd.cli import main
+sys.exit(main())
+"""]  # fmt: skip
+
+
+def process(command, **environment):
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=os.environ | {"HF_HUB_OFFLINE": "1"} | environment,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )  # fmt: skip
+
+
+def wait_for(path, running):
+    for _ in range(6000):
+        if path.exists():
+            return
+        assert running.poll() is None, running.communicate()[1].decode()
+        time.sleep(0.05)
+    pytest.fail(f"{path} did not appear")
+
+
+def test_only_the_same_training_is_gone_on_with(distill, at_step, folder, tmp_path, capsys):
+    at_step({2: lambda: os.kill(os.getpid(), signal.SIGINT)})
+    assert distill("--resume") == 2
+    assert f"--resume: there is no {tmp_path / 'out' / 'checkpoint.pt'}; leave --resume out" in capsys.readouterr().err
+    assert distill() == 130
+    before = (tmp_path / "out" / "checkpoint.pt").read_bytes()
+    (tmp_path / "text").write_text("another text" * 999)
+    for option, value, found in (
+        ("--lr", 0.02, "--lr 0.01, got 0.02"),
+        ("--steps", 13, "--steps 12, got 13"),
+        ("--teacher", folder / "padded", "--teacher "),
+        ("--vocab-size", 256, "without --vocab-size, got 256"),
+        ("--text", tmp_path / "text", "--text of digest "),
+        ("--compare", "eager", "--compare none, got eager"),
+    ):
+        assert distill("--resume", option, value) == 2
+        line = capsys.readouterr().err
+        assert found in line
+        assert line.count("\n") == 1
+    assert distill() == 2  # by mistake, after hours of training
+    assert "checkpoint.pt is of a training that did not end; pass --resume" in capsys.readouterr().err
+    assert (tmp_path / "out" / "checkpoint.pt").read_bytes() == before
+    for content in (before[: len(before) // 2], b"", b"no checkpoint", pickle.dumps(Fraction(1, 3))):
+        (tmp_path / "out" / "checkpoint.pt").write_bytes(content)
+        assert distill("--resume") == 2
+        line = capsys.readouterr().err
+        assert "--resume: cannot read " in line
+        assert line.count("\n") == 1
+
+
+def test_a_checkpoint_that_cannot_be_written_does_not_end_the_training(distill, monkeypatch, tmp_path, capsys):
+    def full(*arguments):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(torch, "save", full)
+    assert distill("--checkpoint-every", 5) == 0
+    assert capsys.readouterr().err.count("No space left on device") == 2
+
+
+def test_without_an_option_a_checkpoint_is_due_by_time(monkeypatch, tmp_path):
+    now = 1000.0
+    monkeypatch.setattr(checkpoint.time, "monotonic", lambda: now)
+    kept = checkpoint.Checkpoint(tmp_path, {}, None)
+    assert not kept.due(1)
+    now += 601
+    assert kept.due(2)
+    kept.write({})
+    assert not kept.due(3)
 
 
 def test_bfloat16_autocast(distill, tmp_path):
@@ -282,7 +487,7 @@ def test_layers_are_spaced_evenly():
 
 def test_labels_are_the_next_tokens_and_every_block_comes_once_an_epoch():
     assert data.next_tokens(torch.tensor([[5, 6, 7]])).tolist() == [[6, 7, -100]]
-    order = data.batch_order(blocks=5, steps=4, batch=3, seed=0).flatten()
+    order = torch.cat(list(itertools.islice(data.batches(torch.arange(5), 3, 0), 4)))
     assert sorted(order[:5].tolist()) == sorted(order[5:10].tolist()) == list(range(5))
     assert order[:5].tolist() != order[5:10].tolist()
 
@@ -394,6 +599,60 @@ def test_wrong_use_gives_one_line_and_exit_code_2(distill, arguments, message, c
     error = capsys.readouterr().err
     assert [line for line in error.splitlines() if line.startswith("fused-kd distill: ")] == [error.splitlines()[-1]]
     assert message in error
+
+
+def contents(folder):
+    return {path.relative_to(folder): path.is_file() and path.read_bytes() for path in sorted(folder.rglob("*"))}
+
+
+@pytest.mark.parametrize(
+    ("place", "kind"),
+    [("student", "file"), ("curves.png", "folder"), ("report.json", "folder"), ("checkpoint.pt", "folder"),
+     ("student/notes", "file")],
+)  # fmt: skip
+def test_an_output_that_cannot_be_written_is_found_before_the_work(distill, tmp_path, place, kind, monkeypatch, capsys):
+    monkeypatch.setattr(models, "load_model", lambda *_: pytest.fail("it began"))
+    path = tmp_path / "out" / place
+    path.parent.mkdir(parents=True)
+    path.mkdir() if kind == "folder" else path.write_text("precious")
+    before = contents(tmp_path)
+    assert distill() == 2
+    error = capsys.readouterr().err
+    assert error.startswith(
+        f"fused-kd distill: --output: {tmp_path / 'out' / path.relative_to(tmp_path / 'out').parts[0]}"
+    )
+    assert error.count("\n") == 1
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("output", ["/proc/self", "text"])
+def test_an_output_folder_that_takes_no_file_is_found_before_the_work(distill, folder, output, monkeypatch, capsys):
+    monkeypatch.setattr(models, "load_model", lambda *_: pytest.fail("it began"))
+    assert distill("--output", folder / output) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("fused-kd distill: --output: cannot ")
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize("side", ["teacher", "student"])
+def test_the_output_does_not_take_the_place_of_an_input(distill, folder, tmp_path, side, capsys):
+    source = tmp_path / "out" / "student"
+    models.load_model(str(folder / "llama"), torch.float32).save_pretrained(source)
+    models.load_tokenizer(str(folder / "llama")).save_pretrained(source)
+    before = contents(tmp_path)
+    assert distill(f"--{side}", source) == 2
+    assert f"--output: {source} is --{side}; expected another folder" in capsys.readouterr().err
+    assert contents(tmp_path) == before
+
+
+def test_outputs_take_the_place_of_those_of_a_run_before(distill, tmp_path):
+    assert distill() == 0
+    (tmp_path / "out" / "student" / "old").write_text("of the run before")
+    first = (tmp_path / "out" / "report.json").read_bytes()
+    assert distill("--seed", 1) == 0
+    assert (tmp_path / "out" / "report.json").read_bytes() != first
+    assert not (tmp_path / "out" / "student" / "old").exists()
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["curves.png", "report.json", "student"]
 
 
 def test_a_short_text_gives_exit_code_2(distill, tmp_path, capsys):

