@@ -5,10 +5,13 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from . import outputs
 from .errors import UserError
 
 if TYPE_CHECKING:
     import torch
+
+MOST = 2**63 - 1  # what PyTorch takes for a size
 
 
 def at_least_one(text: str) -> int:
@@ -23,10 +26,17 @@ def _whole(text: str, least: int) -> int:
     try:
         value = int(text)
     except ValueError:
-        value = least - 1
+        value = MOST + 1 if text.strip().isdecimal() else least - 1  # int() refuses thousands of digits
     if value < least:
-        raise argparse.ArgumentTypeError(f"expected a whole number of at least {least}, got {text!r}")
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least {least}, got {quoted(text)}")
+    if value > MOST:
+        raise argparse.ArgumentTypeError(f"expected a whole number of at most {MOST}, got {quoted(text)}")
     return value
+
+
+def quoted(text: str) -> str:
+    """What came, cut where it is long."""
+    return repr(text) if len(text) <= 40 else f"{text[:20]!r}... of {len(text)} characters"
 
 
 def number(text: str) -> float:
@@ -40,22 +50,28 @@ def number(text: str) -> float:
 def positive(text: str) -> float:
     value = number(text)
     if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"expected a finite number above 0, got {text!r}")
+        raise argparse.ArgumentTypeError(f"expected a finite number above 0, got {quoted(text)}")
     return value
 
 
 def share(text: str) -> float:
     value = number(text)
     if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"expected a number from 0 to 1, got {text!r}")
+        raise argparse.ArgumentTypeError(f"expected a number from 0 to 1, got {quoted(text)}")
     return value
 
 
 def new_file(text: str) -> Path:
-    """A path to write to; its folder must be there, so that it does not fail after the work is done."""
+    """A path to write to, which is tried, so that it does not fail after the work is done."""
     path = Path(text)
-    if not path.absolute().parent.is_dir() or path.is_dir():
-        raise argparse.ArgumentTypeError(f"expected a file in a folder that exists, got {text!r}")
+    try:
+        if not path.absolute().parent.is_dir() or path.is_dir():
+            raise argparse.ArgumentTypeError(f"expected a file in a folder that exists, got {quoted(text)}")
+        outputs.try_file(path)
+    except UserError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    except OSError as error:  # of a name that no file may have
+        raise argparse.ArgumentTypeError(f"cannot write {quoted(text)}: {error.strerror}") from error
     return path
 
 
@@ -77,9 +93,9 @@ def device(name: str) -> "torch.device":
 
 
 def folder(path: Path) -> Path:
-    """The output folder, made before anything long, so that it cannot fail after it."""
+    """The output folder, made and tried before anything long, so that it cannot fail after it."""
     try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--output: cannot make the folder {path}: {error.strerror}") from error
+        outputs.try_folder(path)
+    except UserError as error:
+        raise UserError(f"--output: {error}") from error
     return path

@@ -3,7 +3,6 @@
 import argparse
 import importlib
 import json
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,8 @@ from typing import Any
 from . import arguments
 from .arguments import new_file, positive
 from .errors import UserError, reporting
+from .help import HelpFormatter
+from .interruption import Interruption, interruptible
 
 DESCRIPTION = """\
 Measures a training step of the loss, forward, backward and both, beside what a user would take instead, in one run:
@@ -23,7 +24,10 @@ reasonable time, then sweeps over V and N, which are drawn.  Times are medians a
 memory is the peak beyond inputs and gradients; "floor/copy" is what the step would take if it only read both logits and
 wrote the gradient at the bandwidth of a copy, over what it took.
 
-Exit code: 0 done, 1 if the loss of fused_kd is not the oracle's, 2 wrong use or something missing.
+Ctrl-C or SIGTERM leaves the shape at hand; those before it are printed, drawn and written.  A second one ends at once.
+
+Exit code: 0 done, 1 if the loss of fused_kd is not the oracle's, 2 for wrong use, something missing or a file that cannot
+be written, 130 after Ctrl-C, 143 after SIGTERM.
 """
 
 PACKAGES = ("rich", "matplotlib")
@@ -34,7 +38,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         "bench",
         help="measure time and memory of the loss beside eager PyTorch, torch.compile and other libraries",
         description=DESCRIPTION,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=HelpFormatter,
     )
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ...; auto: cuda where there is one")
     parser.add_argument(
@@ -67,10 +71,10 @@ def run(options: argparse.Namespace) -> int:
 
 def _bench(options: argparse.Namespace) -> int:
     import torch
-    from rich.console import Console
 
     from . import record
     from .benchmarking import comparison, measure, plots, shapes, tables
+    from .layout import console, print_table
 
     begin = time.perf_counter()
     device = arguments.device(options.device)
@@ -86,29 +90,35 @@ def _bench(options: argparse.Namespace) -> int:
     if options.part in ("all", "sweeps"):
         work += shapes.sweep_shapes(device, dtype)
 
-    console = Console(width=None if sys.stdout.isatty() else 150)
-    copy = measure.copy_bandwidth(device)
+    out = console(150)
     machine = record.machine(device)
     where = machine["gpu"] or f"{machine['processor']}, {machine['torch_threads']} threads"
-    console.print(f"{where}; a copy moves {copy / 1e9:.1f} GB/s", markup=False, highlight=False)
-    results = _measured(work, device, options.seconds)
+    results: list[Any] = []
+    compiled: list[dict[str, Any]] | str = []
+    with interruptible() as interruption:
+        copy = measure.copy_bandwidth(device)
+        out.print(f"{where}; a copy moves {copy / 1e9:.1f} GB/s", markup=False, highlight=False)
+        done = _measure(work, device, options.seconds, results, interruption)
+        if options.part in ("all", "compiled") and not interruption:
+            compiled = "interrupted"
+            with interruption.may_leave():
+                compiled = _compiled_profiles()
     for of_shape in tables.by_shape(results):
         if any(result.both for result in of_shape):
-            console.print(tables.time_table(of_shape, copy))
-    compiled = _compiled_profiles() if options.part in ("all", "compiled") else []
+            print_table(out, tables.time_table(of_shape, copy))
     if isinstance(compiled, str):
-        console.print(f"The kernels as compiled: {compiled}", markup=False, highlight=False)
+        out.print(f"The kernels as compiled: {compiled}", markup=False, highlight=False)
     elif compiled:
-        console.print(tables.compiled_table(compiled))
+        print_table(out, tables.compiled_table(compiled))
     for reason, names in tables.skipped(results).items():
-        console.print(f"Skipped, {reason}: {', '.join(names)}", markup=False, highlight=False)
-    pictures = plots.draw(options.output, results, where)
-    if pictures:
-        console.print(f"Drawn: {', '.join(map(str, pictures))}", markup=False, highlight=False)
+        out.print(f"Skipped, {reason}: {', '.join(names)}", markup=False, highlight=False)
     if before is not None:
         found, compared = comparison.changes(before, results)
-        console.print(comparison.table(found) if found else "Nothing moved beyond noise")
-        console.print(f"{len(found)} of {compared} figures moved", markup=False, highlight=False)
+        if found:
+            print_table(out, comparison.table(found))
+        else:
+            out.print("Nothing moved beyond noise")
+        out.print(f"{len(found)} of {compared} figures moved", markup=False, highlight=False)
     if options.json:
         figures = {
             "command": "fused-kd bench",
@@ -117,29 +127,40 @@ def _bench(options: argparse.Namespace) -> int:
             "machine": machine,
             "copy_bytes_a_second": copy,
             "seconds": time.perf_counter() - begin,
+            "interrupted": bool(interruption),
             "results": [result.as_dict() for result in results],
             "compiled": compiled,
         }
         record.write_json(options.json, figures)
-    console.print(f"{time.perf_counter() - begin:.0f} s in all", markup=False, highlight=False)
-    return 1 if any(result.agrees is False and result.peer == "fused_kd" for result in results) else 0
+    pictures = plots.draw(options.output, results, where)
+    if pictures:
+        out.print(f"Drawn: {', '.join(map(str, pictures))}", markup=False, highlight=False)
+    end = f"; interrupted after {done} of {len(work)} configurations" if interruption else ""
+    out.print(f"{time.perf_counter() - begin:.0f} s in all{end}", markup=False, highlight=False)
+    wrong = any(result.agrees is False and result.peer == "fused_kd" for result in results)
+    return interruption.exit_code or (1 if wrong else 0)
 
 
-def _measured(work: list[Any], device: Any, seconds: float) -> list[Any]:
+def _measure(work: list[Any], device: Any, seconds: float, results: list[Any], interruption: Interruption) -> int:
+    """Add to the results those of each shape; returns how many shapes there was time for."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     from .benchmarking import suite
 
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
-    results = []
+    done = 0
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task("", total=len(work))
         for shape in work:
+            if interruption:
+                break
             progress.update(task, description=shape.label)
-            results += suite.measured(shape, device, seconds)
+            with interruption.may_leave():
+                results += suite.measured(shape, device, seconds)
+                done += 1
             progress.advance(task)
-    return results
+    return done
 
 
 def _compiled_profiles() -> list[dict[str, Any]] | str:

@@ -2,7 +2,6 @@
 
 import argparse
 import os
-import sys
 import warnings
 from dataclasses import asdict
 from typing import Any
@@ -10,6 +9,8 @@ from typing import Any
 from . import interpreter
 from .arguments import new_file
 from .errors import UserError, reporting
+from .help import HelpFormatter
+from .interruption import interruptible
 
 DESCRIPTION = """\
 Runs the fused loss and eager PyTorch (float32) over a table of configurations, on the same inputs, and compares loss and
@@ -21,7 +22,10 @@ launch do, whatever FUSED_KD_PLAN says; their 16-bit gradients are rounded befor
 and after it.  The loss from hidden states is compared with eager heads in the same dtype, in the gradients of hidden
 states, weight and bias.
 
-Exit code: 0 if every configuration passes, 1 if one fails, 2 if the backend cannot run here.
+Ctrl-C or SIGTERM leaves the configuration at hand; those before it are printed and written.  A second one ends at once.
+
+Exit code: 0 if every configuration passes, 1 if one fails, 2 for wrong use, a backend that cannot run here or a file that
+cannot be written, 130 after Ctrl-C, 143 after SIGTERM.
 """
 
 BACKENDS = ("auto", "cuda", "cpu", "interpreter")
@@ -32,7 +36,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         "check",
         help="compare loss and gradient with eager PyTorch and a float64 oracle on this machine",
         description=DESCRIPTION,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=HelpFormatter,
     )
     parser.add_argument(
         "--backend",
@@ -75,6 +79,7 @@ def _check(options: argparse.Namespace) -> int:
         os.environ.pop("TRITON_INTERPRET", None)
 
     from . import accuracy, linear_accuracy
+    from .layout import console, print_table
 
     device = torch.device("cuda" if backend == "cuda" else "cpu")
     suites = {"logits": accuracy, "linear": linear_accuracy}
@@ -84,20 +89,25 @@ def _check(options: argparse.Namespace) -> int:
         if options.loss in ("both", name)
         for case in suite.cases(options.quick)  # type: ignore[attr-defined]
     ]
-    measured = [
-        (case, suite.measure(case, device))  # type: ignore[attr-defined]
-        for suite, case in track(work, f"{len(work)} configurations on {backend}", console=Console(stderr=True))
-    ]
-    Console(width=None if sys.stdout.isatty() else 160).print(_table(measured, backend, options.verbose))
+    measured: list[Any] = []
+    with interruptible() as interruption:
+        for suite, case in track(work, f"{len(work)} configurations on {backend}", console=Console(stderr=True)):
+            if interruption:
+                break
+            with interruption.may_leave():
+                measured.append((case, suite.measure(case, device)))  # type: ignore[attr-defined]
+    if measured:
+        print_table(console(160), _table(measured, backend, options.verbose))
     failed = [(case, failures) for case, errors in measured if (failures := _failures(case, errors))]
     for case, failures in failed:
         print(f"FAILED {case}: {'; '.join(failures)}")
-    print(f"{len(measured) - len(failed)} of {len(measured)} configurations within their bounds on {backend}")
+    end = f"; interrupted after {len(measured)} of {len(work)} configurations" if interruption else ""
+    print(f"{len(measured) - len(failed)} of {len(measured)} configurations within their bounds on {backend}{end}")
     if options.json:
         from .record import write_json
 
-        write_json(options.json, _record(measured, backend))
-    return 1 if failed else 0
+        write_json(options.json, _record(measured, backend) | {"interrupted": bool(interruption)})
+    return interruption.exit_code or (1 if failed else 0)
 
 
 def _failures(case: Any, errors: Any) -> list[str]:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from .arguments import at_least_one, at_least_two, positive, share
 from .errors import reporting
+from .help import HelpFormatter
 
 DESCRIPTION = """\
 Distils a causal language model into a smaller one with the loss
@@ -31,7 +32,7 @@ missing, 130 interrupted by Ctrl-C, 143 by SIGTERM (128 and the signal's number)
 PACKAGES = ("rich", "matplotlib", "transformers", "gguf")  # of the extra "demo"
 
 
-class _Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+class _Formatter(argparse.ArgumentDefaultsHelpFormatter, HelpFormatter):
     pass
 
 

@@ -1,10 +1,15 @@
-"""Files and folders that a command writes: each is written beside its place, then renamed into it."""
+"""Files and folders that a command writes: tried before the work, written beside their place and renamed into it."""
 
 import contextlib
+import errno
 import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+
+from .errors import UserError
+
+TRIAL = b" " * 4096  # on a full disk an empty file may still be made
 
 
 @contextlib.contextmanager
@@ -12,20 +17,71 @@ def written_beside(path: Path) -> Iterator[Path]:
     """Give a free path beside `path`; the file or folder that the block writes there takes the place of `path`.
 
     If the block raises, `path` keeps what it held.  Devices and pipes, such as /dev/stdout, are given themselves.
+
+    Raises:
+        UserError: it cannot be written; the message says why.
     """
-    path = path.resolve()
-    if path.exists() and not (path.is_file() or path.is_dir()):
-        yield path
-        return
-    beside, before = (path.with_name(f".{path.name}.{os.getpid()}.{word}") for word in ("new", "old"))
+    with _refused(path):
+        if _is_special(path):
+            yield path
+            return
+        path = Path(os.path.realpath(path))  # what a link points to
+        beside, before = _beside(path, "new"), _beside(path, "old")
+        try:
+            yield beside
+            if path.is_dir():  # a folder cannot be renamed over one that holds files
+                path.rename(before)
+            beside.replace(path)
+        finally:
+            for left_over in (beside, before):
+                _remove(left_over)
+
+
+def try_file(path: Path) -> None:
+    """Write a file beside `path` and remove it, so that a command need not work first to find that it cannot.
+
+    Raises:
+        UserError: it cannot be written; the message says why.
+    """
+    with _refused(path):
+        if _is_special(path):
+            if not os.access(path, os.W_OK):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+            return
+        beside = _beside(Path(os.path.realpath(path)), "new")
+        try:
+            beside.write_bytes(TRIAL)
+        finally:
+            _remove(beside)
+
+
+def try_folder(path: Path) -> None:
+    """Make the folder, where it is not there yet, and try a file in it.
+
+    Raises:
+        UserError: it cannot be made, or nothing be written there; the message says why.
+    """
     try:
-        yield beside
-        if path.is_dir():  # a folder cannot be renamed over one that holds files
-            path.rename(before)
-        beside.replace(path)
-    finally:
-        for left_over in (beside, before):
-            _remove(left_over)
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make the folder {path}: {error.strerror}") from error
+    try_file(path / "trial")
+
+
+@contextlib.contextmanager
+def _refused(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def _beside(path: Path, word: str) -> Path:
+    return path.with_name(f".{path.name}.{os.getpid()}.{word}")
+
+
+def _is_special(path: Path) -> bool:
+    return path.exists() and not (path.is_file() or path.is_dir())
 
 
 def _remove(path: Path) -> None:

@@ -1,12 +1,12 @@
 """`fused-kd plan`: the memory of the loss step before anything runs, and the cards it fits on."""
 
 import argparse
-import math
 import re
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from .arguments import at_least_one, new_file, number
+from .arguments import MOST, at_least_one, new_file, number, quoted
 from .errors import UserError, reporting
+from .help import HelpFormatter
 
 if TYPE_CHECKING:
     from .planning.paths import LossStep
@@ -26,7 +26,8 @@ Exit code: 0 done, 2 wrong use or something missing.
 """
 
 DTYPES = ("bfloat16", "float16", "float32")
-UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9}
+GB = 10**9
+UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": GB}
 
 
 def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -34,7 +35,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         "plan",
         help="print the memory of the loss step, and the cards it fits on, before anything runs",
         description=DESCRIPTION,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=HelpFormatter,
     )
     models = parser.add_argument_group("models", "by their configs or by numbers; a number overrides a config's")
     for side, letter in (("student", "H_S"), ("teacher", "H_T")):
@@ -71,7 +72,7 @@ def run(options: argparse.Namespace) -> int:
 def _plan(options: argparse.Namespace) -> int:
     from .planning.tables import print_plan, record
 
-    reserved = round(options.reserved * 10**9)
+    reserved = round(options.reserved * GB)
     step, notes = _step(options)
     print_plan(step, reserved, notes)
     if options.json:
@@ -171,14 +172,18 @@ def _notes(models: dict[str, Model], step: "LossStep") -> Any:
 
 def _bytes(text: str) -> int:
     match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([kmg]?)b?", text.strip().lower())
-    value = round(float(match[1]) * UNITS[match[2]]) if match else 0
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"expected a number of bytes such as 512000000, 512MB or 1.5GB, got {text!r}")
-    return value
+    value = float(match[1]) * UNITS[match[2]] if match else 0
+    if not 1 <= value <= MOST:
+        raise argparse.ArgumentTypeError(
+            f"expected a number of bytes such as 512000000, 512MB or 1.5GB, got {quoted(text)}"
+        )
+    return round(value)
 
 
 def _gigabytes(text: str) -> float:
     value = number(text)
-    if not 0 <= value < math.inf:
-        raise argparse.ArgumentTypeError(f"expected a number of GB of at least 0, got {text!r}")
+    if not 0 <= value <= MOST / GB:
+        raise argparse.ArgumentTypeError(
+            f"expected a number of GB of at least 0 and at most {MOST / GB:.0f}, got {quoted(text)}"
+        )
     return value

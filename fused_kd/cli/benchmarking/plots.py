@@ -9,6 +9,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.ticker import NullLocator, StrMethodFormatter
 
+from ..outputs import written_beside
 from .peers import OURS
 from .shapes import INPUTS
 from .suite import Result
@@ -46,7 +47,8 @@ def _draw(path: Path, points: list[Result], group: str, where: str) -> None:
     for axis in axes:
         axis.set_xlabel(label)
     axes[0].legend(frameon=False)
-    figure.savefig(path, dpi=120)
+    with written_beside(path) as place:
+        figure.savefig(place, dpi=120, format="png")
     plt.close(figure)
 
 

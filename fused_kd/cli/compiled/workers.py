@@ -1,8 +1,10 @@
 """Fresh processes for work that depends on how Triton is imported: it decides there whether kernels are interpreted."""
 
+import contextlib
 import multiprocessing
 import os
-from collections.abc import Callable, Sequence
+import signal
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from typing import TypeVar
 
@@ -33,7 +35,21 @@ def in_workers(
     # Spawned, so that a worker decides by itself how Triton is imported.
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(min(workers, len(items)), context, initializer=prepare) as pool:
-        item_of = {pool.submit(task, item): item for item in items}
-        for _ in track(as_completed(item_of), doing, len(items), console=Console(stderr=True), transient=True):
-            pass
+        with _ignored(signal.SIGINT):  # workers inherit that: Ctrl-C is for this process, which ends them
+            item_of = {pool.submit(task, item): item for item in items}
+        try:
+            for _ in track(as_completed(item_of), doing, len(items), console=Console(stderr=True), transient=True):
+                pass
+        except KeyboardInterrupt:
+            pool.shutdown(cancel_futures=True)
+            raise
     return {item: future.exception() or future.result() for future, item in item_of.items()}
+
+
+@contextlib.contextmanager
+def _ignored(number: int) -> Iterator[None]:
+    before = signal.signal(number, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(number, before)

@@ -1,32 +1,31 @@
 """What `fused-kd plan` prints and records of a step."""
 
-import sys
 from typing import Any
 
 from rich import box
-from rich.console import Console
 from rich.table import Table
 
 from ...one_launch import hits
 from ...one_launch_plan import DEVICES
+from ..layout import console, print_table
 from ..words import dtype_name, spaced
 from . import paths
 from .paths import Array, Ledger, LossStep
 
 
 def print_plan(step: LossStep, reserved: int, notes: list[str]) -> None:
-    console = Console(width=None if sys.stdout.isatty() else 114, highlight=False)
+    out = console(114, highlight=False)
     ledgers = paths.ledgers(step)
-    console.print(
+    out.print(
         f"{spaced(step.tokens)} tokens, V = {spaced(step.vocab_size)}, H_s = {spaced(step.student_hidden)}, "
         f"H_t = {spaced(step.teacher_hidden)}, {dtype_name(step.dtype)}, {'trained' if step.trained else 'frozen'} head; "
         "planned, not measured\n"
     )
     tables = [_memory(step, ledgers), _cards(step, ledgers, reserved)]
     for table in (*tables, *(_arrays(path, ledger) for path, ledger in ledgers.items())):
-        console.print(table)
+        print_table(out, table)
     for line in (*_lines(step), *notes):
-        console.print(line)
+        out.print(line)
 
 
 def _table(title: str, *headings: str) -> Table:

@@ -1,0 +1,64 @@
+"""Tables as wide as the terminal: no word of them is cut, and a table too wide for that is printed as records."""
+
+import re
+import shutil
+import textwrap
+
+from rich.cells import cell_len
+from rich.console import Console
+from rich.measure import Measurement
+from rich.table import Table
+from rich.text import Text
+
+NO_BREAK = "\N{NO-BREAK SPACE}"
+
+
+def console(width: int, *, highlight: bool = True) -> Console:
+    """On stdout: as wide as COLUMNS says or as the terminal is, or `width` where there is neither."""
+    return Console(width=shutil.get_terminal_size((width, 25)).columns, highlight=highlight)
+
+
+def print_table(console: Console, table: Table) -> None:
+    """Print a table of text whose columns hold all of their words, or else a record per row, "heading: cell" per line."""
+    texts = [[_plain(console, text) for text in (column.header, *column.cells)] for column in table.columns]
+    natural = [max(cell_len(line) for text in column for line in text.split("\n")) for column in texts]
+    words = [max((cell_len(word) for text in column for word in text.split()), default=0) for column in texts]
+    borders = Measurement.get(console, console.options.update(max_width=10**6), table).maximum - sum(natural)
+    room = console.width - borders
+    if sum(words) > room:
+        _print_records(console, table, texts)
+        return
+    while sum(natural) > room:
+        _, widest = max((width, index) for index, width in enumerate(natural) if width > words[index])
+        natural[widest] -= 1
+    for column, width in zip(table.columns, natural, strict=True):
+        column.width, column.no_wrap = width, False
+    console.print(table)
+
+
+def _print_records(console: Console, table: Table, texts: list[list[str]]) -> None:
+    if table.title:
+        _print_wrapped(console, _plain(console, table.title), "", "table.title")
+    headings = [heading for heading, *_ in texts]
+    for row in zip(*(cells for _, *cells in texts), strict=True):
+        console.print()
+        indent = ""
+        for heading, cell in zip(headings, row, strict=True):
+            if cell.strip():
+                text = ", ".join(cell.split("\n"))
+                _print_wrapped(console, f"{heading}: {text}" if heading else text, indent, "" if indent else "bold")
+                indent = "  "
+    console.print()
+
+
+def _print_wrapped(console: Console, text: str, indent: str, style: str) -> None:
+    """A word that is wider than the terminal is left to it; a number is not cut between its digits."""
+    lines = textwrap.wrap(
+        re.sub(r"(?<=\d) (?=\d{3})", NO_BREAK, text), console.width, initial_indent=indent, subsequent_indent=indent + "  ",
+        break_long_words=False, break_on_hyphens=False,
+    )  # fmt: skip
+    console.print(Text("\n".join(lines).replace(NO_BREAK, " "), style=style), soft_wrap=True)
+
+
+def _plain(console: Console, text: object) -> str:
+    return console.render_str(str(text)).plain
