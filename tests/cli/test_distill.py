@@ -280,6 +280,7 @@ def test_only_the_same_training_is_gone_on_with(distill, at_step, folder, tmp_pa
     assert distill("--resume") == 2
     assert f"--resume: there is no {tmp_path / 'out' / 'checkpoint.pt'}; leave --resume out" in capsys.readouterr().err
     assert distill() == 130
+    capsys.readouterr()
     before = (tmp_path / "out" / "checkpoint.pt").read_bytes()
     (tmp_path / "text").write_text("another text" * 999)
     for option, value, found in (

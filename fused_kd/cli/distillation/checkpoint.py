@@ -45,7 +45,7 @@ class Checkpoint:
         try:
             with written_beside(self.path) as place:
                 torch.save({"made_with": self.made_with, **record}, place)
-        except (OSError, RuntimeError) as error:  # RuntimeError: torch.save on a full disk
+        except RuntimeError as error:  # torch.save on a full disk
             raise UserError(f"cannot write {self.path}: {error}") from error
         finally:
             self._last = time.monotonic()

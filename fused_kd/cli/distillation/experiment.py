@@ -18,10 +18,12 @@ from .. import arguments, record
 from ..errors import UserError
 from ..interruption import Interruption, interruptible
 from . import data, heads, models, plot, report
+from .checkpoint import NAME as CHECKPOINT
 from .checkpoint import Checkpoint, made_with
 from .comparison import compare
 from .training import Evaluation, Settings, Training, evaluate
 
+STUDENT, CURVES, REPORT = "student", "curves.png", "report.json"  # in the output folder
 CUDA_REFRESH = 10  # steps between two looks at the loss, each of which makes the host wait for the device
 
 
@@ -43,6 +45,7 @@ def distill(options: argparse.Namespace) -> int:
     console, progress_console = Console(width=None if sys.stdout.isatty() else 120), Console(stderr=True)
     device = arguments.device(options.device)
     text, output = data.read_text(options.text), arguments.folder(options.output)
+    _check_outputs(output, {"--teacher": options.teacher, "--student": options.student})
     checkpoint = Checkpoint(output, made_with(options, text, device), getattr(options, "checkpoint_every", None))
     kept = None
     if options.resume:
@@ -64,10 +67,10 @@ def distill(options: argparse.Namespace) -> int:
         console.print(report.cost_table(runs))
         if comparisons:
             console.print(report.verdict(comparisons), markup=False, highlight=False)
-        plot.draw(output / "curves.png", runs, settings.temperature)
+        plot.draw(output / CURVES, runs, settings.temperature)
         seconds = time.perf_counter() - begin
         record.write_json(
-            output / "report.json",
+            output / REPORT,
             {
                 "command": "fused-kd distill",
                 "options": {key: value for key, value in vars(options).items() if key != "run"},
@@ -82,7 +85,7 @@ def distill(options: argparse.Namespace) -> int:
             },
         )
     console.print(
-        f"{output}/ has student/, curves.png and report.json; {seconds:.0f} s in all", markup=False, highlight=False
+        f"{output}/ has {STUDENT}/, {CURVES} and {REPORT}; {seconds:.0f} s in all", markup=False, highlight=False
     )
     if interrupted:
         go_on = "; the same command with --resume goes on" if checkpoint.path.exists() else ""
@@ -93,6 +96,23 @@ def distill(options: argparse.Namespace) -> int:
         print("fused-kd distill: training diverged, its loss is not finite; try a smaller --lr", file=sys.stderr)
         return 1
     return 0 if all(comparison.within for comparison in comparisons) else 1
+
+
+def _check_outputs(output: Path, inputs: dict[str, str]) -> None:
+    """Each output may take its place, and nothing but an earlier output is lost by it."""
+    for name in (CURVES, REPORT, CHECKPOINT):
+        if (output / name).is_dir():
+            raise UserError(f"--output: {output / name} is a folder; expected a file there, or nothing")
+    student = output / STUDENT
+    if not student.exists():
+        return
+    if not student.is_dir():
+        raise UserError(f"--output: {student} is no folder; expected one there, or nothing")
+    if any(student.iterdir()) and not (student / "config.json").exists():
+        raise UserError(f"--output: {student} holds other files; expected a student there, or nothing")
+    for option, source in inputs.items():
+        if student.resolve() in (Path(source).resolve(), *Path(source).resolve().parents):
+            raise UserError(f"--output: {student} is {option}; expected another folder")
 
 
 def _prepare(options: argparse.Namespace, text: str, device: torch.device) -> Prepared:
@@ -185,7 +205,7 @@ def _train_all(
         if interruption or not last:
             keep()
         if name == "fused":
-            models.save(student.model, prepared.tokenizer, output / "student")
+            models.save(student.model, prepared.tokenizer, output / STUDENT)
         runs[name] = report.Run(before, evaluate(*place), training.history())
         if interruption:
             break

@@ -84,7 +84,7 @@ def save(model: Any, tokenizer: Any, folder: Path) -> None:
         with written_beside(folder) as place:
             model.save_pretrained(place)
             tokenizer.save_pretrained(place)
-    except (OSError, SafetensorError) as error:
+    except SafetensorError as error:
         raise UserError(f"cannot write {folder}: {_first_line(error)}") from error
 
 
