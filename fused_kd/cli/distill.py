@@ -1,10 +1,12 @@
 """`fused-kd distill`: a real distillation of one language model into a smaller one."""
 
 import argparse
+import re
 from fractions import Fraction
 from pathlib import Path
 
-from .arguments import at_least_one, at_least_two, positive, share
+from ..checks import LARGEST, SMALLEST
+from .arguments import at_least_one, at_least_two, number, positive, quoted, share
 from .errors import reporting
 from .help import HelpFormatter
 
@@ -68,7 +70,9 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
 
     training = parser.add_argument_group("training")
     training.add_argument("--alpha", type=share, default=0.5, help="weight of the KL term, 0 to 1")
-    training.add_argument("--temperature", type=positive, default=2.0, help="T of both distributions in the KL term")
+    training.add_argument(
+        "--temperature", type=_temperature, default=2.0, help="T of both distributions in the KL term"
+    )
     training.add_argument(
         "--loss", choices=("linear", "logits"), default="linear",
         help="linear: from hidden states and heads, a chunk of logits at a time; logits: from whole logits",
@@ -80,7 +84,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     )
     training.add_argument("--lr", type=positive, default=1e-3, help="peak learning rate, after a warmup, then a cosine")
     training.add_argument("--held-out-tokens", type=at_least_one, default=4096, help="tokens to evaluate on, at most")
-    training.add_argument("--seed", type=int, default=0, help="of the order of the batches, and of dropout")
+    training.add_argument("--seed", type=_seed, default=0, help="of the order of the batches, and of dropout")
     training.add_argument(
         "--dtype", choices=("float32", "bfloat16"), default="float32",
         help="of the teacher and of autocast; the student's weights are float32 in any case",
@@ -113,10 +117,30 @@ def run(options: argparse.Namespace) -> int:
 
 def _layers(text: str) -> Fraction:
     """A number of layers, or below 1 a share of the teacher's."""
+    # Not what else Fraction takes: 1e999999999 would keep it busy for hours.
+    plain = re.fullmatch(r"\d{1,9}(/\d{1,9})?|\d?\.\d{1,9}", text.strip())
     try:
-        value = Fraction(text)
-    except (ValueError, ZeroDivisionError):
+        value = Fraction(text if plain else 0)
+    except ZeroDivisionError:
         value = Fraction(0)
     if value <= 0 or (value > 1 and value.denominator != 1):
-        raise argparse.ArgumentTypeError(f"expected a number of layers or a fraction such as 1/3, got {text!r}")
+        raise argparse.ArgumentTypeError(f"expected a number of layers or a fraction such as 1/3, got {quoted(text)}")
+    return value
+
+
+def _temperature(text: str) -> float:
+    value = number(text)
+    if not SMALLEST <= value <= LARGEST:
+        raise argparse.ArgumentTypeError(f"expected a number from {SMALLEST} to {LARGEST}, got {quoted(text)}")
+    return value
+
+
+def _seed(text: str) -> int:
+    """A seed that PyTorch takes."""
+    try:
+        value = int(text)
+    except ValueError:
+        value = None
+    if value is None or not -(2**63) <= value < 2**64:
+        raise argparse.ArgumentTypeError(f"expected a whole number from -2^63 to 2^64 - 1, got {quoted(text)}")
     return value

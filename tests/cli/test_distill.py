@@ -8,6 +8,8 @@ import json
 import math
 import os
 import pickle
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -592,6 +594,8 @@ def test_a_difference_that_is_not_finite_is_no_coincidence():
         (["--device", "abacus"], "--device: expected cpu, cuda or cuda:N, got 'abacus'"),
         (["--device", "meta"], "--device: expected cpu, cuda or cuda:N, got 'meta'"),
         (["--device", "cuda:99"], "CUDA devices here, got 'cuda:99'"),
+        (["--batch-size", "10000000000000"], "to train on, got 10000000000000"),
+        (["--sequence-length", "1000000000000"], "the teacher reads at most 64 tokens, got 1000000000000"),
         (["--output", "/dev/null/out"], "--output: cannot make the folder /dev/null/out"),
     ],
 )
@@ -656,6 +660,72 @@ def test_outputs_take_the_place_of_those_of_a_run_before(distill, tmp_path):
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["curves.png", "report.json", "student"]
 
 
+def gguf(path):
+    """A small llama as a GGUF file, with a tokenizer."""
+    import gguf as format
+    import numpy as np
+
+    writer = format.GGUFWriter(path, "llama")
+    for name, value in {
+        "context_length": 64, "embedding_length": 32, "block_count": 1, "feed_forward_length": 32, "head_count": 1,
+        "head_count_kv": 1, "vocab_size": 8, "layer_norm_rms_eps": 1e-5, "rope_dimension_count": 32,
+    }.items():  # fmt: skip
+        getattr(writer, f"add_{name}")(value)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(list("abcdefgh"))
+    writer.add_token_merges([])
+    for name in ("token_embd.weight", "output.weight"):
+        writer.add_tensor(name, np.zeros((8, 32), np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def damaged(folder, place, how):
+    """A model that cannot be loaded, in `place`; what --teacher takes."""
+    if how.endswith("GGUF"):
+        gguf(place / "model.gguf")
+        whole = (place / "model.gguf").read_bytes()
+        (place / "model.gguf").write_bytes(
+            {"truncated": whole[:-500], "half": whole[:60], "empty": b"", "no": b"GGUF" + b"\xff" * 99}[how.split()[0]]
+        )
+        return place / "model.gguf"
+    shutil.copytree(folder / "llama", place, dirs_exist_ok=True)
+    file, content = {
+        "truncated weights": ("model.safetensors", (folder / "llama" / "model.safetensors").read_bytes()[:-500]),
+        "no weights": ("model.safetensors", b"x" * 99),
+        "empty weights": ("model.safetensors", b""),
+        "half a config": ("config.json", b'{"model_type": "llama", "hidden'),
+        "a list for a config": ("config.json", b"[]"),
+        "a wrong size": ("config.json", b'{"model_type": "llama", "hidden_size": "x"}'),
+        "heads that do not fit": (
+            "config.json",
+            b'{"model_type": "llama", "hidden_size": 32, "num_attention_heads": 0}',
+        ),
+        "half a tokenizer": ("tokenizer.json", b'{"model": {"type": "BPE"'),
+        "a list for a tokenizer": ("tokenizer.json", b"[1]"),
+    }[how]
+    (place / file).write_bytes(content)
+    return place
+
+
+@pytest.mark.parametrize(
+    "how",
+    ["truncated GGUF", "half GGUF", "empty GGUF", "no GGUF", "truncated weights", "no weights", "empty weights",
+     "half a config", "a list for a config", "a wrong size", "heads that do not fit", "half a tokenizer",
+     "a list for a tokenizer"],
+)  # fmt: skip
+@pytest.mark.parametrize("side", ["teacher", "student"])
+def test_a_damaged_model_gives_one_line(distill, folder, tmp_path, side, how, capsys):
+    source = damaged(folder, tmp_path, how)
+    if side == "student" and "tokenizer" in how:
+        pytest.skip("a student without a tokenizer has the teacher's")
+    assert distill(f"--{side}", source) == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert re.match(f"fused-kd distill: cannot load a (causal language model|tokenizer) from {source}: .", last)
+
+
 def test_a_short_text_gives_exit_code_2(distill, tmp_path, capsys):
     (tmp_path / "short").write_text("not much")
     assert distill("--text", tmp_path / "short") == 2
@@ -665,6 +735,8 @@ def test_a_short_text_gives_exit_code_2(distill, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("option", "value"),
     [("--steps", "0"), ("--steps", "x"), ("--alpha", "1.5"), ("--alpha", "x"), ("--temperature", "0"), ("--lr", "nan"),
+     ("--temperature", "1e30"), ("--temperature", "1e-30"), ("--seed", str(2**64)), ("--seed", str(-(2**63) - 1)),
+     ("--seed", "x"), ("--seed", "9" * 5000), ("--student-layers", "1e99999"), ("--student-layers", "1/1e9"),
      ("--student-layers", "3/2"), ("--student-layers", "0"), ("--student-layers", "1/0"), ("--sequence-length", "1")],
 )  # fmt: skip
 def test_an_option_out_of_range_names_itself(distill, option, value, capsys):

@@ -133,6 +133,11 @@ def _prepare(options: argparse.Namespace, text: str, device: torch.device) -> Pr
         vocabulary=vocabulary,
         device=device,
     )
+    if options.batch_size > blocks.train.shape[0]:
+        raise UserError(
+            f"--batch-size: the text has {blocks.train.shape[0]} blocks of {options.sequence_length} tokens to train on, "
+            f"got {options.batch_size}"
+        )
     split_teacher, split_student = (heads.split(model.to(device), blocks.train[:1]) for model in (teacher, student))
     if options.loss == "linear":
         heads.check_split(split_student, split_teacher)

@@ -24,16 +24,16 @@ def load_model(source: str, dtype: torch.dtype) -> Any:
     folder, options = _locate(source)
     try:
         return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **options).eval()
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"cannot load a causal language model from {source}: {_first_line(error)}") from error
+    except Exception as error:  # a damaged file makes the libraries raise anything
+        raise UserError(f"cannot load a causal language model from {source}: {_reason(error)}") from error
 
 
 def load_tokenizer(source: str) -> Any:
     folder, options = _locate(source)
     try:
         return AutoTokenizer.from_pretrained(folder, **options)
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"cannot load a tokenizer from {source}: {_first_line(error)}") from error
+    except Exception as error:
+        raise UserError(f"cannot load a tokenizer from {source}: {_reason(error)}") from error
 
 
 def make_student(source: str, teacher: Any, layers: Fraction) -> tuple[Any, list[int] | None]:
@@ -85,7 +85,7 @@ def save(model: Any, tokenizer: Any, folder: Path) -> None:
             model.save_pretrained(place)
             tokenizer.save_pretrained(place)
     except SafetensorError as error:
-        raise UserError(f"cannot write {folder}: {_first_line(error)}") from error
+        raise UserError(f"cannot write {folder}: {_reason(error)}") from error
 
 
 def spaced_layers(total: int, count: int) -> list[int]:
@@ -166,5 +166,7 @@ def _layers_name(model: Any) -> str:
     raise UserError(f"found no list of layers in {type(model).__name__}; name a student by --student")
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0]
+def _reason(error: Exception) -> str:
+    """The first line of what it says, with its kind where it does not speak to users."""
+    line = str(error).strip().partition("\n")[0]
+    return line if line and isinstance(error, OSError | ValueError) else f"{type(error).__name__}: {line}"
