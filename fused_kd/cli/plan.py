@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from .arguments import MOST, at_least_one, new_file, number, quoted
 from .errors import UserError, reporting
 from .help import HelpFormatter
+from .hub import cached_if_out_of_reach
 
 if TYPE_CHECKING:
     from .planning.paths import LossStep
@@ -126,7 +127,8 @@ def _model(source: str) -> Model:
             "--student-hidden and --teacher-hidden)"
         ) from error
     try:
-        config: Any = AutoConfig.from_pretrained(source).get_text_config(decoder=True)
+        with cached_if_out_of_reach(source):
+            config: Any = AutoConfig.from_pretrained(source).get_text_config(decoder=True)
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise UserError(

