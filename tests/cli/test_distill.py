@@ -176,13 +176,12 @@ def assert_same(ours, theirs):
     assert all(torch.equal(a[key], b[key]) for key in a.keys() | b.keys())
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
-def test_an_interrupted_training_is_kept_and_gone_on_with_to_the_bit(distill, at_step, number, tmp_path, capsys):
+def test_an_interrupted_training_is_kept_and_gone_on_with_to_the_bit(distill, at_step, tmp_path, capsys):
     """With dropout, in both trainings of --compare."""
     options = ("--compare", "eager", "--loss", "logits")
     assert distill(*options, "--output", tmp_path / "whole", teacher="gpt2") == 0
-    at_step({5: lambda: os.kill(os.getpid(), number)})
-    assert distill(*options, teacher="gpt2") == 128 + number
+    at_step({5: lambda: os.kill(os.getpid(), signal.SIGINT)})
+    assert distill(*options, teacher="gpt2") == 130
     assert capsys.readouterr().err.endswith(
         "fused-kd distill: interrupted after 5 of 24 steps; the same command with --resume goes on\n"
     )
@@ -196,8 +195,8 @@ def test_an_interrupted_training_is_kept_and_gone_on_with_to_the_bit(distill, at
     assert (tmp_path / "out" / "curves.png").read_bytes().startswith(b"\x89PNG")
     transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "student")
 
-    at_step({STEPS - 5 + 3: lambda: os.kill(os.getpid(), number)})  # three steps into the other training
-    assert distill(*options, "--resume", teacher="gpt2") == 128 + number
+    at_step({STEPS - 5 + 3: lambda: os.kill(os.getpid(), signal.SIGINT)})  # three steps into the other training
+    assert distill(*options, "--resume", teacher="gpt2") == 130
     assert report(tmp_path)["interrupted"] == f"interrupted after {STEPS + 3} of 24 steps"
     at_step({})
     assert distill(*options, "--resume", teacher="gpt2") == 0
@@ -719,8 +718,6 @@ def damaged(folder, place, how):
 @pytest.mark.parametrize("side", ["teacher", "student"])
 def test_a_damaged_model_gives_one_line(distill, folder, tmp_path, side, how, capsys):
     source = damaged(folder, tmp_path, how)
-    if side == "student" and "tokenizer" in how:
-        pytest.skip("a student without a tokenizer has the teacher's")
     assert distill(f"--{side}", source) == 2
     last = capsys.readouterr().err.splitlines()[-1]
     assert re.match(f"fused-kd distill: cannot load a (causal language model|tokenizer) from {source}: .", last)

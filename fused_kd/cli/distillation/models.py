@@ -129,6 +129,8 @@ def check_same_tokens(teacher_tokenizer: Any, source: str) -> None:
     try:
         tokenizer = load_tokenizer(source)
     except UserError:
+        if any(Path(source).glob("tokenizer*")):
+            raise
         return  # a folder without one: the teacher's serves both
     ours, theirs = tokenizer.get_vocab(), teacher_tokenizer.get_vocab()
     if ours != theirs:
