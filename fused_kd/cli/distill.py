@@ -104,7 +104,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         "--resume", action="store_true", default=argparse.SUPPRESS,
         help="go on from the checkpoint in the output folder, which was made with the same options",
     )  # fmt: skip
-    parser.set_defaults(run=run, resume=False)
+    parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> int:

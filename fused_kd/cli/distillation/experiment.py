@@ -48,7 +48,7 @@ def distill(options: argparse.Namespace) -> int:
     _check_outputs(output, {"--teacher": options.teacher, "--student": options.student})
     checkpoint = Checkpoint(output, made_with(options, text, device), getattr(options, "checkpoint_every", None))
     kept = None
-    if options.resume:
+    if getattr(options, "resume", False):
         kept = checkpoint.read()
     else:
         checkpoint.check_absent()
