@@ -22,7 +22,7 @@ from .row_losses import (
     weight_gradients,
     weighted_sum,
 )
-from .scaling import scaled
+from .scaling import is_batched, scaled
 
 Backward = Callable[..., tuple[Tensor | None, ...]]
 
@@ -64,6 +64,35 @@ def _in_backward(operator: Callable[..., Any], *arguments: Any) -> tuple[Tensor,
     return results
 
 
+def _save(ctx: Any, *tensors: Tensor | None) -> None:
+    """Save for backward, inference tensors too: a teacher's logits, or labels, made under `torch.inference_mode()`.
+
+    PyTorch refuses to save these, since they have no version to check.  A tensor in the same memory is saved instead.
+    """
+    ctx.save_for_backward(*(None if tensor is None else _without_inference(tensor) for tensor in tensors))
+
+
+def _without_inference(tensor: Tensor) -> Tensor:
+    if torch.compiler.is_compiling() or torch.is_inference_mode_enabled() or not tensor.is_inference():
+        return tensor
+    same = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+    return same.set_(tensor.untyped_storage(), tensor.storage_offset(), tensor.shape, tensor.stride())
+
+
+def _may_write_over_saved(upstream: Tensor) -> bool:
+    """Whether a backward pass may write its result over what was saved: no other one follows, nothing records it."""
+    is_recorded = torch.compiler.is_compiling() or torch.is_grad_enabled()
+    return not (is_recorded or is_batched(upstream) or _graph_is_kept())
+
+
+def _graph_is_kept() -> bool:
+    """Whether this backward pass may be followed by another one (`retain_graph=True`), so that nothing saved may change."""
+    try:
+        return bool(torch._C._autograd._get_current_graph_task_keep_graph())
+    except AttributeError:  # a PyTorch that does not say
+        return True
+
+
 class KDLossFunction(torch.autograd.Function):
     """Row losses w_ce CE + w_kl KL from logits.
 
@@ -91,7 +120,7 @@ class KDLossFunction(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         student, teacher, labels, ce_weight, kl_weight, ctx.options, ctx.inplace_backward = inputs
         _, ce, kl, statistics = output
-        ctx.save_for_backward(student, teacher, labels, statistics, ce_weight, kl_weight, ce, kl)
+        _save(ctx, student, teacher, labels, statistics, ce_weight, kl_weight, ce, kl)
         ctx.set_materialize_grads(False)
 
     @staticmethod
@@ -104,7 +133,7 @@ class KDLossFunction(torch.autograd.Function):
             arguments = gradient_arguments(
                 student, teacher, statistics, labels, ce_weight * upstream, kl_weight * upstream, ctx.options
             )
-            if ctx.inplace_backward and not torch.is_grad_enabled():
+            if ctx.inplace_backward and not (torch.is_grad_enabled() or is_batched(upstream)):
                 teacher_gradient = ops.logit_gradient_(*arguments, teacher_grad)
                 torch.autograd.graph.increment_version(student)
                 student_gradient = student.detach()
@@ -115,6 +144,37 @@ class KDLossFunction(torch.autograd.Function):
             student_gradient if student_grad else None, teacher_gradient if teacher_grad else None, None, *of_weights,
             None, None,
         )  # fmt: skip
+
+
+class Overwritten:
+    """Logits in whose memory the loss has put their gradient, `gradient` from backward on."""
+
+    gradient: Tensor | None = None
+
+
+class OverwriteFunction(torch.autograd.Function):
+    """The logits themselves, before the loss writes over them: what is computed from them later comes back to `backward`.
+
+    There the loss's own gradient must have come alone.  Whatever else comes was computed from a gradient, as if it were
+    logits; and a sum of both is another tensor, elsewhere in memory.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, written: Overwritten) -> Tensor:
+        ctx.mark_dirty(logits)
+        ctx.written = written
+        return logits
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None]:
+        own, ctx.written.gradient = ctx.written.gradient, None
+        if not is_batched(upstream) and (own is None or own.data_ptr() != upstream.data_ptr()):
+            raise RuntimeError(
+                "inplace_backward: expected student_logits that nothing uses after kd_loss, which has written their "
+                "gradient over them, got the gradient of something computed from them later; compute it before kd_loss, "
+                "from a copy where it needs their values in backward, or pass inplace_backward=False"
+            )
+        return upstream, None
 
 
 class KDLossAndGradientFunction(torch.autograd.Function):
@@ -134,12 +194,12 @@ class KDLossAndGradientFunction(torch.autograd.Function):
         ce_weight: Tensor,  # [N], float64
         kl_weight: Tensor,  # [N], float64; a row with both weights 0 counts for nothing, whatever it holds
         options: KDOptions,
-        inplace_backward: bool,
+        written: "Overwritten | None",  # the student's logits, to take the gradient's place; None: it gets its own memory
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # the loss, a scalar; CE and KL, [N], float64; the gradient
         values, gradient = row_values_and_gradient(
-            student, teacher, labels, ce_weight, kl_weight, options, in_place=inplace_backward
+            student, teacher, labels, ce_weight, kl_weight, options, in_place=written is not None
         )
-        if inplace_backward:
+        if written is not None:
             torch.autograd.graph.increment_version(student)
             gradient = student.detach()
         loss = weighted_sum(values.ce, values.kl, ce_weight, kl_weight, options).sum()
@@ -147,8 +207,8 @@ class KDLossAndGradientFunction(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        _, _, _, ce_weight, kl_weight, *_ = inputs
-        ctx.save_for_backward(ce_weight, kl_weight, *output[1:])
+        _, _, _, ce_weight, kl_weight, _, ctx.written = inputs
+        _save(ctx, ce_weight, kl_weight, *output[1:])
         ctx.set_materialize_grads(False)
 
     @staticmethod
@@ -156,19 +216,13 @@ class KDLossAndGradientFunction(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         ce_weight, kl_weight, ce, kl, gradient = ctx.saved_tensors
         of_weights = weight_gradients(ctx.needs_input_grad[3:5], upstream, ce_weight, kl_weight, ce, kl)
-        if torch.compiler.is_compiling() or torch.is_grad_enabled() or _graph_is_kept():
-            (gradient,) = scaled([gradient], upstream, [gradient.dtype], in_place=False)
-        else:
+        if _may_write_over_saved(upstream):
             ops.scale_(gradient, upstream)
+        else:
+            (gradient,) = scaled([gradient], upstream, [gradient.dtype], in_place=False)
+        if ctx.written is not None:
+            ctx.written.gradient = gradient
         return gradient, None, None, *of_weights, None, None
-
-
-def _graph_is_kept() -> bool:
-    """Whether this backward pass may be followed by another one (`retain_graph=True`), so that nothing saved may change."""
-    try:
-        return bool(torch._C._autograd._get_current_graph_task_keep_graph())
-    except AttributeError:  # a PyTorch that does not say
-        return True
 
 
 class LinearKDLossFunction(torch.autograd.Function):
@@ -201,15 +255,14 @@ class LinearKDLossFunction(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         *heads, _, ce_weight, kl_weight, ctx.options = inputs
         ctx.dtypes = _dtypes(heads, ctx.options)
-        ctx.save_for_backward(ce_weight, kl_weight, *output[1:])
+        _save(ctx, ce_weight, kl_weight, *output[1:])
         ctx.set_materialize_grads(False)
 
     @staticmethod
     @_first_order
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         ce_weight, kl_weight, ce, kl, unit, *saved = ctx.saved_tensors
-        in_place = not torch.compiler.is_compiling() and not _graph_is_kept()
-        gradients = scaled(saved, upstream * unit, ctx.dtypes, in_place=in_place)
+        gradients = scaled(saved, upstream * unit, ctx.dtypes, in_place=_may_write_over_saved(upstream))
         of_weights = weight_gradients(ctx.needs_input_grad[7:9], upstream, ce_weight, kl_weight, ce, kl)
         return *_of_heads(gradients, ctx.options), None, *of_weights, None
 
@@ -231,7 +284,7 @@ class LinearKDRowLossesFunction(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         *tensors, ctx.options = inputs
-        ctx.save_for_backward(*tensors, *output[1:])
+        _save(ctx, *tensors, *output[1:])
         ctx.set_materialize_grads(False)
 
     @staticmethod

@@ -2,8 +2,10 @@
 
 import math
 import reprlib
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -14,6 +16,13 @@ LABEL_DTYPES = (torch.int32, torch.int64)
 REAL_DTYPES = (*LOGIT_DTYPES, torch.uint8, torch.int8, torch.int16, *LABEL_DTYPES)
 REDUCTIONS = ("mean", "sum", "none")
 SMALLEST, LARGEST = 1e-18, 1e18  # of a number in the formula: float32 holds its square and its inverse
+
+
+def plain(value: Any) -> Any:
+    """Python's number for one of numpy's; whatever else as it is."""
+    if isinstance(value, np.floating):
+        return float(value)
+    return int(value) if isinstance(value, np.integer) else value
 
 
 def is_number(value: object) -> bool:
@@ -100,28 +109,24 @@ def _check_head(who: str, hidden: Tensor | None, weight: Tensor | None, bias: Te
             raise ValueError(
                 f"{name}: expected a tensor on the device of {who}_hidden, {hidden.device}, got {tensor.device}"
             )
-        if tensor.dtype != hidden.dtype and products_dtype(hidden) == hidden.dtype:
+        if products_dtype(tensor) != products_dtype(hidden):
+            autocast = "which torch.autocast does not do with float64"
+            if torch.float64 not in (tensor.dtype, hidden.dtype):
+                autocast = "or run under torch.autocast"
             raise ValueError(
-                f"{name}: expected the dtype of {who}_hidden, {hidden.dtype}, got {tensor.dtype}; cast one of them, or "
-                f"run under torch.autocast"
+                f"{name}: expected the dtype of {who}_hidden, {hidden.dtype}, got {tensor.dtype}; cast one of them, "
+                f"{autocast}"
             )
 
 
-def products_dtype(hidden: Tensor) -> torch.dtype:
-    """What a head's products run in: the autocast dtype under torch.autocast, as nn.Linear has it."""
-    kind = hidden.device.type
-    autocast = hidden.dtype != torch.float64 and torch.is_autocast_enabled(kind)
-    return torch.get_autocast_dtype(kind) if autocast else hidden.dtype
+def products_dtype(tensor: Tensor) -> torch.dtype:
+    """What a part of a head is multiplied in: under torch.autocast the autocast dtype, unless it is float64."""
+    kind = tensor.device.type
+    autocast = tensor.dtype != torch.float64 and torch.is_autocast_enabled(kind)
+    return torch.get_autocast_dtype(kind) if autocast else tensor.dtype
 
 
-def check_linear_options(
-    student_hidden: Tensor,
-    teacher_hidden: Tensor | None,
-    logits_dtype: torch.dtype | None,
-    workspace_bytes: int | None,
-) -> None:
-    if logits_dtype is not None and not isinstance(logits_dtype, torch.dtype):
-        raise TypeError(f"logits_dtype: expected None or a torch.dtype, got {_what(logits_dtype)}")
+def check_logits_dtype(student_hidden: Tensor, teacher_hidden: Tensor | None, logits_dtype: torch.dtype | None) -> None:
     for hidden in (student_hidden, teacher_hidden):
         if hidden is None or logits_dtype is None:
             continue
@@ -130,12 +135,6 @@ def check_linear_options(
             raise ValueError(
                 f"logits_dtype: expected None, torch.float32 or the dtype of the products, {own}, got {logits_dtype}"
             )
-    if workspace_bytes is None:
-        return
-    if not _is_integer(workspace_bytes):
-        raise TypeError(f"workspace_bytes: expected a number of bytes, got {_what(workspace_bytes)}")
-    if workspace_bytes < 1:
-        raise ValueError(f"workspace_bytes: expected at least 1, got {workspace_bytes}")
 
 
 def logit_maps(logit_scale: Scale, logit_softcap: Softcap) -> tuple[LogitMap, LogitMap]:
@@ -157,10 +156,10 @@ def logit_maps(logit_scale: Scale, logit_softcap: Softcap) -> tuple[LogitMap, Lo
 
 def _pair(name: str, value: Any) -> tuple[Any, Any]:
     if not isinstance(value, (tuple, list)):
-        return value, value
+        return plain(value), plain(value)
     if len(value) != 2:
         raise ValueError(f"{name}: expected one value or a pair (student, teacher), got {len(value)} values")
-    return tuple(value)
+    return plain(value[0]), plain(value[1])
 
 
 def _check_positive(name: str, value: Any, expected: str, hint: str = "") -> None:
@@ -222,11 +221,16 @@ def _vocabulary(name: str, widths: list[int], vocab_size: int | None) -> int:
                 f"the same vocabulary, pass vocab_size= its real size"
             )
         return widths[0]
-    if not _is_integer(vocab_size):
-        raise TypeError(f"vocab_size: expected an integer from 1 to {min(widths)}, got {_what(vocab_size)}")
-    if not 1 <= vocab_size <= min(widths):
-        raise ValueError(f"vocab_size: expected an integer from 1 to {min(widths)}, got {_what(vocab_size)}")
+    _check_vocab_size(vocab_size, min(widths))
     return vocab_size
+
+
+def _check_vocab_size(vocab_size: int | None, largest: int | None) -> None:
+    if vocab_size is None or (_is_integer(vocab_size) and 1 <= vocab_size <= (largest or vocab_size)):
+        return
+    expected = "an integer, at least 1" if largest is None else f"an integer from 1 to {largest}"
+    error = ValueError if _is_integer(vocab_size) else TypeError
+    raise error(f"vocab_size: expected {expected}, got {_what(vocab_size)}")
 
 
 def check_device(name: str, tensor: Tensor, student: Tensor) -> None:
@@ -234,13 +238,21 @@ def check_device(name: str, tensor: Tensor, student: Tensor) -> None:
         raise ValueError(f"{name}: expected a tensor on the student's device {student.device}, got {tensor.device}")
 
 
-def check_flags(**flags: bool) -> None:
-    for name, value in flags.items():
-        if not isinstance(value, bool):
-            raise TypeError(f"{name}: expected True or False, got {_what(value)}")
-
-
-def check_options(temperature: float, ignore_index: int, reduction: str) -> None:
+def check_options(
+    *,
+    alpha: float | Tensor,
+    temperature: float,
+    ignore_index: int,
+    reduction: str,
+    vocab_size: int | None,
+    logit_softcap: Softcap,
+    logit_scale: Scale,
+    logits_dtype: torch.dtype | None = None,
+    workspace_bytes: int | None = None,
+    **flags: bool,
+) -> tuple[LogitMap, LogitMap]:
+    """All that can be said without logits or hidden states; the maps of student and teacher."""
+    _check_alpha_values(alpha)
     _check_positive(
         "temperature",
         temperature,
@@ -251,6 +263,19 @@ def check_options(temperature: float, ignore_index: int, reduction: str) -> None
         raise TypeError(f"ignore_index: expected an integer, got {_what(ignore_index)}")
     if not isinstance(reduction, str) or reduction not in REDUCTIONS:
         raise ValueError(f"reduction: expected 'mean', 'sum' or 'none', got {_what(reduction)}")
+    _check_vocab_size(vocab_size, None)
+    if logits_dtype is not None and not isinstance(logits_dtype, torch.dtype):
+        raise TypeError(f"logits_dtype: expected None or a torch.dtype, got {_what(logits_dtype)}")
+    if logits_dtype not in (None, *LOGIT_DTYPES):
+        raise ValueError(f"logits_dtype: expected None, torch.float32 or the dtype of the products, got {logits_dtype}")
+    if workspace_bytes is not None and not _is_integer(workspace_bytes):
+        raise TypeError(f"workspace_bytes: expected a number of bytes, got {_what(workspace_bytes)}")
+    if workspace_bytes is not None and workspace_bytes < 1:
+        raise ValueError(f"workspace_bytes: expected at least 1, got {workspace_bytes}")
+    for name, value in flags.items():
+        if not isinstance(value, bool):
+            raise TypeError(f"{name}: expected True or False, got {_what(value)}")
+    return logit_maps(logit_scale, logit_softcap)
 
 
 def check_num_items(
@@ -278,15 +303,9 @@ def check_num_items(
         raise ValueError(f"num_items: expected a finite number, at least 0, got {num_items.item()}")
 
 
-def check_alpha(
-    alpha: float | Tensor,
-    student: Tensor,  # logits or hidden states
-    teacher: Tensor | None,
-    labels: Tensor | None,
-    teacher_name: str,
-) -> None:
+def _check_alpha_values(alpha: float | Tensor) -> None:
     if isinstance(alpha, Tensor):
-        check_row_shape("alpha", alpha, student)
+        _check_plain_tensor("alpha", alpha)
         if alpha.dtype not in LOGIT_DTYPES:
             raise TypeError(f"alpha: expected a number or a floating-point tensor, got {_what(alpha)}")
         if readable(alpha) and not bool(((alpha >= 0) & (alpha <= 1)).all()):
@@ -295,6 +314,20 @@ def check_alpha(
         raise TypeError(f"alpha: expected a number or a floating-point tensor, got {_what(alpha)}")
     elif not 0 <= alpha <= 1:
         raise ValueError(f"alpha: expected a number in [0, 1], got {_what(alpha)}")
+
+
+def check_alpha(
+    alpha: float | Tensor,
+    student: Tensor,  # logits or hidden states
+    teacher: Tensor | None,
+    labels: Tensor | None,
+    teacher_name: str,
+) -> None:
+    if isinstance(alpha, Tensor):
+        if alpha.dim():
+            check_row_shape("alpha", alpha, student)
+        else:
+            check_device("alpha", alpha, student)
     if labels is None and (isinstance(alpha, Tensor) or alpha < 1):
         raise ValueError(
             f"labels: expected a tensor, got None with alpha={_what(alpha)}; without labels there is no cross-entropy "
@@ -340,17 +373,24 @@ def check_token_weights(token_weights: Tensor, student: Tensor) -> None:
         raise TypeError(f"token_weights: expected real numbers, got {token_weights.dtype}")
 
 
-def check_inplace_backward(student: Tensor) -> None:
-    if student.is_leaf and student.requires_grad:
-        raise ValueError(
-            "inplace_backward: expected student_logits computed by a model, got a leaf that requires grad, whose "
-            "memory its owner holds; pass inplace_backward=False"
-        )
+def check_inplace_backward(student: Tensor, teacher: Tensor | None) -> None:
+    for tensor, what in ((student, "a leaf"), (student._base, "a view of a leaf")):
+        if tensor is not None and tensor.is_leaf and tensor.requires_grad:
+            raise ValueError(
+                f"inplace_backward: expected student_logits computed by a model, got {what} that requires grad, whose "
+                f"memory its owner holds; pass inplace_backward=False"
+            )
     if _overlaps(student):
         raise ValueError(
             f"inplace_backward: expected student_logits whose elements have memory of their own, got strides "
             f"{student.stride()} for shape {tuple(student.shape)} (an expanded tensor?); pass "
             f"inplace_backward=False, or a copy"
+        )
+    if teacher is not None and not torch.compiler.is_compiling() and _is_spoilt(teacher, student):
+        raise ValueError(
+            "inplace_backward: expected teacher_logits with memory of their own, or exactly that of student_logits, got "
+            "some in the place of other logits of the student, which are written over; pass inplace_backward=False, or "
+            "a copy"
         )
 
 
@@ -365,3 +405,33 @@ def _overlaps(tensor: Tensor) -> bool:
             return True
         extent += stride * (size - 1)
     return False
+
+
+def _is_spoilt(teacher: Tensor, student: Tensor) -> bool:
+    """Whether writing over the student changes a logit of the teacher before it is read.
+
+    Not where each of them lies in the place of the student's, as in `student.detach()`: it is read before that is written.
+    """
+    if teacher.untyped_storage()._cdata != student.untyped_storage()._cdata:
+        return False
+    strides = [pair for *pair, size in zip(teacher.stride(), student.stride(), teacher.shape, strict=True) if size > 1]
+    same_place = teacher.storage_offset() == student.storage_offset() and all(a == b for a, b in strides)
+    if same_place and teacher.dtype == student.dtype:
+        return False
+    try:
+        return np.shares_memory(_addresses(teacher), _addresses(student), max_work=10_000)  # type: ignore[arg-type]
+    except RuntimeError:  # numpy's TooHardError: strides so odd that it is not found out in that many steps
+        return True
+
+
+def _addresses(tensor: Tensor) -> Any:
+    """A tensor's place in its storage, as an array whose elements nobody reads."""
+    size = tensor.element_size()
+    place = {
+        "version": 3,
+        "typestr": f"|V{size}",
+        "shape": tuple(tensor.shape),
+        "strides": tuple(stride * size for stride in tensor.stride()),
+        "data": (1 + tensor.storage_offset() * size, True),  # 0 is no address
+    }
+    return np.asarray(SimpleNamespace(__array_interface__=place))

@@ -44,6 +44,8 @@ def plan(
     *,
     dtype: torch.dtype = torch.bfloat16,
     teacher_dtype: torch.dtype | None = None,
+    weight_dtype: torch.dtype | None = None,
+    teacher_weight_dtype: torch.dtype | None = None,
     autocast_dtype: torch.dtype | None = None,
     logits_dtype: torch.dtype | None = None,
     hidden_grad: bool = True,
@@ -60,8 +62,9 @@ def plan(
         rows: N, tokens that count.
         vocab_size: V.
         student_hidden_size, teacher_hidden_size: H_s and H_t; None without a teacher.
-        dtype: of the student's hidden states and weight, and so of their gradients.
+        dtype: of the student's hidden states and head, and so of their gradients.
         teacher_dtype: of the teacher's.  Default: dtype.
+        weight_dtype, teacher_weight_dtype: of the heads, where autocast lets it be another one than the hidden states'.
         autocast_dtype: what torch.autocast runs the products in.  Default: None, no autocast.
         logits_dtype: of a chunk's logits.  Default: that of the products.
         hidden_grad, weight_grad, bias_grad: which gradients of the student are asked for.  None of them: the loss only.
@@ -74,12 +77,13 @@ def plan(
         ValueError: workspace_bytes is too small for one token; the message names what one takes.
     """
     student_grads = hidden_grad, weight_grad, bias_grad
-    sides = [_Side("student", student_hidden_size, dtype, autocast_dtype or dtype, *student_grads)]
+    dtypes = dtype, weight_dtype or dtype, autocast_dtype or dtype
+    sides = [_Side("student", student_hidden_size, *dtypes, *student_grads)]
     if teacher_hidden_size is not None:
         teacher_dtype = teacher_dtype or dtype
         teacher_grads = teacher_hidden_grad, teacher_weight_grad, teacher_bias_grad
-        products = autocast_dtype or teacher_dtype
-        sides.append(_Side("teacher", teacher_hidden_size, teacher_dtype, products, *teacher_grads))
+        dtypes = teacher_dtype, teacher_weight_dtype or teacher_dtype, autocast_dtype or teacher_dtype
+        sides.append(_Side("teacher", teacher_hidden_size, *dtypes, *teacher_grads))
     row_bytes: dict[str, int] = {}
     for side in sides:
         row_bytes[f"{side.model} logits"] = row_stride(vocab_size) * (logits_dtype or side.products).itemsize
@@ -89,16 +93,17 @@ def plan(
     chunk_rows = _chunk_rows(rows, vocab_size, sum(row_bytes.values()), sum(sum_bytes), workspace_bytes)
     workspace = {name: chunk_rows * size for name, size in row_bytes.items()}
 
-    casts = [side.hidden_size * side.products.itemsize for side in sides if side.products != side.dtype]
+    casts = [side.hidden_size * side.products.itemsize for side in sides if side.products != side.weight_dtype]
     weights = {"weights in the autocast dtype": vocab_size * sum(casts)}
     sums: dict[str, int] = {}
     gradients: dict[str, int] = {}
     for side, size in zip(sides, sum_bytes, strict=True):
-        sums[f"{side.prefix}weight gradient, summed in float32"] = size if side.dtype.itemsize < 4 else 0
+        itemsize = side.weight_dtype.itemsize
+        sums[f"{side.prefix}weight gradient, summed in float32"] = size if itemsize < 4 else 0
         gradients |= {
             f"{side.prefix}hidden gradient": side.hidden_grad * rows * side.hidden_size * side.dtype.itemsize,
-            f"{side.prefix}weight gradient": side.weight_grad * vocab_size * side.hidden_size * side.dtype.itemsize,
-            f"{side.prefix}bias gradient": side.bias_grad * vocab_size * side.dtype.itemsize,
+            f"{side.prefix}weight gradient": side.weight_grad * vocab_size * side.hidden_size * itemsize,
+            f"{side.prefix}bias gradient": side.bias_grad * vocab_size * itemsize,
         }
     hidden = sum(size for name, size in gradients.items() if name.endswith("hidden gradient"))
     forward = sum((*workspace.values(), *weights.values(), *sum_bytes, hidden))
@@ -120,7 +125,8 @@ class _Side(NamedTuple):
 
     model: str
     hidden_size: int
-    dtype: torch.dtype
+    dtype: torch.dtype  # of the hidden states
+    weight_dtype: torch.dtype
     products: torch.dtype  # what its products run in
     hidden_grad: bool
     weight_grad: bool

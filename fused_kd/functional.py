@@ -15,12 +15,16 @@ from .autograd import (
     KDLossFunction,
     LinearKDLossFunction,
     LinearKDRowLossesFunction,
+    OverwriteFunction,
+    Overwritten,
 )
-from .linear import LinearOptions
+from .linear import Head, LinearOptions, planned_chunk
 from .logit_map import LogitMap, Scale, Softcap
+from .matmul import RELEASE
 from .output import KDLossOutput
 from .row_losses import KDOptions, fits_one_launch
 from .rows import RowWeights, as_rows, counted_rows, row_weights
+from .scaling import is_batched
 
 
 def kd_loss(
@@ -63,12 +67,16 @@ def kd_loss(
         labels: `[...]`, int32 or int64, class ids in [0, V) or `ignore_index`.  A row that is ignored adds nothing to
             either term and costs nothing; its logits may hold anything.  Without labels alpha must be 1.
         alpha: weight of the KL term in [0, 1]: 0 is supervised training, 1 a copy of the teacher.  A tensor gives one
-            value a row (1 for a row whose label is not to be trusted).
-        temperature: T, > 0, of both distributions in the KL term.
+            value per row (1 for a row whose label is not to be trusted), or, without dimensions, one for all rows.
+        temperature: T, > 0, of both distributions in the KL term.  `torch.compile` compiles one that changes from call to
+            call (annealing) twice, not for every value, with PyTorch from 2.9 on.
         ignore_index: the label of rows that do not count.
         reduction: "mean" divides by the sum of the weights of the rows that count, "sum", or "none" for one value a
             row.  Where no row counts the loss is 0.
-        token_weights: `[...]`, one weight a row.  A row of weight 0 counts as ignored.
+        token_weights: `[...]`, one weight a row.  A row of weight 0 counts as ignored, unless the weights require grad: it
+            is read then, for its weight's gradient, and still adds nothing to the loss.  Rows that hold NaN are to be
+            ignored by their labels there.  Where "mean" has no weight but 0, the gradients of the weights are 0, as the
+            loss is.
         num_items: replaces the divisor of "mean", for gradient accumulation: the number of rows that count in the
             whole batch.
         vocab_size: how many leading columns are real, where vocabularies are padded (to different sizes even).  The
@@ -80,10 +88,12 @@ def kd_loss(
         teacher_grad: the teacher learns too (mutual, online distillation): its logits get the gradient of the KL term,
             alpha T (log-ratio - KL) q_T a row, from the same sweep.  A teacher that requires grad without it is warned of
             once, and is a constant.
-        inplace_backward: the gradient takes the memory of the student's logits, which saves an `[N, V]` array.  In one
-            launch it does so before the call returns, so nothing may read the logits after it, nor may
-            `torch.autograd.grad` be asked for the gradient of logits that are a view.  What saved them for a backward pass
-            of its own raises PyTorch's error about a tensor modified in place.
+        inplace_backward: the gradient takes the memory of the student's logits, which saves an `[N, V]` array.  It does so
+            before the call returns, on every device, where one launch can give it; nothing may read the logits afterwards.
+            Logits that are a view wait for backward, as does all that takes two launches but for the device.  Backward
+            raises RuntimeError for what saved the logits before and for what is computed from them after they were
+            written over.  Refused are leaves that require grad, views of these, and teacher logits in the memory of
+            other logits of the student.  Nothing is written over under `torch.func`.
         return_parts: return `KDLossOutput(loss, kl, ce)`, with detached parts for logging.
 
     Returns:
@@ -92,14 +102,23 @@ def kd_loss(
 
     Raises:
         TypeError, ValueError: the argument's name, what was expected and what came.  Nothing has been modified.
-        IndexError: a label outside [0, V) on the CPU.  On a GPU, where raising would need a synchronisation, the loss
-            of such a row is NaN.
+        IndexError: a label outside [0, V) on the CPU.  Where values are not looked at, the loss of such a row and its
+            gradient are NaN: on a GPU, where that would need a synchronisation, under `torch.compile`, on the CPU too, and
+            under the transforms of `torch.func`.  The same holds for an alpha outside [0, 1] or a num_items below 0 in a
+            tensor, which elsewhere are a ValueError.
     """
+    alpha, temperature, ignore_index, num_items, vocab_size = map(
+        checks.plain, (alpha, temperature, ignore_index, num_items, vocab_size)
+    )
     V = checks.check_logits(student_logits, teacher_logits, vocab_size)
-    maps = checks.logit_maps(logit_scale, logit_softcap)
-    checks.check_flags(teacher_grad=teacher_grad, inplace_backward=inplace_backward, return_parts=return_parts)
+    maps = checks.check_options(
+        alpha=alpha, temperature=temperature, ignore_index=ignore_index, reduction=reduction, vocab_size=vocab_size,
+        logit_softcap=logit_softcap, logit_scale=logit_scale, teacher_grad=teacher_grad,
+        inplace_backward=inplace_backward, return_parts=return_parts,
+    )  # fmt: skip
+    inplace_backward = inplace_backward and not is_batched(student_logits)  # nothing is written over under torch.func
     if inplace_backward:
-        checks.check_inplace_backward(student_logits)
+        checks.check_inplace_backward(student_logits, teacher_logits)
     terms = _terms(
         student_logits, teacher_logits, "teacher_logits", labels, V, maps,
         alpha=alpha, temperature=temperature, ignore_index=ignore_index, reduction=reduction,
@@ -111,27 +130,39 @@ def kd_loss(
         # A slice of all columns would be copied in backward, to put its gradient in its place.
         real = teacher_logits if teacher_logits.shape[-1] == V else teacher_logits[..., :V]
         (teacher,) = _teacher((as_rows(real),), teacher_grad, terms.options, "teacher_logits")
-    arguments = student, teacher, terms.labels, terms.weights.ce, terms.weights.kl, terms.options, inplace_backward
-    if reduction != "none" and _takes_gradient_along(student, teacher, terms):
-        loss, ce, kl, _ = KDLossAndGradientFunction.apply(*arguments)
+    arguments = teacher, terms.labels, terms.weights.ce, terms.weights.kl, terms.options
+    if _takes_gradient_along(student_logits, teacher, terms, inplace_backward):
+        written = None
+        if inplace_backward:
+            written = Overwritten()
+            student = as_rows(OverwriteFunction.apply(student_logits, written))
+        loss, ce, kl, _ = KDLossAndGradientFunction.apply(student, *arguments, written)
         return terms.output(loss, ce, kl)
-    losses, ce, kl, _ = KDLossFunction.apply(*arguments)
+    losses, ce, kl, _ = KDLossFunction.apply(student, *arguments, inplace_backward)
     return terms.output(losses if reduction == "none" else losses.sum(), ce, kl)
 
 
-def _takes_gradient_along(student: Tensor, teacher: Tensor | None, terms: _Terms) -> bool:
+def _takes_gradient_along(
+    student: Tensor,  # the user's, [..., V']
+    teacher: Tensor | None,
+    terms: _Terms,
+    inplace_backward: bool,
+) -> bool:
     """Whether the gradient is taken with the loss, for an upstream gradient of 1.
 
     Not in float16, where the gradient of a mean over many rows underflows before a loss scale multiplies it; not where the
-    teacher learns; not under a compiler, whose backward pass would multiply it into a second array.
+    teacher learns; not under a compiler, whose backward pass would multiply it into a second array; not over a view, of
+    whose gradient PyTorch would then make a copy.
     """
     return (
-        torch.is_grad_enabled()
+        terms.reduction != "none"
+        and torch.is_grad_enabled()
         and student.requires_grad
         and student.dtype != torch.float16
         and not (teacher is not None and teacher.requires_grad)
         and not torch.compiler.is_compiling()
-        and fits_one_launch(student, teacher, terms.labels, terms.options)
+        and not (inplace_backward and student._is_view())
+        and fits_one_launch(student, teacher, terms.labels, terms.options, in_place=inplace_backward)
     )
 
 
@@ -170,7 +201,8 @@ def linear_kd_loss(
     Args:
         student_hidden: `[..., H_s]`, float32, bfloat16, float16, or float64 on the CPU; what the head takes, so after the
             model's last norm.
-        student_weight: `[V, H_s]`, as in `nn.Linear`, in the dtype of the hidden states; may be tied to the embeddings.
+        student_weight: `[V, H_s]`, as in `nn.Linear`, in the dtype of the hidden states, or in another one under
+            autocast; may be tied to the embeddings.
         teacher_hidden, teacher_weight: `[..., H_t]` and `[V, H_t]`, with a width and a dtype of their own.  May be None
             where alpha is 0.
         labels, alpha, temperature, ignore_index, reduction, token_weights, num_items, vocab_size, return_parts: as in
@@ -181,25 +213,32 @@ def linear_kd_loss(
         teacher_grad: the teacher's hidden states, weight and bias get gradients, each where it requires one, and the
             memory and the products that take.  Teacher hidden states that require grad without it are warned of once.
         logits_dtype: of a chunk's logits.  Default: the dtype of the products, which is what a model's own head gives.
-            torch.float32 spares 16-bit logits their rounding.
+            torch.float32 spares 16-bit logits their rounding, and the gradient of a bias that of its terms.
         workspace_bytes: bound of the buffers for a chunk's logits, in bytes.  Default: what `fused_kd.linear.plan` chooses.
 
-    Under `torch.autocast` the products run in the autocast dtype, as those of `nn.Linear` would, and the gradients have the
-    dtype of what they are a gradient of.
+    Under `torch.autocast` the products run in the autocast dtype, as those of `nn.Linear` would, whatever dtypes hidden
+    states, weight and bias have; float64 is not cast.  The gradients have the dtype of what they are a gradient of.
 
     Returns:
         As `kd_loss`.
 
     Raises:
         TypeError, ValueError: the argument's name, what was expected and what came.  Nothing has been modified.
-        IndexError: a label outside [0, V) on the CPU.  On a GPU the loss of such a row is NaN.
+        IndexError: a label outside [0, V) on the CPU.  On a GPU, under `torch.compile` and under the transforms of
+            `torch.func` the loss of such a row is NaN, and so are its gradients, as in `kd_loss`.
     """
+    alpha, temperature, ignore_index, num_items, vocab_size, workspace_bytes = map(
+        checks.plain, (alpha, temperature, ignore_index, num_items, vocab_size, workspace_bytes)
+    )
     student_head = student_hidden, student_weight, student_bias
     teacher_head = teacher_hidden, teacher_weight, teacher_bias
     V = checks.check_heads(student_head, teacher_head, vocab_size)
-    maps = checks.logit_maps(logit_scale, logit_softcap)
-    checks.check_flags(teacher_grad=teacher_grad, return_parts=return_parts)
-    checks.check_linear_options(student_hidden, teacher_hidden, logits_dtype, workspace_bytes)
+    maps = checks.check_options(
+        alpha=alpha, temperature=temperature, ignore_index=ignore_index, reduction=reduction, vocab_size=vocab_size,
+        logit_softcap=logit_softcap, logit_scale=logit_scale, teacher_grad=teacher_grad, logits_dtype=logits_dtype,
+        workspace_bytes=workspace_bytes, return_parts=return_parts,
+    )  # fmt: skip
+    checks.check_logits_dtype(student_hidden, teacher_hidden, logits_dtype)
     terms = _terms(
         student_hidden, teacher_hidden, "teacher_hidden", labels, V, maps,
         alpha=alpha, temperature=temperature, ignore_index=ignore_index, reduction=reduction,
@@ -229,11 +268,15 @@ def linear_kd_loss(
     needed = tuple(
         tensor is not None and tensor.requires_grad and torch.is_grad_enabled() for tensor in student + teacher
     )
+    options = LinearOptions(terms.options, needed, dtype, teacher_dtype, logits_dtype, workspace_bytes)
+    if (
+        workspace_bytes is not None and not torch.compiler.is_compiling()
+    ):  # refused now, not by backward, which takes more
+        planned_chunk(Head(*student), None if teacher[0] is None else Head(*teacher), options)  # type: ignore[arg-type]
     function = LinearKDRowLossesFunction if reduction == "none" else LinearKDLossFunction
     loss, ce, kl, *_ = function.apply(
-        *student, *teacher, rows(terms.labels), rows(terms.weights.ce), rows(terms.weights.kl),
-        LinearOptions(terms.options, needed, dtype, teacher_dtype, logits_dtype, workspace_bytes),
-    )  # fmt: skip
+        *student, *teacher, rows(terms.labels), rows(terms.weights.ce), rows(terms.weights.kl), options
+    )
     return terms.output(spread(loss) if reduction == "none" else loss, spread(ce), spread(kl))
 
 
@@ -253,6 +296,20 @@ def _teacher(
             stacklevel=3,
         )
     return tuple(None if tensor is None else tensor.detach() for tensor in tensors)
+
+
+UNUSUAL = 1234.5  # no graph compares a temperature with it, so only of a constant is it known which of them is larger
+
+
+def _constant_or_tensor(temperature: float) -> float | Tensor:
+    """A tensor, if it is a temperature that changes from call to call of one compiled graph."""
+    temperature = float(temperature)
+    if not torch.compiler.is_compiling() or RELEASE < (2, 9):
+        return temperature
+    is_known = torch.fx.experimental.symbolic_shapes.statically_known_true
+    if is_known(temperature < UNUSUAL) or is_known(temperature >= UNUSUAL):
+        return temperature
+    return torch.ones((), dtype=torch.float64) * temperature  # torch.full would make it a constant
 
 
 class _Terms(NamedTuple):
@@ -299,7 +356,6 @@ def _terms(
     num_items: int | float | Tensor | None,
     return_parts: bool,
 ) -> _Terms:
-    checks.check_options(temperature, ignore_index, reduction)
     checks.check_num_items(num_items, reduction, student)
     checks.check_alpha(alpha, student, teacher, labels, teacher_name)
     if labels is not None:
@@ -311,7 +367,7 @@ def _terms(
     weights = row_weights(
         labels,
         None if token_weights is None else token_weights.reshape(N),
-        alpha.reshape(N) if isinstance(alpha, Tensor) else alpha,
+        alpha.reshape(N) if isinstance(alpha, Tensor) and alpha.dim() else alpha,
         rows=N,
         device=student.device,
         temperature=temperature,
@@ -327,7 +383,7 @@ def _terms(
     return _Terms(
         labels if ce_in_loss or return_parts else None,
         weights,
-        KDOptions(float(temperature), V, ce_in_loss, kl_in_loss, dtype, *maps),
+        KDOptions(_constant_or_tensor(temperature), V, ce_in_loss, kl_in_loss, dtype, *maps),
         teacher is not None and (kl_in_loss or return_parts),
         reduction,
         student.shape[:-1],

@@ -15,8 +15,9 @@ from . import ops
 from .chunk_plan import Plan, plan, row_stride
 from .matmul import accumulate, project
 from .row_losses import KDOptions, fits_one_launch, gradient_arguments, row_values, row_values_and_gradient
+from .rows import NEGLIGIBLE
 
-__all__ = ["Gradients", "Head", "LinearOptions", "Plan", "gradient_unit", "plan", "sweep"]
+__all__ = ["Gradients", "Head", "LinearOptions", "Plan", "gradient_unit", "plan", "planned_chunk", "sweep"]
 
 
 class Head(NamedTuple):
@@ -47,7 +48,11 @@ class Head(NamedTuple):
 
 
 class Gradients:
-    """Of a head, those that are asked for; the weight's and the bias's are summed in float32."""
+    """Accumulates the requested gradients of one head; weight and bias in float32.
+
+    The bias's is a sum of the logits' gradients as they were written.  Beside 16-bit logits these are rounded, as those of
+    eager heads are, and so is each term of the sum; float32 logits spare it that.
+    """
 
     def __init__(self, head: Head, needed: Sequence[bool], dtype: torch.dtype, vocab_size: int) -> None:
         hidden, self._need_weight, bias = needed
@@ -61,11 +66,14 @@ class Gradients:
     def add(
         self,
         rows: slice,
-        logit_gradient: Tensor,  # [C, V], in the dtype of the products
+        logit_gradient: Tensor,  # [C, V], in the dtype of the logits
         head: Head,  # in the dtype of the products
         counted: Tensor,  # [C]
     ) -> None:
         V = self._vocab_size
+        if self.bias is not None:
+            self.bias[:V] += logit_gradient.sum(0, dtype=self.bias.dtype)
+        logit_gradient = logit_gradient.to(head.weight.dtype)
         if self.hidden is not None:
             out = self.hidden[rows]
             if out.dtype == logit_gradient.dtype:
@@ -80,8 +88,6 @@ class Gradients:
             # A row that does not count may hold anything, and 0 times NaN is NaN.
             hidden = head.hidden[rows].to(logit_gradient.dtype).masked_fill(~counted[:, None], 0.0)
             accumulate(self.weight[:V], logit_gradient, hidden, first=first)
-        if self.bias is not None:
-            self.bias[:V] += logit_gradient.sum(0, dtype=self.bias.dtype)
 
     def __iter__(self) -> Iterator[Tensor]:
         yield from (tensor for tensor in (self.hidden, self.weight, self.bias) if tensor is not None)
@@ -107,7 +113,7 @@ def sweep(
 ) -> tuple[Tensor, Tensor]:  # CE and KL, [N] float64
     """Every chunk's logits, values and gradients, one chunk after another in the same buffers."""
     N, V = ce_weight.numel(), options.kd.vocab_size
-    chunk_rows = _planned_chunk(student, teacher, options)
+    chunk_rows = planned_chunk(student, teacher, options)
     ce, kl = torch.zeros_like(ce_weight), torch.zeros_like(kl_weight)
     with torch.autocast(student.hidden.device.type, enabled=False):  # the dtypes are chosen already
         student = student.cast(options.dtype, V)
@@ -134,14 +140,15 @@ def sweep(
                 continue
             if rows.stop >= N and of_logits[1] is None:  # make room for the weight gradient, if this is the only chunk
                 y = teacher_logits = None
-            counted = (ce_weight[rows] != 0) | (kl_weight[rows] != 0)
+            counted = torch.hypot(ce_weight[rows], kl_weight[rows]) > NEGLIGIBLE
             for sums, gradient, head in zip(gradients, of_logits, (student, teacher), strict=False):
                 if gradient is not None and head is not None:
-                    sums.add(rows, gradient[0].to(head.weight.dtype), head, counted)
+                    sums.add(rows, gradient[0], head, counted)
     return ce, kl
 
 
-def _planned_chunk(student: Head, teacher: Head | None, options: LinearOptions) -> int:
+def planned_chunk(student: Head, teacher: Head | None, options: LinearOptions) -> int:
+    """Tokens of a chunk.  Raises ValueError where workspace_bytes is too small for one."""
     hidden, weight, bias, teacher_hidden, teacher_weight, teacher_bias = options.needed
     return plan(
         student.hidden.shape[0], options.kd.vocab_size, student.hidden.shape[1],
@@ -165,4 +172,4 @@ def gradient_unit(ce_weight: Tensor, kl_weight: Tensor, options: KDOptions) -> T
     scale = max(options.student_map.scale, options.teacher_map.scale)
     largest = scale * (ce_weight.abs() + kl_weight.abs() / options.temperature)
     largest = torch.cat([largest.nan_to_num(0.0, 0.0), largest.new_zeros(1)]).amax()  # 0 of no rows
-    return torch.where(largest > 0, torch.exp2(largest.log2().floor()) / LARGEST_GRADIENT, 1.0)
+    return torch.where(largest > NEGLIGIBLE, torch.exp2(largest.log2().floor()) / LARGEST_GRADIENT, 1.0)

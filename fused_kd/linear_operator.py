@@ -16,17 +16,16 @@ from .linear import Gradients, Head, LinearOptions
 from .logit_map import LogitMap
 from .row_losses import KDOptions
 
-LINEAR_ROW_LOSSES = "fused_kd::linear_row_losses"
-
-torch.library.define(
-    LINEAR_ROW_LOSSES,
+LINEAR_ROW_LOSSES = ops.define(
+    "linear_row_losses",
     "(Tensor student_hidden, Tensor student_weight, Tensor? student_bias, Tensor? teacher_hidden, Tensor? teacher_weight, "
     "Tensor? teacher_bias, Tensor? labels, Tensor ce_weight, Tensor kl_weight, float temperature, SymInt vocab_size, "
     "bool ce_in_loss, bool kl_in_loss, ScalarType statistics_dtype, float[] student_map, float[] teacher_map, "
     "bool[] needed, ScalarType dtype, ScalarType teacher_dtype, ScalarType? logits_dtype, int? workspace_bytes) "
-    "-> Tensor[]",
-    tags=torch.Tag.pt2_compliant_tag,
+    # A fixed number, since a list of results has no fallback under `is_grads_batched`; empty where not needed.
+    f"-> ({', '.join(['Tensor'] * 9)})",
 )
+_operator = ops.operator(LINEAR_ROW_LOSSES)
 
 
 def linear_row_losses(
@@ -37,8 +36,8 @@ def linear_row_losses(
     if not torch.compiler.is_compiling():
         _register_flops()
     kd, *rest = options
-    result: list[Tensor] = torch.ops.fused_kd.linear_row_losses(*tensors, *kd, *rest)
-    return result
+    ce, kl, unit, *gradients = _operator(*tensors, *kd, *rest)
+    return [ce, kl, unit, *(gradient for gradient, need in zip(gradients, options.needed, strict=True) if need)]
 
 
 def _options(arguments: Sequence[Any]) -> LinearOptions:
@@ -58,7 +57,7 @@ def _new_gradients(heads: Sequence[Tensor | None], options: LinearOptions) -> li
 
 
 @ops.implements(LINEAR_ROW_LOSSES)
-def _linear_row_losses(*arguments) -> list[Tensor]:  # type: ignore[no-untyped-def]
+def _linear_row_losses(*arguments) -> tuple[Tensor, ...]:  # type: ignore[no-untyped-def]
     heads, (labels, ce_weight, kl_weight), options = arguments[:6], arguments[6:9], _options(arguments[9:])
     student, teacher = Head(*heads[:3]), None if heads[3] is None else Head(*heads[3:])
     gradients = _new_gradients(heads, options)
@@ -67,20 +66,22 @@ def _linear_row_losses(*arguments) -> list[Tensor]:  # type: ignore[no-untyped-d
         unit = linear.gradient_unit(ce_weight, kl_weight, options.kd)
         ce_weight, kl_weight = ce_weight / unit, kl_weight / unit
     ce, kl = linear.sweep(student, teacher, labels, ce_weight, kl_weight, options, gradients)
-    return [ce, kl, unit, *(tensor for of_head in gradients for tensor in of_head)]
+    found = iter([tensor for of_head in gradients for tensor in of_head])
+    return ce, kl, unit, *(next(found) if need else ce.new_empty(0) for need in options.needed)
 
 
-@torch.library.register_fake(LINEAR_ROW_LOSSES)
+@ops.fakes(LINEAR_ROW_LOSSES)
 def _(*arguments):  # type: ignore[no-untyped-def]
     heads, (_, ce_weight, kl_weight), options = arguments[:6], arguments[6:9], _options(arguments[9:])
     gradients = [
         torch.empty_like(
             tensor, dtype=tensor.dtype if i % 3 == 0 else options.kd.dtype, memory_format=torch.contiguous_format
         )
-        for i, tensor in enumerate(heads)
         if options.needed[i]
+        else ce_weight.new_empty(0)
+        for i, tensor in enumerate(heads)
     ]
-    return [torch.empty_like(ce_weight), torch.empty_like(kl_weight), ce_weight.new_empty(()), *gradients]
+    return torch.empty_like(ce_weight), torch.empty_like(kl_weight), ce_weight.new_empty(()), *gradients
 
 
 ops.complete(LINEAR_ROW_LOSSES)
@@ -91,15 +92,15 @@ def _register_flops() -> None:
 
     A counter that is active already has taken its copy of the formulas.
     """
-    module, operator = sys.modules.get("torch.utils.flop_counter"), torch.ops.fused_kd.linear_row_losses
-    if module is None or operator in module.flop_registry:
+    module = sys.modules.get("torch.utils.flop_counter")
+    if module is None or _operator in module.flop_registry:
         return
     from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
-    module.register_flop_formula(operator)(_flops)
+    module.register_flop_formula(_operator)(_flops)
     for mode in _get_current_dispatch_mode_stack():
         registry = getattr(getattr(mode, "counter", mode), "flop_registry", {})
-        registry[operator] = module.flop_registry[operator]
+        registry[_operator] = module.flop_registry[_operator]
 
 
 def _flops(  # type: ignore[no-untyped-def]

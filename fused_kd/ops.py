@@ -20,11 +20,32 @@ from .logit_map import LogitMap
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
-ROW_STATISTICS = "fused_kd::row_statistics"
-LOGIT_GRADIENT = "fused_kd::logit_gradient"
-LOGIT_GRADIENT_INPLACE = "fused_kd::logit_gradient_"
-LOSS_AND_GRADIENT = "fused_kd::loss_and_gradient"
-LOSS_AND_GRADIENT_INPLACE = "fused_kd::loss_and_gradient_"
+# The overload that takes the temperature as a tensor on the CPU, and reads it as it runs: of a compiled graph whose
+# temperature changes from call to call.  A float would be a constant of the graph.
+TRACED = ".traced"
+
+
+def define(name: str, schema: str) -> str:
+    """The operator's whole name.
+
+    A module that is reloaded or imported anew gets operators in a namespace of their own: compiled graphs, and graphs that
+    wait for backward, hold the older ones, and calling an operator that is no more ends the process.
+    """
+    namespace, turn = "fused_kd", 1
+    while hasattr(getattr(torch.ops, namespace), name):
+        turn += 1
+        namespace = f"fused_kd_{turn}"
+    traced = schema.replace("float temperature", "Tensor temperature")
+    torch.library.define(f"{namespace}::{name}", schema, tags=torch.Tag.pt2_compliant_tag)
+    torch.library.define(f"{namespace}::{name}{TRACED}", traced, tags=torch.Tag.pt2_compliant_tag)
+    return f"{namespace}::{name}"
+
+
+def operator(name: str) -> torch._ops.OpOverloadPacket:
+    """By the whole name."""
+    namespace, name = name.split("::")
+    return getattr(getattr(torch.ops, namespace), name)  # type: ignore[no-any-return]
+
 
 _GRADIENT_ARGUMENTS = (
     "Tensor? teacher, Tensor? labels, Tensor statistics, Tensor ce_weight, Tensor kl_weight, float temperature, "
@@ -34,33 +55,52 @@ _ONE_LAUNCH_ARGUMENTS = (
     "Tensor? teacher, Tensor? labels, Tensor ce_weight, Tensor kl_weight, float temperature, SymInt vocab_size, "
     "float[] student_map, float[] teacher_map"
 )
-for _name, _schema in {
-    ROW_STATISTICS: "(Tensor student, Tensor? teacher, Tensor ce_weight, Tensor kl_weight, float temperature, "
-    "bool need_ce, float[] student_map, float[] teacher_map) -> Tensor",
-    LOGIT_GRADIENT: f"(Tensor student, {_GRADIENT_ARGUMENTS}) -> (Tensor, Tensor)",
-    LOGIT_GRADIENT_INPLACE: f"(Tensor(a!) student, {_GRADIENT_ARGUMENTS}) -> Tensor",
-    LOSS_AND_GRADIENT: f"(Tensor student, {_ONE_LAUNCH_ARGUMENTS}) -> (Tensor, Tensor)",
-    LOSS_AND_GRADIENT_INPLACE: f"(Tensor(a!) student, {_ONE_LAUNCH_ARGUMENTS}) -> Tensor",
-}.items():
-    torch.library.define(_name, _schema, tags=torch.Tag.pt2_compliant_tag)
+ROW_STATISTICS = define(
+    "row_statistics",
+    "(Tensor student, Tensor? teacher, Tensor ce_weight, Tensor kl_weight, float temperature, bool need_ce, "
+    "float[] student_map, float[] teacher_map) -> Tensor",
+)
+LOGIT_GRADIENT = define("logit_gradient", f"(Tensor student, {_GRADIENT_ARGUMENTS}) -> (Tensor, Tensor)")
+LOGIT_GRADIENT_INPLACE = define("logit_gradient_", f"(Tensor(a!) student, {_GRADIENT_ARGUMENTS}) -> Tensor")
+LOSS_AND_GRADIENT = define("loss_and_gradient", f"(Tensor student, {_ONE_LAUNCH_ARGUMENTS}) -> (Tensor, Tensor)")
+LOSS_AND_GRADIENT_INPLACE = define("loss_and_gradient_", f"(Tensor(a!) student, {_ONE_LAUNCH_ARGUMENTS}) -> Tensor")
+
+row_statistics = operator(ROW_STATISTICS)
+logit_gradient = operator(LOGIT_GRADIENT)
+logit_gradient_ = operator(LOGIT_GRADIENT_INPLACE)
+loss_and_gradient = operator(LOSS_AND_GRADIENT)
+loss_and_gradient_ = operator(LOSS_AND_GRADIENT_INPLACE)
 
 NO_DERIVATIVE = (
     "fused_kd: expected one backward pass through kd_loss or linear_kd_loss, got a derivative of a gradient "
     "(create_graph=True), or of an operator by itself (an exported loss); use fused_kd.reference, which is plain PyTorch"
 )
 
-row_statistics = torch.ops.fused_kd.row_statistics
-logit_gradient = torch.ops.fused_kd.logit_gradient
-logit_gradient_ = torch.ops.fused_kd.logit_gradient_
-loss_and_gradient = torch.ops.fused_kd.loss_and_gradient
-loss_and_gradient_ = torch.ops.fused_kd.loss_and_gradient_
-
 
 def implements(name: str) -> Callable[[Function], Function]:
     """Of an operator, on the CPU and on CUDA devices; the function stays one."""
 
     def register(function: Function) -> Function:
+        names = [argument.name for argument in operator(name).default._schema.arguments]
+
+        def traced(*arguments: Any) -> Any:
+            return function(
+                *(a.item() if name == "temperature" else a for name, a in zip(names, arguments, strict=True))
+            )
+
         torch.library.impl(name, ("cpu", "cuda"), function)
+        torch.library.impl(f"{name}{TRACED}", ("cpu", "cuda"), traced)
+        return function
+
+    return register
+
+
+def fakes(name: str) -> Callable[[Function], Function]:
+    """The results of an operator for fake tensors."""
+
+    def register(function: Function) -> Function:
+        for overload in ("", TRACED):
+            torch.library.register_fake(f"{name}{overload}", function)
         return function
 
     return register
@@ -108,7 +148,7 @@ def _row_statistics(
         return stats.merge(parts, temperature)
 
 
-@torch.library.register_fake(ROW_STATISTICS)
+@fakes(ROW_STATISTICS)
 def _(student, teacher, ce_weight, *arguments):  # type: ignore[no-untyped-def]
     return ce_weight.new_empty(6, ce_weight.shape[0])
 
@@ -150,7 +190,7 @@ def _logit_gradient(student: Tensor, teacher: Tensor | None, *arguments) -> tupl
     return gradient, _write_into(gradient, student, teacher, *arguments)
 
 
-@torch.library.register_fake(LOGIT_GRADIENT)
+@fakes(LOGIT_GRADIENT)
 def _(student, teacher, *arguments):  # type: ignore[no-untyped-def]
     return _new_gradient(student), _new_teacher_gradient(teacher, arguments[-1], student)
 
@@ -160,7 +200,7 @@ def _logit_gradient_(student: Tensor, teacher: Tensor | None, *arguments) -> Ten
     return _write_into(student, student, teacher, *arguments)
 
 
-@torch.library.register_fake(LOGIT_GRADIENT_INPLACE)
+@fakes(LOGIT_GRADIENT_INPLACE)
 def _(student, teacher, *arguments):  # type: ignore[no-untyped-def]
     return _new_teacher_gradient(teacher, arguments[-1], student)
 
@@ -205,7 +245,7 @@ def _loss_and_gradient(student: Tensor, *arguments) -> tuple[Tensor, Tensor]:  #
     return write_loss_and_gradient(gradient, student, *arguments), gradient
 
 
-@torch.library.register_fake(LOSS_AND_GRADIENT)
+@fakes(LOSS_AND_GRADIENT)
 def _(student, teacher, labels, ce_weight, *arguments):  # type: ignore[no-untyped-def]
     return _statistics_of_one_launch(student, teacher, ce_weight), _new_gradient(student)
 
@@ -215,7 +255,7 @@ def _loss_and_gradient_(student: Tensor, *arguments) -> Tensor:  # type: ignore[
     return write_loss_and_gradient(student, student, *arguments)
 
 
-@torch.library.register_fake(LOSS_AND_GRADIENT_INPLACE)
+@fakes(LOSS_AND_GRADIENT_INPLACE)
 def _(student, teacher, labels, ce_weight, *arguments):  # type: ignore[no-untyped-def]
     return _statistics_of_one_launch(student, teacher, ce_weight)
 
@@ -229,7 +269,7 @@ def scale_(
         _backend(tensor, torch.promote_types(tensor.dtype, torch.float32)).scale_(tensor, factor)
 
 
-def _one_by_one(operator: torch._ops.OpOverloadPacket) -> Callable[..., tuple[Any, Any]]:
+def _one_by_one(function: torch._ops.OpOverloadPacket) -> Callable[..., tuple[Any, Any]]:
     """A batching rule: the samples of a `torch.vmap` one after another."""
 
     def rule(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> tuple[Any, Any]:
@@ -239,7 +279,7 @@ def _one_by_one(operator: torch._ops.OpOverloadPacket) -> Callable[..., tuple[An
                 for argument, dim in zip(arguments, in_dims, strict=True)
             )
 
-        results = [operator(*sample(i)) for i in range(info.batch_size)]
+        results = [function(*sample(i)) for i in range(info.batch_size)]
         if isinstance(results[0], Tensor):
             return torch.stack(results), 0
         stacked = [torch.stack(parts) for parts in zip(*results, strict=True)]
@@ -255,8 +295,9 @@ def refuse_derivative(*_: object) -> None:
 
 def complete(name: str) -> None:
     """What every operator has besides its implementations."""
-    torch.library.register_autograd(name, refuse_derivative)
-    torch.library.register_vmap(name, _one_by_one(getattr(torch.ops.fused_kd, name.split("::")[1])))
+    for overload in ("", TRACED):
+        torch.library.register_autograd(f"{name}{overload}", refuse_derivative)
+        torch.library.register_vmap(f"{name}{overload}", _one_by_one(operator(name)))
 
 
 complete(ROW_STATISTICS)

@@ -77,7 +77,12 @@ def kd_loss(
     if labels is not None:
         labels = labels.reshape(N).long()
         weight = weight.where(labels != ignore_index, 0.0)
+    learns = weight.requires_grad and torch.is_grad_enabled()  # then a row of weight 0 has a gradient, its loss
     counted = weight != 0
+    if learns and labels is not None:
+        counted = labels != ignore_index
+    elif learns:
+        counted = torch.ones_like(counted)
 
     def rows(tensor: Tensor) -> Tensor:  # a row that does not count is left out, whatever it holds
         return tensor if bool(counted.all()) else tensor[counted]
@@ -86,17 +91,24 @@ def kd_loss(
         weighted = rows(weight) * row_values
         if reduction == "none":
             return weighted.new_zeros(N).masked_scatter(counted, weighted).reshape(shape)
-        if reduction == "sum" or not bool(counted.any()):
+        if reduction == "sum":
             return weighted.sum()
-        return weighted.sum() / (weight.sum() if num_items is None else num_items)
+        divisor = weight.sum() if num_items is None else num_items
+        if divisor == 0 and not bool((weight != 0).any()):  # the mean of nothing
+            return weighted.sum() * 0
+        return weighted.sum() / divisor
 
     student = mapped(rows(student), scales[0], softcaps[0])
-    alpha = rows(alpha.reshape(N)) if isinstance(alpha, Tensor) else alpha
+    if not isinstance(alpha, Tensor):
+        alpha = float(alpha)
+    elif alpha.dim():
+        alpha = rows(alpha.reshape(N))
+    temperature = float(temperature)
     loss, kl, ce = torch.zeros_like(student[:, 0]), None, None
     if labels is not None:
         ce = F.cross_entropy(student, rows(labels), reduction="none")
         loss = loss + (1 - alpha) * ce
-    if teacher_logits is not None and not (isinstance(alpha, (float, int)) and alpha == 0):
+    if teacher_logits is not None and (isinstance(alpha, Tensor) or alpha != 0):
         teacher_logits = teacher_logits if teacher_grad else teacher_logits.detach()
         teacher = rows(teacher_logits[..., :V].reshape(-1, V)).to(dtype)
         teacher = mapped(teacher, scales[1], softcaps[1])

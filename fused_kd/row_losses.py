@@ -9,10 +9,11 @@ from . import one_launch, ops
 from . import statistics as stats
 from .cpu import statistics_dtype
 from .logit_map import IDENTITY_MAP, LogitMap
+from .rows import weighted_values
 
 
 class KDOptions(NamedTuple):
-    temperature: float
+    temperature: float | Tensor  # a tensor outside of the operators only, under a compiler; see `ops.TRACED`
     vocab_size: int  # how many leading columns of the student are real
     ce_in_loss: bool  # False: CE is computed for the caller's log only
     kl_in_loss: bool
@@ -44,7 +45,9 @@ def row_values(
         real, teacher, *counted, options.temperature, labels is not None,
         options.student_map, options.teacher_map,
     )  # fmt: skip
-    return _values(statistics, label_logits(student, labels, options), teacher is not None, ce_weight)
+    return _values(
+        statistics, label_logits(student, labels, options), teacher is not None, ce_weight, options.temperature
+    )
 
 
 def label_logits(student: Tensor, labels: Tensor | None, options: KDOptions) -> Tensor | None:  # [N]
@@ -59,27 +62,35 @@ def _values(
     label_logit: Tensor | None,  # [N]
     has_teacher: bool,
     like: Tensor,  # [N], float64
+    temperature: float | Tensor,
 ) -> RowValues:
     return RowValues(
         statistics,
         torch.zeros_like(like) if label_logit is None else stats.cross_entropy(statistics, label_logit),
-        stats.kl_divergence(statistics) if has_teacher else torch.zeros_like(like),
+        stats.kl_divergence(statistics, temperature) if has_teacher else torch.zeros_like(like),
     )
 
 
 def fits_one_launch(
-    student: Tensor,  # [outer, inner, V']
+    student: Tensor,  # [..., V']
     teacher: Tensor | None,  # [outer', inner', vocab_size]
     labels: Tensor | None,  # [N]
     options: KDOptions,
+    *,
+    in_place: bool = False,
 ) -> bool:
     """For values and gradient of the same terms: one that is only logged has no gradient.
 
-    In the dtype of the logits' own: not in float64 for the sake of a teacher that is left out.
+    In the dtype of the logits' own: not in float64 for the sake of a teacher that is left out.  In place on every device:
+    when the logits are written over must not depend on it.
     """
     same_terms = (labels is None or options.ce_in_loss) and (teacher is None or options.kl_in_loss)
     same_dtype = options.dtype == statistics_dtype(student, teacher)
-    return same_terms and same_dtype and one_launch.is_chosen(student, teacher, options.vocab_size)
+    if not (same_terms and same_dtype):
+        return False
+    if in_place:
+        return one_launch.requested() != one_launch.TWO
+    return one_launch.is_chosen(student, teacher, options.vocab_size)
 
 
 def row_values_and_gradient(
@@ -102,7 +113,7 @@ def row_values_and_gradient(
         statistics, gradient = ops.loss_and_gradient_(*arguments), student
     else:
         statistics, gradient = ops.loss_and_gradient(*arguments)
-    return _values(statistics, label_logit, teacher is not None, ce_weight), gradient
+    return _values(statistics, label_logit, teacher is not None, ce_weight, options.temperature), gradient
 
 
 def weighted_sum(
@@ -112,13 +123,11 @@ def weighted_sum(
     kl_weight: Tensor,  # [N]
     options: KDOptions,
 ) -> Tensor:  # [N], float64: w_ce CE + w_kl KL
-    """Without the terms that are only logged; a row of weight 0 adds nothing, whatever its value."""
-    loss = torch.zeros_like(ce_weight)
-    if options.ce_in_loss:
-        loss = loss + torch.where(ce_weight == 0, 0.0, ce_weight * ce)
-    if options.kl_in_loss:
-        loss = loss + torch.where(kl_weight == 0, 0.0, kl_weight * kl)
-    return loss
+    """Without the terms that are only logged."""
+    if not options.kl_in_loss:
+        return weighted_values(ce_weight, ce)
+    loss = weighted_values(kl_weight, kl)
+    return loss + weighted_values(ce_weight, ce) if options.ce_in_loss else loss
 
 
 def gradient_arguments(

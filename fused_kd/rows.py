@@ -9,6 +9,10 @@ from torch import Tensor
 
 from .checks import readable
 
+# Stands for a token weight of 0 that learns: its row is read, for the weight's gradient, and adds nothing.
+LEARNED_ZERO = 1e-280
+NEGLIGIBLE = 1e-240  # above the product of LEARNED_ZERO and any alpha T^2; float32 holds nothing near it
+
 
 class RowWeights(NamedTuple):
     """`[N]`, float64, each: the loss of a row is ce CE + kl KL, with ce = row (1 - alpha) and kl = row alpha T^2."""
@@ -19,14 +23,19 @@ class RowWeights(NamedTuple):
 
     def reduce(self, values: Tensor, reduction: str, shape: torch.Size) -> Tensor:
         """For the log: the weighted values of the rows that count, as `reduction` has it; of "none", in the given shape."""
-        weighted = torch.where(self.row == 0, 0.0, self.row * values).detach()
+        weighted = weighted_values(self.row, values).detach()
         return weighted.reshape(shape) if reduction == "none" else weighted.sum()
+
+
+def weighted_values(weight: Tensor, values: Tensor) -> Tensor:  # [N] each, float64
+    """weight * values; a row of weight 0 adds nothing, whatever its value."""
+    return torch.where(weight.abs() < NEGLIGIBLE, 0.0, weight * values)
 
 
 def row_weights(
     labels: Tensor | None,  # [N]
     token_weights: Tensor | None,  # [N]
-    alpha: float | Tensor,  # [N]
+    alpha: float | Tensor,  # [N], or a scalar
     *,
     rows: int,
     device: torch.device,
@@ -41,6 +50,7 @@ def row_weights(
     if labels is not None:
         ignored = labels == ignore_index
         row = torch.where(ignored, 0.0, row)
+    given, divisor = row, None
     if reduction == "mean":
         divisor = row.sum() if num_items is None else num_items
         if isinstance(num_items, Tensor):
@@ -48,14 +58,27 @@ def row_weights(
             divisor = torch.where((divisor >= 0) & (divisor < math.inf), divisor, torch.nan)
         if isinstance(divisor, Tensor):  # 0 where no row counts; a row that does would be divided by it
             row = torch.where((divisor == 0) & (row != 0), torch.nan, row)
-            divisor = torch.where(divisor == 0, 1.0, divisor)
+            divisor = torch.where(divisor == 0, math.inf, divisor)  # loss and gradients are 0
         row = row / divisor
+    if token_weights is not None and token_weights.requires_grad and torch.is_grad_enabled():
+        learned_zero = given == 0 if labels is None else (given == 0) & ~ignored
+        row = torch.where(learned_zero, _of_learned_zero(given, divisor), row)
     if labels is not None:
         names_a_class = (labels >= 0) & (labels < vocabulary)
         row = torch.where(names_a_class | ignored, row, torch.nan)
     if isinstance(alpha, Tensor):
         alpha = torch.where((alpha >= 0) & (alpha <= 1), alpha.double(), torch.nan)
     return RowWeights(row, _product(row, 1 - alpha), _product(row, alpha * temperature**2))
+
+
+def _of_learned_zero(
+    row: Tensor,  # [N], zeros where it matters
+    divisor: float | Tensor | None,
+) -> Tensor:
+    """Weights of 0 as rows that are read.  Nothing of their gradient goes to the divisor: 0 times an infinite loss is 0."""
+    if divisor is None:
+        return row + LEARNED_ZERO
+    return row / (divisor.detach() if isinstance(divisor, Tensor) else divisor) + LEARNED_ZERO
 
 
 def _product(row: Tensor, factor: float | Tensor) -> Tensor:

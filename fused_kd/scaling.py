@@ -9,6 +9,16 @@ from torch import Tensor
 BLOCK_ELEMENTS = 2**23  # of a float32 temporary: 32 MB
 
 
+def is_batched(tensor: Tensor) -> bool:
+    """Return whether the tensor may be many, for `torch.vmap` or for `is_grads_batched` of `torch.autograd.grad`.
+
+    A product with it then has no room in the memory of one.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._are_functorch_transforms_active() or torch._C._functorch.is_legacy_batchedtensor(tensor)
+
+
 def scaled(
     gradients: Sequence[Tensor],
     factor: Tensor,  # a scalar
@@ -24,7 +34,7 @@ def _scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype, in_place: bool
     """Rounded once, a block of rows at a time."""
     wide = torch.promote_types(gradient.dtype, torch.float32)
     factor = factor.to(wide)  # the product of a 16-bit tensor and a scalar would round the scalar first
-    if torch.compiler.is_compiling():  # one loop, which the compiler places where it can
+    if torch.compiler.is_compiling() or is_batched(factor):  # one loop, which a compiler places where it can
         return (gradient.to(wide) * factor).to(dtype)
     if gradient.dtype == dtype == wide:
         return gradient.mul_(factor) if in_place else gradient * factor

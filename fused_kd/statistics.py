@@ -3,8 +3,9 @@
 With z, y the logits of student and teacher and T the temperature, over any set of columns:
 
     m_s = max z    d_1 = sum e^{z - m_s}        d_T = sum e^{(z - m_s)/T}
-    m_t = max y    e   = sum e^{(y - m_t)/T}    c   = sum e^{(y - m_t)/T} ((y - m_t) - (z - m_s)) / T
+    m_t = max y    e   = sum e^{(y - m_t)/T}    c   = sum e^{(y - m_t)/T} ((y - m_t) - (z - m_s)) / UNIT
 
+The unit of c keeps its sum finite: logits of either sign up to 3.4e38 differ by more than float32 holds.
 Tuples of disjoint columns merge into the tuple of their union: an associative and commutative operation with an
 identity.  A tile of a kernel, programs that share a row, ranks that share a vocabulary are all "statistics, merge".
 A tensor of statistics is `[6, N]`, in the order below; a column of it is one row's tuple.  Final values are taken in
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 M_S, D_1, D_T, M_T, E, C = range(6)
+UNIT = 2.0**40  # of c: a sum of 2^31 differences, each below 2^130, is below 2^121 of it; a power of two rounds nothing
 MAXIMA = slice(M_S, M_T + 1, M_T - M_S)  # (m_s, m_t), as a slice: a list of indices would be copied from the host
 
 
@@ -34,13 +36,12 @@ def merge(
         return parts[0]
     maxima = parts[:, MAXIMA]
     merged_maxima = maxima.amax(0)
-    ds, dt = (maxima - merged_maxima).unbind(1)  # [S, N] each, <= 0
-    b = torch.exp(dt / temperature)
-    # No teacher mass adds nothing, also where the maxima are so far apart that their difference is infinite.
-    moved = torch.where(parts[:, E] == 0, 0.0, parts[:, E] * ((dt - ds) / temperature))
+    ds, dt = torch.sub(maxima / UNIT, merged_maxima, alpha=1 / UNIT).unbind(1)  # [S, N] each, <= 0
+    b = torch.exp(dt * (UNIT / temperature))
     # An infinite c (teacher mass where the student has none) must not meet a factor that underflowed to zero.
-    c = torch.where(b > 0, b * (parts[:, C] + moved), 0.0)
-    sums = [parts[:, D_1] * torch.exp(ds), parts[:, D_T] * torch.exp(ds / temperature), parts[:, E] * b, c]
+    c = torch.where(b > 0, b * (parts[:, C] + parts[:, E] * (dt - ds)), 0.0)
+    a_1, a_T = torch.exp(ds * UNIT), torch.exp(ds * (UNIT / temperature))
+    sums = [parts[:, D_1] * a_1, parts[:, D_T] * a_T, parts[:, E] * b, c]
     d_1, d_T, e, c = torch.stack(sums).sum(1)
     return torch.stack([merged_maxima[0], d_1, d_T, merged_maxima[1], e, c])
 
@@ -55,6 +56,7 @@ def cross_entropy(
 
 def kl_divergence(
     statistics: Tensor,  # [6, N]
+    temperature: float | Tensor,
 ) -> Tensor:  # [N], float64
     """KL(softmax(y / T) || softmax(z / T)), in nats.
 
@@ -62,5 +64,6 @@ def kl_divergence(
     logarithms, loses nothing where teacher and student are close.
     """
     _, _, d_T, _, e, c = statistics.double()
-    kl: Tensor = c / e + (d_T / e).log()
+    scale, kl = UNIT / temperature, (d_T / e).log()
+    kl = kl + c / e * scale if isinstance(scale, Tensor) else torch.addcdiv(kl, c, e, value=scale)
     return kl

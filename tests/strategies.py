@@ -20,7 +20,9 @@ SHAPES = st.one_of(
     st.sampled_from([(2, 3), (3, 2), (2, 1, 2), (1, 2, 2)]),
     st.lists(st.integers(0, 4), max_size=3).map(tuple).filter(lambda shape: math.prod(shape) <= 6),
 )
-TEMPERATURES = st.one_of(st.sampled_from([1, 1.0, 2.0, 4, np.float64(3)]), st.floats(0.1, 20))
+TEMPERATURES = st.one_of(
+    st.sampled_from([1, 1.0, 2.0, 4, np.float64(3), np.float32(2), np.int64(2)]), st.floats(0.1, 20)
+)
 REDUCTIONS = ["mean", "sum", "none"]
 IGNORE_INDICES = [-100, -1, 0, 5, 2**31 - 1, -(2**31)]  # of them some are classes
 LOGITS = ["flat", "normal", "peaked", "heavy-tailed", "ties"]
@@ -92,11 +94,11 @@ def _rows(draw: st.DrawFn, widest: int) -> _Rows:
         counted = labels != ignore_index
         if draw(st.booleans()):
             labels = torch.stack([labels, torch.full_like(labels, -7)], -1)[..., 0]
-    alphas = [0, 0.0, 0.3, 1, 1.0, np.float64(0.7), "a row"]
+    alphas = [0, 0.0, 0.3, 1, 1.0, np.float64(0.7), np.float32(0.25), np.int64(1), "a tensor", "a row"]
     alpha = draw(st.one_of(st.sampled_from(alphas), st.floats(0, 1))) if labels is not None else 1.0
-    if alpha == "a row":
-        alpha = torch.rand(shape, generator=generator, dtype=torch.float64)
-        alpha = torch.where(torch.rand(shape, generator=generator) < 0.3, alpha.round(), alpha)
+    if isinstance(alpha, str):
+        alpha = torch.rand(shape if alpha == "a row" else (), generator=generator, dtype=torch.float64)
+        alpha = torch.where(torch.rand(alpha.shape, generator=generator) < 0.3, alpha.round(), alpha)
         alpha = alpha.to(draw(st.sampled_from([torch.float64, *DTYPES]))).requires_grad_(draw(st.booleans()))
     options["alpha"] = alpha
     reduction = options["reduction"] = draw(st.sampled_from(REDUCTIONS))
@@ -105,8 +107,10 @@ def _rows(draw: st.DrawFn, widest: int) -> _Rows:
         weights = torch.where(torch.rand(shape, generator=generator) < 0.2, 0.0, weights)
         dtype = draw(st.sampled_from([torch.float64, *DTYPES, torch.int64, torch.bool]))
         weights = weights.to(dtype)
-        counted = counted & (weights != 0)
-        options["token_weights"] = weights.requires_grad_(dtype.is_floating_point and draw(st.booleans()))
+        weights.requires_grad_(dtype.is_floating_point and draw(st.booleans()))
+        if not weights.requires_grad:  # else a row of weight 0 is read
+            counted = counted & (weights != 0)
+        options["token_weights"] = weights
     if reduction == "mean":
         number = draw(st.integers(1, 1000))
         options["num_items"] = draw(

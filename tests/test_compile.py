@@ -6,8 +6,9 @@ import shutil
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 
-from fused_kd import kd_loss, linear_kd_loss, ops
+from fused_kd import KDLoss, LinearKDLoss, kd_loss, linear_kd_loss, ops
 from fused_kd.logit_map import IDENTITY_MAP, LogitMap
 from fused_kd.matmul import RELEASE
 
@@ -100,14 +101,98 @@ def test_linear_kd_loss_is_one_graph_and_equal_to_the_last_bit(options, dynamic)
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_linear_kd_loss_under_autocast_is_one_graph(dtype):
-    leaves = torch.randn(N, H_S, requires_grad=True), torch.randn(V, H_S, requires_grad=True)
+    """Of a head in float32 with hidden states in float32, or in bfloat16, as a last nn.Linear gives them."""
     teacher, labels = (torch.randn(N, H_T), torch.randn(V, H_T)), torch.randint(V, (N,))
 
     def loss(hidden, weight):
         with torch.autocast("cpu", dtype=dtype):
             return linear_kd_loss(hidden, weight, *teacher, labels, temperature=2.0)
 
-    assert equal_to_the_last_bit(loss, *leaves)
+    for hidden in (torch.randn(N, H_S), torch.randn(N, H_S, dtype=torch.bfloat16)):
+        assert equal_to_the_last_bit(loss, hidden.requires_grad_(), torch.randn(V, H_S, requires_grad=True))
+
+
+def given_to(loss):
+    """A student that wants a gradient, and the rest."""
+    labels = torch.randint(V, (N,))
+    if loss in (kd_loss, KDLoss):
+        return torch.randn(N, V, requires_grad=True), torch.randn(N, V), labels
+    hidden = torch.randn(N, H_S, requires_grad=True)
+    return hidden, torch.randn(V, H_S), torch.randn(N, H_T), torch.randn(V, H_T), labels
+
+
+TEMPERATURES = [1.0 + 0.15 * i for i in range(15)] + [2.0, 0.5, 1.0, 20.0, 1e-3]
+RECOMPILES = RELEASE < (2, 9)  # for every temperature: nothing tells there whether one is a constant
+
+
+@pytest.mark.skipif(RECOMPILES, reason="PyTorch 2.7 does not say which numbers of a graph are constants")
+@pytest.mark.parametrize("temperatures", [TEMPERATURES, list(range(1, 10))], ids=["floats", "integers"])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("loss", [kd_loss, linear_kd_loss])
+def test_a_temperature_that_changes_is_compiled_twice(loss, reduction, temperatures):
+    """The first time as a constant of the graph; the second graph takes any."""
+    student, *rest = given_to(loss)
+
+    def step(student, temperature):
+        return loss(student, *rest, temperature=temperature, reduction=reduction, alpha=0.3).sum()
+
+    counted = CompileCounterWithBackend(BACKEND)
+    compiled = torch.compile(step, backend=counted, fullgraph=True)
+    for temperature in temperatures:
+        (value, *ours), (eager_value, *eager) = (
+            gradients(lambda student, f=f, T=temperature: f(student, T), student) for f in (compiled, step)
+        )
+        assert relative_error(value, eager_value.double()) < 2e-7
+        assert all(map(torch.equal, ours, eager))
+    assert counted.frame_count == 2
+
+
+@pytest.mark.skipif(RECOMPILES, reason="PyTorch 2.7 does not say which numbers of a graph are constants")
+@pytest.mark.parametrize("module", [KDLoss, LinearKDLoss])
+def test_a_temperature_of_a_module_that_changes_is_compiled_twice(module):
+    given, loss = given_to(module), module(temperature=2.0)
+    counted = CompileCounterWithBackend(BACKEND)
+    compiled = torch.compile(loss, backend=counted, fullgraph=True)
+    for temperature in TEMPERATURES:
+        loss.temperature = temperature
+        assert relative_error(compiled(*given), loss(*given).double()) < 2e-7
+    assert counted.frame_count == 2
+
+
+@pytest.mark.parametrize("loss", [kd_loss, linear_kd_loss])
+def test_a_temperature_that_stays_is_a_constant_of_the_graph(loss):
+    """A tensor on the CPU in the graph would cost CUDA graphs."""
+    student, *rest = given_to(loss)
+    graphs = []
+
+    def keep(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    compiled = torch.compile(loss, backend=keep, fullgraph=True)
+    for rows in (N, N - 2):  # with a size that changes
+        cut = [tensor[:rows] if tensor.shape[0] == N else tensor for tensor in (student, *rest)]
+        compiled(*cut, temperature=3.0)
+    assert len(graphs) == 2
+    assert all(node.meta["example_value"].dim() for graph in graphs for node in graph.graph.find_nodes(op="placeholder")
+               if isinstance(node.meta.get("example_value"), torch.Tensor))  # fmt: skip
+
+
+@pytest.mark.parametrize("loss", [kd_loss, linear_kd_loss])
+@pytest.mark.parametrize("label", [V, -1])
+def test_a_label_that_is_no_class_gives_nan_in_a_compiled_loss(loss, label):
+    """In eager mode it is an IndexError.  An assertion in the graph would refuse `torch.vmap`."""
+    student, *rest, labels = given_to(loss)
+    labels[2] = label
+    with pytest.raises(IndexError, match=f"labels: .* got {label}"):
+        loss(student, *rest, labels)
+    compiled = compile_(loss, fullgraph=True)
+    assert compiled(student, *rest, labels).isnan()
+    rows = compiled(student, *rest, labels, reduction="none")
+    (gradient,) = torch.autograd.grad(rows, student, torch.ones_like(rows))
+    for found in (rows[:, None], gradient):
+        assert found[2].isnan().all()
+        assert found.isnan().sum() == found.shape[1]
 
 
 def test_a_compiled_teacher_that_requires_grad_is_warned_of():
@@ -183,11 +268,18 @@ def test_operators_pass_opcheck(maps, teacher_grad):
     student, teacher = torch.randn(2, 3, 11), torch.randn(1, 6, 9)
     weights, labels = torch.rand(6), torch.randint(9, (6,))
     arguments = teacher, weights, weights, 2.0, True, *map(list, maps)
-    torch.library.opcheck(ops.row_statistics, (student[..., :9], *arguments))
+    torch.library.opcheck(ops.row_statistics.default, (student[..., :9], *arguments))
+    traced = *arguments[:3], torch.tensor(2.0, dtype=torch.float64), *arguments[4:]
+    torch.library.opcheck(ops.row_statistics.traced, (student[..., :9], *traced))
     statistics = ops.row_statistics(student[..., :9], *arguments)
     arguments = student, teacher, labels, statistics, weights, weights, 2.0, 9, *map(list, maps), teacher_grad
-    torch.library.opcheck(ops.logit_gradient, arguments)
-    torch.library.opcheck(ops.logit_gradient_, arguments)
+    torch.library.opcheck(ops.logit_gradient.default, arguments)
+    torch.library.opcheck(ops.logit_gradient_.default, arguments)
+    traced = *arguments[:6], torch.tensor(2.0, dtype=torch.float64), *arguments[7:]
+    torch.library.opcheck(ops.logit_gradient.traced, traced)
+    torch.library.opcheck(ops.logit_gradient_.traced, traced)
+    for ours, of_float in zip(ops.logit_gradient.traced(*traced), ops.logit_gradient(*arguments), strict=True):
+        assert torch.equal(ours, of_float)
 
 
 @pytest.mark.parametrize(
@@ -211,4 +303,6 @@ def test_the_linear_operator_passes_opcheck(needed, dtype):
         [2.0, 4.0],
     )
     options = list(needed), dtype, dtype, None, 2048
-    torch.library.opcheck(torch.ops.fused_kd.linear_row_losses, (*arguments, *options))
+    torch.library.opcheck(torch.ops.fused_kd.linear_row_losses.default, (*arguments, *options))
+    traced = *arguments[:9], torch.tensor(2.0, dtype=torch.float64), *arguments[10:]
+    torch.library.opcheck(torch.ops.fused_kd.linear_row_losses.traced, (*traced, *options))

@@ -70,6 +70,18 @@ def test_threads(shape, temperature):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(9, 50_257), (3001, 101)])  # gathered two at a time, and a thousand
+def test_threads_of_scattered_rows(shape, dtype):
+    student, teacher, labels = make("cpu", dtype, shape)
+    fewer = labels.clone()
+    fewer[1::2] = -100
+    expected = run(student[::2], teacher[::2], labels[::2])
+    for threads in (1, 2, 3, 4):
+        torch.set_num_threads(threads)
+        assert_same_bits([result[::2] for result in run(student, teacher, fewer)], expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_orders_and_places_of_rows(device, dtype):
     student, teacher, labels = given = make(device, dtype, (8, 5003))
     loss, gradient = run(*given)
@@ -99,7 +111,7 @@ def test_splits_of_a_row(kernel_device, temperature):
         parts = kernels.row_statistics(student, teacher, *weights, temperature, True, launch=launch)
         statistics, gradient = stats.merge(parts, temperature), torch.empty_like(student)
         kernels.logit_gradient(student, teacher, labels, statistics, *weights, temperature, gradient, launch=launch)
-        results.append((stats.kl_divergence(statistics), statistics[stats.D_1], gradient))
+        results.append((stats.kl_divergence(statistics, temperature), statistics[stats.D_1], gradient))
     for result in results[1:]:
         assert all(relative_error(a, b.double()) <= 4 * EPSILON for a, b in zip(result, results[0], strict=True))
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from fused_kd import kd_loss, linear_kd_loss
+from fused_kd.linear import plan
 
 S = torch.randn(2, 3, 10)
 L = torch.zeros(2, 3, dtype=torch.int64)
@@ -217,6 +218,30 @@ def test_cuda_tensors_without_triton_name_the_package(missing, message, monkeypa
     with pytest.raises(ModuleNotFoundError, match=message) as raised:
         ops._kernels()
     assert ("pip install" in str(raised.value)) == (missing == "triton")  # a broken Triton is not a missing one
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_workspace_that_is_too_small_for_the_gradients_is_refused_before_anything_runs(reduction, compiled):
+    """Float32 logits of bfloat16 heads: their gradient is rounded in a buffer of its own, which the loss alone lacks."""
+    heads = [tensor.detach().bfloat16().requires_grad_() for tensor in HEADS[:2]]
+    teacher = [tensor.detach().bfloat16() for tensor in HEADS[2:]]
+
+    def loss(workspace_bytes):
+        return linear_kd_loss(
+            *heads, *teacher, L, reduction=reduction, logits_dtype=torch.float32, workspace_bytes=workspace_bytes
+        ).sum()
+
+    enough = plan(1, 10, 4, 4, logits_dtype=torch.float32).workspace_bytes  # of one token
+    if compiled:
+        loss = torch.compile(loss, backend="aot_eager")
+        with pytest.raises(Exception, match=f"workspace_bytes: expected at least {enough}"):
+            loss(enough - 1).backward()
+    else:
+        with pytest.raises(ValueError, match=f"workspace_bytes: expected at least {enough}"):
+            loss(enough - 1)
+    loss(enough).backward()
+    assert all(head.grad.isfinite().all() for head in heads)
 
 
 def test_importing_the_package_does_not_import_triton():

@@ -5,6 +5,7 @@ a weight of 0, against the mathematics.
 """
 
 import math
+import os
 
 import pytest
 import torch
@@ -159,6 +160,42 @@ def test_the_largest_logits(device, dtype, alpha, temperature):
     loss, gradient = assert_rows_match(student, teacher, labels, alpha=alpha, temperature=temperature)
     assert loss[[1, 2, 4, 5]].isfinite().all()
     assert gradient.isfinite().all()
+
+
+def far_apart(device, vocabulary, dtype=torch.float32):
+    """Logits whose differences, or the sum of these over the vocabulary, are beyond float32."""
+    student, teacher = torch.zeros(2, 5, vocabulary)
+    student[0, 0], student[0, 1:] = 1e38, -2.5e38
+    teacher[0, 0], teacher[0, 1:] = -2.5e38, -2.5e38
+    teacher[0, 1] = 1e38
+    student[1], student[1, 1] = 3e38, -3e38  # under a uniform teacher
+    student[2, -1] = 1e38
+    student[3], teacher[3, : vocabulary // 2] = -3e38, 3e38  # under a teacher that has masked half
+    student[3, 0], teacher[3, vocabulary // 2 :] = 3e38, -3e38
+    student[4, 1] = -1e35
+    return student.to(dtype).to(device), teacher.to(dtype).to(device)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:2])
+@pytest.mark.parametrize("temperature", [0.05, 0.5, 7.0, 1000.0, 1.0, 2.0, 3.0, 4.0])
+@pytest.mark.parametrize("vocabulary", [2, V])
+@pytest.mark.filterwarnings("ignore:overflow:RuntimeWarning")  # numpy's, under the interpreter
+def test_differences_of_logits_beyond_float32(device, dtype, temperature, vocabulary):
+    if temperature in (1, 2, 3, 4) and (device.type == "cuda" or os.environ.get("TRITON_INTERPRET")):
+        pytest.skip("the kernels' loss may be infinite there")
+    student, teacher = far_apart(device, vocabulary, dtype)
+    loss, gradient = assert_rows_match(student, teacher, None, alpha=1.0, temperature=temperature)
+    assert gradient.isfinite().all()
+    if temperature == 0.05:
+        assert loss.isfinite().all()
+
+
+@pytest.mark.filterwarnings("ignore:overflow:RuntimeWarning")
+def test_differences_of_logits_beyond_float32_of_a_head(device):
+    heads = Heads(device)
+    heads.bias.fill_(1e38)[7], heads.teacher_bias.fill_(-2.5e38)[7] = -2.5e38, 1e38
+    loss, *_ = heads.assert_match(alpha=1.0, temperature=0.05, reduction="none")
+    torch.testing.assert_close(loss, torch.full_like(loss, 1.75e37))
 
 
 @pytest.mark.parametrize(("dtype", "temperature"), list(zip(DTYPES, [0.05, 2.0, 3.0], strict=True)))

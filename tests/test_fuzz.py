@@ -142,7 +142,7 @@ class Terms:
     ) -> None:
         given = call.arguments
         N, T = student.shape[0], float(given["temperature"])
-        self.counted, weight = self._rows(given, N)
+        self.counted, weight, unit = self._rows(given, N)
 
         def logits(x: Tensor, error: Tensor | float, which: int) -> tuple[Tensor, Tensor]:
             """The logits, and their error after a map that is not the identity."""
@@ -173,7 +173,8 @@ class Terms:
             kl_size, kl_gradient = p + q, (epsilon + 2 * z_error / T) * p + (epsilon + 2 * y_error / T) * q
             of_teacher = (epsilon + 2 * y_error / T) * of_teacher_size + q * (kl + 2 * (z_error + y_error) / T)
         alpha = given["alpha"]
-        alpha = alpha.detach().double().reshape(N) if isinstance(alpha, Tensor) else float(alpha)
+        one_alpha = not isinstance(alpha, Tensor) or alpha.dim() == 0
+        alpha = float(alpha) if one_alpha else alpha.detach().double().reshape(N)
         upstream = call.upstream.double().abs()
         upstream = upstream.reshape(N) if given["reduction"] == "none" else upstream
         self.ce, self.kl = weight * ce, weight * kl
@@ -186,23 +187,29 @@ class Terms:
         self.gradient = slope * upstream * weight * ((1 - alpha) * ce_gradient + alpha * T * kl_gradient)
         self.gradient_size = slope * upstream * weight * ((1 - alpha) * ce_size + alpha * T * kl_size)
         self.alpha = upstream * weight * (ce + T**2 * kl)
-        unit = weight / self.token_weight
-        self.token_weights = upstream * unit.nan_to_num(0.0) * row
+        self.alpha = self.alpha.sum() if one_alpha else self.alpha
+        self.token_weights = upstream * unit * row
         if given["reduction"] == "mean" and given.get("num_items") is None:  # the weight is in the divisor too
             total = self.token_weight.sum()
             self.token_weights = self.token_weights + upstream * self.loss.sum() / (total if total > 0 else 1.0)
 
-    def _rows(self, given: dict[str, Any], N: int) -> tuple[Tensor, Tensor]:
-        weight = given.get("token_weights")
-        weight = torch.ones(N).double() if weight is None else weight.detach().reshape(N).double()
+    def _rows(self, given: dict[str, Any], N: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Which rows are read, their weights in the loss, and these in units of the token weights."""
+        weight, learns = given.get("token_weights"), False
+        if weight is None:
+            weight = torch.ones(N).double()
+        else:
+            weight, learns = weight.detach().reshape(N).double(), weight.requires_grad
+        named = torch.ones(N, dtype=torch.bool)
         if given["labels"] is not None:
-            weight = weight.where(given["labels"].reshape(N) != given["ignore_index"], 0.0)
-        self.token_weight = weight
-        counted = weight != 0
-        if given["reduction"] == "mean" and counted.any():
+            named = given["labels"].reshape(N) != given["ignore_index"]
+        self.token_weight = weight = weight.where(named, 0.0)
+        unit = named.double()
+        if given["reduction"] == "mean":
             items = given.get("num_items")
-            weight = weight / (weight.sum() if items is None else float(items))
-        return counted, weight
+            divisor = weight.sum() if items is None else torch.tensor(float(items)).double()
+            unit = unit / divisor if divisor else torch.zeros_like(unit)
+        return named if learns else weight != 0, weight * unit, unit
 
 
 def norms(values: Tensor, like: Tensor) -> Tensor:

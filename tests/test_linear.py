@@ -102,6 +102,17 @@ def test_half_precision(device, dtype, logits_dtype, reduction):
     assert {gradient.dtype for gradient in results.values()} == {dtype}
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_with_float32_logits_a_bias_gradient_is_rounded_once(device, dtype):
+    """It is summed before the logits' gradient is rounded to the dtype of the products."""
+    given = make(device, dtype, shape=(256,))
+    options = {"temperature": 2.0, "logits_dtype": torch.float32}
+    found = run(linear_kd_loss, given, **options)["bias"]
+    options.pop("logits_dtype")
+    exact = run(reference.linear_kd_loss, given.to(torch.float64), **options)["bias"]
+    assert relative_error(found, exact) <= 1.001 * relative_error(exact.to(dtype), exact)
+
+
 @pytest.mark.parametrize(
     "options",
     [
@@ -376,6 +387,55 @@ def test_autocast(device, dtype, reduction):
         assert name == "value" or error > 1e-5, "the products ran in float32"
 
 
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("parts", [("hidden",), ("weight", "bias"), ("bias",)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_of_a_head_of_two_dtypes(device, dtype, parts, reduction):
+    """A model that ends in an nn.Linear gives 16-bit hidden states under autocast, and the head's weight is float32."""
+    given = make(device)
+    exact = run(reference.linear_kd_loss, given.to(torch.float64), temperature=2.0, reduction=reduction)
+    halves = {
+        name: getattr(given, name).detach().bfloat16()
+        for part in parts
+        for name in (part, f"teacher_{part}")
+        if name != "teacher_bias"
+    }
+    given = given._replace(**halves)
+    student = [tensor.requires_grad_() for tensor in (given.hidden, given.weight, given.bias)]
+    found = []
+    for loss in (linear_kd_loss, reference.linear_kd_loss):
+        with torch.autocast(torch.device(device).type, dtype):
+            value = loss(*given[:5], student_bias=given.bias, temperature=2.0, reduction=reduction,
+                         teacher_bias=torch.zeros(V, device=device))  # fmt: skip
+        ramp = torch.arange(1, value.numel() + 1, device=device, dtype=value.dtype).reshape(value.shape)
+        gradients = torch.autograd.grad(value, student, ramp)
+        assert [gradient.dtype for gradient in gradients] == [tensor.dtype for tensor in student]
+        found.append(dict(zip(("value", "hidden", "weight", "bias"), (value.detach(), *gradients), strict=True)))
+    ours, eager = found
+    for name in exact:
+        assert relative_error(ours[name], exact[name]) <= 2 * relative_error(eager[name], exact[name]), name
+
+
+@pytest.mark.parametrize("name", ["hidden", "weight", "bias"])
+@pytest.mark.parametrize("teachers", [False, True])
+def test_autocast_does_not_cast_float64(name, teachers):
+    """Nor does that of nn.Linear, which then refuses the product."""
+    given = make("cpu")
+    parts = {"hidden": given.hidden, "weight": given.weight, "bias": given.bias}
+    if teachers:
+        parts = {"hidden": given.teacher_hidden, "weight": given.teacher_weight, "bias": torch.zeros(V)}
+    parts[name] = parts[name].double()
+    head = parts["hidden"], parts["weight"]
+    heads = (given.hidden, given.weight, *head) if teachers else (*head, given.teacher_hidden, given.teacher_weight)
+    with torch.autocast("cpu", torch.bfloat16):
+        with pytest.raises(RuntimeError, match="dtype"):
+            torch.nn.functional.linear(*head, parts["bias"])
+        with pytest.raises(
+            ValueError, match=r"expected the dtype of .*, which torch.autocast does not do with float64"
+        ):
+            linear_kd_loss(*heads, given.labels, **{f"{'teacher' if teachers else 'student'}_bias": parts["bias"]})
+
+
 @pytest.mark.parametrize("use_reentrant", [False, True])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_activation_checkpointing(use_reentrant, reduction):
@@ -573,6 +633,29 @@ def test_plan_under_autocast():
     assert buffers["teacher logits"] == 100 * linear.row_stride(1000) * 2
     half_teacher = linear.plan(100, 1000, H_S, H_T, **dtypes | {"teacher_dtype": torch.bfloat16}).buffers
     assert half_teacher["weights in the autocast dtype"] == 1000 * H_S * 2
+    two_dtypes = dtypes | {"dtype": torch.bfloat16, "weight_dtype": torch.float32}
+    buffers = linear.plan(100, 1000, H_S, H_T, **two_dtypes, bias_grad=True).buffers
+    assert buffers["hidden gradient"] == 100 * H_S * 2
+    assert (buffers["weight gradient"], buffers["bias gradient"]) == (1000 * H_S * 4, 1000 * 4)
+    assert buffers["weights in the autocast dtype"] == 1000 * (H_S + H_T) * 2
+
+
+@pytest.mark.parametrize("trained", [True, False])
+@pytest.mark.usefixtures("small_blocks")
+def test_memory_under_autocast_is_what_the_plan_says(trained):
+    given = make("cpu", shape=(256,), vocabulary=8000)
+    halves = {name: getattr(given, name).detach().bfloat16() for name in ("hidden", "teacher_hidden")}
+    given = given._replace(**halves)
+    given.hidden.requires_grad_()
+    given.weight.requires_grad_(trained)
+    bound = 64 * 2 * 8000 * 2
+    plan = linear.plan(
+        256, 8000, H_S, H_T, dtype=torch.bfloat16, weight_dtype=torch.float32, teacher_weight_dtype=torch.float32,
+        autocast_dtype=torch.bfloat16, weight_grad=trained, workspace_bytes=bound,
+    )  # fmt: skip
+    with torch.autocast("cpu", torch.bfloat16):
+        measured = peak(given, workspace_bytes=bound)
+    assert 0.95 * plan.peak_bytes <= measured <= 1.1 * plan.peak_bytes + 600_000
 
 
 @pytest.mark.usefixtures("small_blocks")

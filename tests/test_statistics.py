@@ -60,7 +60,7 @@ def test_identity_survives_columns_that_are_all_masked():
     whole = of_columns(student, teacher, 2.0)
     identity = stats.identity(3, torch.float64)
     assert torch.equal(stats.merge(torch.stack([identity, identity, whole]), 2.0), whole)
-    assert torch.isnan(stats.kl_divergence(of_columns(masked, masked, 2.0))).all()
+    assert torch.isnan(stats.kl_divergence(of_columns(masked, masked, 2.0), 2.0)).all()
 
 
 def test_identity_survives_maxima_further_apart_than_float32_reaches():
@@ -69,13 +69,25 @@ def test_identity_survives_maxima_further_apart_than_float32_reaches():
     assert torch.equal(stats.merge(torch.stack([stats.identity(1), whole]), 2.0), whole)
 
 
+def test_parts_further_apart_than_float32_reaches_merge_to_the_whole():
+    student = torch.tensor([[1e38, 0.0, -2.5e38, -3e38], [3e38, 3e38, -3e38, 3e38]])
+    teacher = torch.tensor([[-2.5e38, -3e38, 1e38, 1e38], [1e38, 1e38, 1e38, 1e38]])
+    for temperature in (0.05, 1.0):
+        parts = [of_columns(student[:, [i]], teacher[:, [i]], temperature) for i in range(4)]
+        merged = stats.merge(torch.stack(parts), temperature)
+        torch.testing.assert_close(merged, of_columns(student, teacher, temperature))
+        kl = stats.kl_divergence(merged, temperature)
+        expected = reference.kl_divergence(student.double(), teacher.double(), temperature)
+        torch.testing.assert_close(kl, expected, rtol=1e-6, atol=0)
+
+
 def test_an_infinite_divergence_survives_a_merge_and_never_becomes_nan():
     student, teacher = logits(0, 1.0)
     student[0, 3] = -torch.inf
     student[1, 3] = -torch.inf
     teacher[1, :12] -= 1e5  # a part infinite by itself, of no weight beside the other
     parts = [of_columns(student[:, s], teacher[:, s], 1.0) for s in (slice(0, 12), slice(12, 24))]
-    kl = stats.kl_divergence(stats.merge(torch.stack(parts), 1.0))
+    kl = stats.kl_divergence(stats.merge(torch.stack(parts), 1.0), 1.0)
     assert kl[0] == torch.inf
     assert kl[1:].isfinite().all()
 
@@ -84,7 +96,7 @@ def test_final_values():
     student, teacher = logits(1, 3.0)
     statistics = of_columns(student, teacher, 3.0)
     torch.testing.assert_close(
-        stats.kl_divergence(statistics), reference.kl_divergence(student, teacher, 3.0), rtol=1e-12, atol=0
+        stats.kl_divergence(statistics, 3.0), reference.kl_divergence(student, teacher, 3.0), rtol=1e-12, atol=0
     )
     labels = torch.tensor([0, 5, 23])
     torch.testing.assert_close(

@@ -179,9 +179,9 @@ def test_nothing_reads_a_value_or_moves_between_devices(
 def test_a_mistake_would_be_seen(fake_device, mistake, monkeypatch):
     given = inputs(fake_device, torch.float32)
     wrong = {
-        "read": lambda statistics: statistics[0] * statistics.sum().item(),
-        "copy to the host": lambda statistics: statistics[0].cpu().to(statistics.device),
-        "constant from the host": lambda statistics: statistics[0] * torch.ones(N).to(statistics.device),
+        "read": lambda statistics, _: statistics[0] * statistics.sum().item(),
+        "copy to the host": lambda statistics, _: statistics[0].cpu().to(statistics.device),
+        "constant from the host": lambda statistics, _: statistics[0] * torch.ones(N).to(statistics.device),
     }[mistake]
     monkeypatch.setattr(stats, "kl_divergence", wrong)
     with CopiesBetweenDevices() as copies:

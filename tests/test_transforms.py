@@ -143,3 +143,51 @@ def test_vmap_of_an_operator_over_its_last_dimension():
     batched = torch.func.vmap(statistics, (3, 1))(student, weight)
     for i in range(B):
         assert torch.equal(batched[i], statistics(student[..., i], weight[:, i]))
+
+
+@both
+@reductions
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.filterwarnings("ignore:There is a performance drop")  # one upstream gradient after another
+def test_many_upstream_gradients_at_once_are_a_loop_over_them(device, loss, reduction, dtype):
+    inputs, _, argnums = samples(loss)
+    inputs = [x.to(device).to(dtype if x.is_floating_point() else x.dtype) for x in inputs]
+    given = [inputs[0], *(x.to(device) for x in inputs[1:])]
+    if loss is from_logits:
+        function = lambda *leaves: kd_loss(*leaves, *given[1:], temperature=3.0, reduction=reduction)  # noqa: E731
+    else:
+        teacher_weight = torch.randn(V, H_T, device=device, dtype=dtype)
+        function = lambda *leaves: linear_kd_loss(  # noqa: E731
+            *leaves, given[2], teacher_weight, given[3], temperature=3.0, reduction=reduction
+        )
+    leaves = [given[i].requires_grad_() for i in argnums]
+    value = function(*leaves)
+    upstreams = torch.randn(3, *value.shape, device=device)
+    many = torch.autograd.grad(value, leaves, upstreams, is_grads_batched=True, retain_graph=True)
+    for i, upstream in enumerate(upstreams):
+        for found, expected in zip(many, torch.autograd.grad(value, leaves, upstream, retain_graph=True), strict=True):
+            assert torch.equal(found[i], expected)
+
+
+@reductions
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_many_upstream_gradients_write_over_no_logits(device, reduction):
+    (student, teacher, labels), _, _ = samples(from_logits)
+    leaf = student.to(device).requires_grad_()
+    expected = kd_loss(leaf, teacher.to(device), labels.to(device), reduction=reduction)
+    found = kd_loss(leaf * 1, teacher.to(device), labels.to(device), reduction=reduction, inplace_backward=True)
+    upstreams = torch.randn(3, *found.shape, device=device)
+    pairs = [torch.autograd.grad(loss, leaf, upstreams, is_grads_batched=True)[0] for loss in (found, expected)]
+    assert torch.allclose(*pairs, rtol=1e-5, atol=1e-8)
+
+
+@both
+def test_jacobians_are_those_of_single_upstream_gradients(loss):
+    inputs, _, _ = samples(loss)
+    function = partial(loss, reduction="none")
+    rows = torch.func.jacrev(
+        lambda first: torch.stack([function(first, *inputs[1:]), 2 * function(first, *inputs[1:])])
+    )(inputs[0])
+    expected = torch.func.grad(lambda first: function(first, *inputs[1:]))(inputs[0])
+    assert torch.allclose(rows[0], expected, rtol=1e-6, atol=1e-8)
+    assert torch.allclose(rows[1], 2 * expected, rtol=1e-6, atol=1e-8)

@@ -365,14 +365,14 @@ def differences(case: Case, results: dict[str, Tensor], expected: dict[str, dict
                 continue
             if against == "float64":
                 result = stats.merge(result, case.temperature)[None]
-            yield Difference(name, against, _of_statistics(result, other), bound, misrounded=0.0)
+            yield Difference(name, against, _of_statistics(result, other, case.temperature), bound, misrounded=0.0)
 
 
-def _of_statistics(result: Tensor, other: Tensor) -> float:
-    """The largest of any number; c is a difference, of numbers that add up to about e."""
+def _of_statistics(result: Tensor, other: Tensor, temperature: float) -> float:
+    """The largest of any number; c is a difference, of numbers that add up to about T e."""
     result, other = result.double(), other.double()
     size = other.abs()
-    size[:, stats.C] += other[:, stats.E]
+    size[:, stats.C] += other[:, stats.E] * (temperature / stats.UNIT)
     error = (result - other).abs()
     return float(torch.where(error == 0, 0.0, error / size).max() / EPSILON)
 

@@ -135,7 +135,8 @@ def _bench(options: argparse.Namespace) -> int:
     pictures = plots.draw(options.output, results, where)
     if pictures:
         out.print(f"Drawn: {', '.join(map(str, pictures))}", markup=False, highlight=False)
-    end = f"; interrupted after {done} of {len(work)} configurations" if interruption else ""
+    shapes_done = f" after {done} of {len(work)} configurations" if work else ""
+    end = f"; interrupted{shapes_done}" if interruption else ""
     out.print(f"{time.perf_counter() - begin:.0f} s in all{end}", markup=False, highlight=False)
     wrong = any(result.agrees is False and result.peer == "fused_kd" for result in results)
     return interruption.exit_code or (1 if wrong else 0)

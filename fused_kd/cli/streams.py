@@ -59,8 +59,9 @@ def _lasting(stream: TextIO | None, descriptor: int) -> TextIO:
     if type(getattr(buffer, "raw", buffer)) is not io.FileIO or stream.fileno() != descriptor:
         return stream
     assert isinstance(stream, io.TextIOWrapper)
+    errors = "backslashreplace" if stream.errors == "strict" else stream.errors  # a letter must not end the work either
     return io.TextIOWrapper(
-        io.BufferedWriter(_Descriptor(descriptor, "w", closefd=False)), stream.encoding, stream.errors,
+        io.BufferedWriter(_Descriptor(descriptor, "w", closefd=False)), stream.encoding, errors,
         line_buffering=stream.line_buffering, write_through=stream.write_through,
     )  # fmt: skip
 

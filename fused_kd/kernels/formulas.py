@@ -8,7 +8,11 @@ the hardware computes: `exp2_scale` is log2(e) / T.
 import triton
 import triton.language as tl
 
+from ..statistics import UNIT
+
 LOG2_E = tl.constexpr(1.4426950408889634)
+IN_UNITS = tl.constexpr(1 / UNIT)  # times a logit: a difference of logits that float32 does not hold is finite then
+OF_UNITS = tl.constexpr(UNIT)
 
 
 @triton.jit
@@ -16,11 +20,12 @@ def exponentials(
     u,  # differences to a maximum, <= 0, any shape
     exp2_scale,
     POWER: tl.constexpr,  # T if it is 1, 2, 3 or 4, else 0
+    COUNTED_IN: tl.constexpr = 1.0,  # the unit of u, which exp2_scale has as a factor
 ):
     """(e^u, e^{u/T}): one exponential where T is a small whole number, since e^u is then a power of the other."""
     at_T = tl.exp2(u * exp2_scale)
     if POWER == 0:
-        at_1 = tl.exp2(u * LOG2_E)
+        at_1 = tl.exp2(u * (LOG2_E * COUNTED_IN))
     elif POWER == 1:
         at_1 = at_T
     else:

@@ -10,9 +10,10 @@ The three normalisers are folded into one factor each, so an element costs its e
 each of them.  An element is read before it is written, by the same thread: the gradient may take the student's place.
 
 Where the teacher learns too (TEACHER_GRAD), its gradient comes from the same loads and the same exponential.  The
-log-ratio of an element less KL, which is their q-weighted mean, needs no logarithm, since KL = c / e + log(d_T / e):
+log-ratio of an element less KL, which is their q-weighted mean, needs no logarithm, since KL = UNIT / T c / e +
+log(d_T / e):
 
-    dL/dy[j] = w_kl / T  e^{(y_j - m_t)/T} / e  (((y_j - m_t) - (z_j - m_s)) / T - c / e)
+    dL/dy[j] = w_kl / T  e^{(y_j - m_t)/T} / e  (((y_j - m_t) - (z_j - m_s)) / T - UNIT / T c / e)
 
 Traffic, bf16: 6 bytes a pair, the floor; 8 with the teacher's gradient.  Special-function work: 3 exponentials a pair, 2
 where T is 1, 2, 3 or 4.
@@ -23,7 +24,7 @@ import triton
 import triton.language as tl
 
 from ..logit_map import IDENTITY_MAP, LogitMap
-from .formulas import IDENTITY, INTERPRETED, exponentials, load_pair, row_offset, slope_at, tile_columns
+from .formulas import IDENTITY, INTERPRETED, OF_UNITS, exponentials, load_pair, row_offset, slope_at, tile_columns
 from .launch import Launch, default_launch, is_wide, map_arguments, temperature_arguments
 
 
@@ -62,7 +63,7 @@ def teacher_gradient(
     u, v, q,  # tiles: z - m_s, y - m_t, e^{v/T}
     q_scale,  # w_kl / (T e)
     inverse_T,
-    mean_log_ratio,  # c / e, as the log-ratios less log(d_T / e)
+    mean_log_ratio,  # UNIT / T c / e, as the log-ratios less log(d_T / e)
 ):  # fmt: skip
     """Without teacher mass it is 0, also where v - u is infinite or inf - inf (masked tokens)."""
     return q_scale * q * tl.where(q > 0, (v - u) * inverse_T - mean_log_ratio, 0.0)
@@ -204,7 +205,7 @@ def weighted_gradient(
     else:
         mean_log_ratio = 0.0
         if TEACHER_GRAD:
-            mean_log_ratio = c / e
+            mean_log_ratio = c / e * (inverse_T * OF_UNITS)
         sweep_gradient(
             student_row, teacher_row, gradient_row, teacher_gradient_row,
             student_stride_column, teacher_stride_column, gradient_stride_column, teacher_gradient_stride_column,

@@ -41,7 +41,7 @@ from ..one_launch_plan import OneLaunch
 from .formulas import row_offset
 from .launch import is_wide, map_arguments, temperature_arguments
 from .logit_gradient import roundable, weighted_gradient
-from .row_statistics import LOWEST, merged, store_statistics, sweep_statistics
+from .row_statistics import LOWEST, merged, store_far_differences, store_statistics, sweep_statistics
 
 
 @triton.jit(
@@ -73,11 +73,18 @@ def whole_kernel(
     if (w_ce == 0) & (w_kl == 0):
         high = 0
     m_s, d_1, d_T, m_t, e, c = sweep_statistics(
-        student_row, teacher_row, student_stride_column, teacher_stride_column, 0, high, exp2_scale, inverse_T,
+        student_row, teacher_row, student_stride_column, teacher_stride_column, 0, high, exp2_scale,
         student_factor, student_cap, teacher_factor, teacher_cap,
         NEED_CE, NEED_KL, POWER, LANES, K, WIDE, STUDENT_MAP, TEACHER_MAP,
     )  # fmt: skip
     store_statistics(statistics_ptr + row, N, m_s, d_1, d_T, m_t, e, c)
+    if NEED_KL and POWER == 0:  # noqa: SIM102
+        if c == float("inf"):
+            store_far_differences(
+                statistics_ptr + row + 5 * N, student_row, teacher_row, student_stride_column, teacher_stride_column,
+                0, high, m_s, m_t, exp2_scale, student_factor, student_cap, teacher_factor, teacher_cap,
+                LANES, STUDENT_MAP, TEACHER_MAP,
+            )  # fmt: skip
     label = -1
     if NEED_CE:
         label = tl.load(labels_ptr + row).to(tl.int32)
@@ -93,7 +100,7 @@ def whole_kernel(
 @triton.jit
 def merged_parts(
     parts,  # pointer to the row's [6, S]
-    exp2_scale, inverse_T,
+    exp2_scale,
     POWER: tl.constexpr, S: tl.constexpr, S_ROUNDED: tl.constexpr,
 ):  # fmt: skip
     """The tuple of a row from those of its slices."""
@@ -105,7 +112,7 @@ def merged_parts(
     m_t = tl.load(parts + 3 * S + part, mask=inside, other=LOWEST, cache_modifier=".cg")
     e = tl.load(parts + 4 * S + part, mask=inside, other=0.0, cache_modifier=".cg")
     c = tl.load(parts + 5 * S + part, mask=inside, other=0.0, cache_modifier=".cg")
-    return merged(m_s, d_1, d_T, m_t, e, c, exp2_scale, inverse_T, POWER)
+    return merged(m_s, d_1, d_T, m_t, e, c, exp2_scale, POWER)
 
 
 @triton.jit
@@ -151,7 +158,7 @@ def shared_kernel(
         m_s, d_1, d_T, m_t, e, c = sweep_statistics(
             student_ptr + row_offset(row, student_rows_inner, student_stride_outer, student_stride_inner),
             teacher_ptr + row_offset(row, teacher_rows_inner, teacher_stride_outer, teacher_stride_inner),
-            student_stride_column, teacher_stride_column, low, end, exp2_scale, inverse_T,
+            student_stride_column, teacher_stride_column, low, end, exp2_scale,
             student_factor, student_cap, teacher_factor, teacher_cap,
             NEED_CE, NEED_KL, POWER, LANES, K, WIDE, STUDENT_MAP, TEACHER_MAP,
         )  # fmt: skip
@@ -161,8 +168,17 @@ def shared_kernel(
         published = tl.atomic_add(progress_ptr + 1 + row, 1, sem="acq_rel")
         if published == S - 1:
             tl.debug_barrier()  # the acquire was one thread's, the loads are all threads'
-            m_s, d_1, d_T, m_t, e, c = merged_parts(parts, exp2_scale, inverse_T, POWER, S, S_ROUNDED)
+            m_s, d_1, d_T, m_t, e, c = merged_parts(parts, exp2_scale, POWER, S, S_ROUNDED)
             store_statistics(statistics_ptr + row, N, m_s, d_1, d_T, m_t, e, c)
+            if NEED_KL and POWER == 0:  # noqa: SIM102
+                if c == float("inf"):
+                    store_far_differences(
+                        statistics_ptr + row + 5 * N,
+                        student_ptr + row_offset(row, student_rows_inner, student_stride_outer, student_stride_inner),
+                        teacher_ptr + row_offset(row, teacher_rows_inner, teacher_stride_outer, teacher_stride_inner),
+                        student_stride_column, teacher_stride_column, 0, V, m_s, m_t, exp2_scale,
+                        student_factor, student_cap, teacher_factor, teacher_cap, LANES, STUDENT_MAP, TEACHER_MAP,
+                    )  # fmt: skip
             tl.debug_barrier()
             tl.atomic_add(progress_ptr + 1 + row, 1, sem="release")
     row -= 1

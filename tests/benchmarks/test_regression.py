@@ -108,7 +108,7 @@ def test_what_launches_and_what_does_not():
 def test_an_operator_more_is_seen(monkeypatch: pytest.MonkeyPatch):
     before = steps.launched(lambda: steps.from_logits(64))
     kl_divergence = stats.kl_divergence
-    monkeypatch.setattr(stats, "kl_divergence", lambda statistics: kl_divergence(statistics.clone()))
+    monkeypatch.setattr(stats, "kl_divergence", lambda statistics, T: kl_divergence(statistics.clone(), T))
     after = steps.launched(lambda: steps.from_logits(64))
     assert before.kernels == after.kernels == {"loss_and_gradient": 1, "scale": 1}
     assert after.operators - before.operators == {"clone": 1}
@@ -248,7 +248,7 @@ def test_launches_that_are_more_are_named(
     assert regression.main([*arguments, "--update"]) == 0
     assert regression.main(arguments) == 0
     kl_divergence = stats.kl_divergence
-    monkeypatch.setattr(stats, "kl_divergence", lambda statistics: kl_divergence(statistics.clone()))
+    monkeypatch.setattr(stats, "kl_divergence", lambda statistics, T: kl_divergence(statistics.clone(), T))
     assert regression.main(arguments) == 1
     assert "kd_loss: clone +1" in capsys.readouterr().out.splitlines()
 

@@ -4,6 +4,7 @@ import json
 import signal
 import sys
 import threading
+import time
 from signal import SIGINT, SIGTERM
 
 import pytest
@@ -181,7 +182,9 @@ def test_bench_leaves_its_compilations(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(bench, "_compiled_profiles", lambda: signal.raise_signal(SIGINT))
     file = tmp_path / "bench.json"
     assert main(["bench", "--part", "compiled", "--output", str(tmp_path), "--json", str(file)]) == 130
-    assert "The kernels as compiled: interrupted" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "The kernels as compiled: interrupted" in out
+    assert out.endswith("s in all; interrupted\n")
     assert json.loads(file.read_text())["compiled"] == "interrupted"
 
 
@@ -194,8 +197,7 @@ def task(item):
     stop()
     if item == 0:
         os.kill(os.getppid(), signal.SIGINT)
-    time.sleep(0.5)
-    print(item, flush=True)
+    time.sleep(100)
     return item
 if __name__ == "__main__":
     try:
@@ -208,24 +210,8 @@ if __name__ == "__main__":
 def test_ctrl_c_ends_the_workers_without_a_word(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(WORKERS)
+    begin = time.perf_counter()
     result = run(sys.executable, str(script), preexec_fn=lambda: signal.signal(SIGINT, signal.SIG_DFL))
     assert result.returncode == 130
-    assert len(result.stdout.split()) < 5
+    assert time.perf_counter() - begin < 100
     assert "Traceback" not in result.stderr
-
-
-IMPORTS = """
-import os, signal, sys
-class Hook:
-    def find_spec(name, *rest):
-        if name == "torch":
-            os.kill(os.getpid(), signal.SIGINT)
-sys.meta_path.insert(0, Hook)
-from fused_kd_command import main
-sys.exit(main())
-"""
-
-
-def test_ctrl_c_during_imports_is_one_line():
-    result = run(sys.executable, "-c", IMPORTS, preexec_fn=lambda: signal.signal(SIGINT, signal.SIG_DFL))
-    assert (result.returncode, result.stdout, result.stderr) == (130, "", "fused-kd: interrupted\n")

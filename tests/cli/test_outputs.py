@@ -93,6 +93,15 @@ def test_a_write_that_fails_leaves_what_was_there(tmp_path):
     assert len(list(tmp_path.iterdir())) == 2
 
 
+def test_a_block_that_writes_nothing_leaves_what_was_there(tmp_path):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "old").touch()
+    with pytest.raises(UserError, match="cannot write"), outputs.written_beside(folder):
+        pass
+    assert [path.name for path in tmp_path.rglob("*")] == ["folder", "old"]
+
+
 def test_a_folder_takes_the_place_of_a_folder_and_a_link_stays_a_link(tmp_path):
     folder, file, link = tmp_path / "folder", tmp_path / "file", tmp_path / "link"
     folder.mkdir()

