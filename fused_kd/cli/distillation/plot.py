@@ -8,6 +8,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 
+from ..outputs import written_beside
 from .report import Run
 from .training import LOSS_PARTS, PARTS
 
@@ -40,7 +41,8 @@ def draw(path: Path, runs: dict[str, Run], temperature: float) -> None:
         f"Held-out text: KL to the teacher {before.kl:.3g} → {after.kl:.3g} nats, perplexity {before.perplexity:.4g} → "
         f"{after.perplexity:.4g} (teacher {before.teacher_perplexity:.4g})"
     )
-    figure.savefig(path, dpi=130)
+    with written_beside(path) as place:
+        figure.savefig(place, dpi=130, format="png")
     plt.close(figure)
 
 

@@ -21,6 +21,15 @@ class Run:
     after: Evaluation
     history: History
 
+    @classmethod
+    def of_record(cls, record: dict[str, dict[str, Any]]) -> "Run":
+        """The run whose `dataclasses.asdict` this is."""
+        return cls(Evaluation(**record["before"]), Evaluation(**record["after"]), History(**record["history"]))
+
+    @property
+    def steps(self) -> int:
+        return len(self.history.loss)
+
     def seconds(self) -> dict[str, float]:
         """Of each part of a step the median, and the sums of these: "step" of all, "loss" of those of the loss."""
         steps = self.history.seconds[WARMUP_STEPS:] or self.history.seconds
@@ -31,11 +40,14 @@ class Run:
 def summary(settings: Settings, loss: str, sequence: int, facts: dict[str, Any]) -> str:
     layers = facts["student_layers_from_teacher"]
     origin = f", layers {' '.join(map(str, layers))} of the teacher" if layers else ""
-    epochs = settings.steps * settings.batch * sequence / facts["train_tokens"]
+    opening = facts["block_opening"]
+    blocks = f", in blocks that begin with {' '.join(opening)}" if opening else ""
+    text = sequence - len(opening)
+    epochs = settings.steps * settings.batch * text / facts["train_tokens"]
     return (
         f"Teacher  {facts['teacher_parameters'] / 1e6:.1f} M parameters, vocabulary {facts['vocabulary']}\n"
         f"Student  {facts['student_parameters'] / 1e6:.1f} M parameters{origin}\n"
-        f"Text     {facts['train_tokens']} tokens to train on, {facts['held_out_tokens']} held out\n"
+        f"Text     {facts['train_tokens']} tokens to train on, {facts['held_out_tokens']} held out{blocks}\n"
         f"Training {settings.steps} steps of {settings.batch} x {sequence} tokens ({epochs:.2g} epochs) on "
         f"{settings.device}, alpha {settings.alpha:g}, T {settings.temperature:g}, loss from {LOSS_INPUTS[loss]}"
     )

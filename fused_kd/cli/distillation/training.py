@@ -1,7 +1,6 @@
 """The training loop, and the evaluation before and after it."""
 
 import math
-from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +10,7 @@ from torch import Tensor
 
 from ...output import KDLossOutput
 from .. import memory
-from .data import Blocks, batch_order, next_tokens
+from .data import Blocks, batches
 from .heads import Loss, SplitModel
 from .stopwatch import Stopwatch
 
@@ -41,7 +40,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Means over the held-out tokens that have a next token; in nats, at temperature 1."""
+    """Means over the held-out positions that have a label; in nats, at temperature 1."""
 
     kl: float  # KL(teacher || student)
     ce: float
@@ -75,65 +74,115 @@ class History:
         return not all(map(math.isfinite, self.loss))
 
 
-def train(
-    teacher: SplitModel,
-    student: SplitModel,
-    blocks: Blocks,
-    loss: Loss,
-    settings: Settings,
-    on_step: Callable[[int, KDLossOutput], None],  # (steps done, values on the device)
-) -> History:
-    """Trains the student in place.
+class Training:
+    """A training of the student, in place, step by step; it can be kept after any step, and gone on with.
 
     The loss is taken on a leaf that holds the student's hidden states, and its gradient then handed to the body.  That is
     the same gradient as one backward pass through both, and tells apart what the loss costs and what the model.
     """
-    torch.manual_seed(settings.seed)  # dropout
-    teacher.eval()
-    student.train()
-    optimiser = torch.optim.AdamW(
-        student.parameters(), lr=settings.lr, betas=(0.9, 0.95), weight_decay=0.01, fused=True
-    )
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: learning_rate_share(step, settings.steps))
-    watch = Stopwatch(PARTS, settings.device)
-    values: list[Tensor] = []  # [4] each, on the device: reading them here would make the host wait
-    for tokens in _batches(blocks.train, settings):
-        labels = next_tokens(tokens)
+
+    def __init__(
+        self, teacher: SplitModel, student: SplitModel, blocks: Blocks, loss: Loss, settings: Settings
+    ) -> None:
+        torch.manual_seed(settings.seed)  # dropout
+        self.teacher, self.student = teacher.eval(), student.train()
+        self.blocks, self.loss, self.settings = blocks, loss, settings
+        self._optimiser = torch.optim.AdamW(
+            student.parameters(), lr=settings.lr, betas=(0.9, 0.95), weight_decay=0.01, fused=True
+        )
+        self._schedule = torch.optim.lr_scheduler.LambdaLR(
+            self._optimiser, lambda step: learning_rate_share(step, settings.steps)
+        )
+        self._batches = batches(blocks.train, settings.batch, settings.seed)
+        self._values: list[Tensor] = []  # [4] each, on the device: reading them here would make the host wait
+        self._watch = Stopwatch(PARTS, settings.device)
+        self._seconds: list[dict[str, float]] = []  # of the steps before it was gone on with
+
+    @property
+    def done(self) -> int:
+        return len(self._values)
+
+    def step(self) -> KDLossOutput:
+        tokens, watch = next(self._batches), self._watch
+        labels = self.blocks.labels(tokens)
         watch.start()
-        with torch.no_grad(), settings.autocast():
-            teacher_hidden = teacher.body(tokens)  # [batch, sequence, H_t]
+        with torch.no_grad(), self.settings.autocast():
+            teacher_hidden = self.teacher.body(tokens)  # [batch, sequence, H_t]
         watch.lap()
-        with settings.autocast():
-            hidden = student.body(tokens)
+        with self.settings.autocast():
+            hidden = self.student.body(tokens)
         watch.lap()
         leaf = hidden.detach().requires_grad_()
-        result = _kd(loss, student, teacher, leaf, teacher_hidden, labels, settings)
+        result = self._kd(leaf, teacher_hidden, labels)
         watch.lap()
         result.loss.backward()  # type: ignore[no-untyped-call]
         watch.lap()
         hidden.backward(leaf.grad)
         watch.lap()
-        norm = torch.nn.utils.clip_grad_norm_(student.parameters(), CLIP_NORM)
-        optimiser.step()
-        optimiser.zero_grad()
-        schedule.step()
+        norm = torch.nn.utils.clip_grad_norm_(self.student.parameters(), CLIP_NORM)
+        self._optimiser.step()
+        self._optimiser.zero_grad()
+        self._schedule.step()
         watch.lap()
-        values.append(torch.stack([*_values(result), norm]))
-        on_step(len(values), result)
+        self._values.append(torch.stack([*_values(result), norm]))
+        return result
 
-    once_more = hidden.detach().requires_grad_()
+    def state(self) -> dict[str, Any]:
+        """Tensors and plain values only, so that loading them runs no code of the file."""
+        cuda = self.settings.device.type == "cuda"
+        return {
+            "student": self.student.model.state_dict(),
+            "optimiser": self._optimiser.state_dict(),
+            "schedule": self._schedule.state_dict(),
+            "generator": torch.get_rng_state(),
+            "cuda_generator": torch.cuda.get_rng_state(self.settings.device) if cuda else None,
+            "values": torch.stack(self._values).cpu(),
+            "seconds": [*self._seconds, *self._watch.seconds()],
+        }
 
-    def measured() -> None:  # on the last batch, after the timed steps: measuring memory is slow
-        _kd(loss, student, teacher, once_more, teacher_hidden, labels, settings).loss.backward()  # type: ignore[no-untyped-call]
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on after the last step of that state."""
+        self.student.model.load_state_dict(state["student"])
+        self._optimiser.load_state_dict(state["optimiser"])
+        self._schedule.load_state_dict(state["schedule"])
+        self._values = list(state["values"].to(self.settings.device))
+        self._seconds = state["seconds"]
+        for _ in range(self.done):
+            next(self._batches)
+        torch.set_rng_state(state["generator"])
+        if state["cuda_generator"] is not None:
+            torch.cuda.set_rng_state(state["cuda_generator"], self.settings.device)
 
-    del result, leaf, hidden  # nothing of the last step is in memory while the loss is measured
-    seconds = watch.seconds()
-    losses, kl, ce, norms = torch.stack(values).T.tolist()
-    peak = memory.peak_bytes(measured, settings.device)
-    results = [once_more.grad, *(parameter.grad for parameter in student.parameters())]
-    gradient_bytes = sum(gradient.nbytes for gradient in results if gradient is not None)
-    optimiser.zero_grad()
-    return History(losses, kl, ce, norms, seconds, peak, gradient_bytes)
+    def history(self) -> History:
+        """Of the steps done; it measures memory, which is slow, so not in a timed step."""
+        tokens = self.blocks.train[: self.settings.batch]
+        with torch.no_grad(), self.settings.autocast():
+            hidden, teacher_hidden = self.student.body(tokens), self.teacher.body(tokens)
+        leaf, labels = hidden.requires_grad_(), self.blocks.labels(tokens)
+
+        def measured() -> None:
+            self._kd(leaf, teacher_hidden, labels).loss.backward()  # type: ignore[no-untyped-call]
+
+        peak = memory.peak_bytes(measured, self.settings.device)
+        results = [leaf.grad, *(parameter.grad for parameter in self.student.parameters())]
+        gradient_bytes = sum(gradient.nbytes for gradient in results if gradient is not None)
+        self._optimiser.zero_grad()
+        losses, kl, ce, norms = torch.stack(self._values).T.tolist()
+        return History(losses, kl, ce, norms, [*self._seconds, *self._watch.seconds()], peak, gradient_bytes)
+
+    def _kd(self, hidden: Tensor, teacher_hidden: Tensor, labels: Tensor) -> KDLossOutput:
+        with self.settings.autocast():
+            return self.loss(
+                self.student,
+                self.teacher,
+                hidden,
+                teacher_hidden,
+                labels,
+                alpha=self.settings.alpha,
+                temperature=self.settings.temperature,
+                vocab_size=self.settings.vocabulary,
+                return_parts=True,
+            )
 
 
 @torch.no_grad()
@@ -142,8 +191,8 @@ def evaluate(teacher: SplitModel, student: SplitModel, blocks: Blocks, loss: Los
     sums = torch.zeros(3, device=settings.device)
     count = 0
     for tokens in blocks.held_out.split(settings.batch):
-        labels = next_tokens(tokens)
-        count += tokens.numel() - tokens.shape[0]
+        labels = blocks.labels(tokens)
+        count += tokens.shape[0] * blocks.labelled
         options = {"reduction": "sum", "vocab_size": settings.vocabulary, "return_parts": True}
         with settings.autocast():
             teacher_hidden, hidden = teacher.body(tokens), student.body(tokens)
@@ -160,30 +209,6 @@ def learning_rate_share(step: int, steps: int) -> float:
         return (step + 1) / warmup
     progress = (step - warmup) / max(1, steps - warmup)
     return FINAL_LR_SHARE + (1 - FINAL_LR_SHARE) * (1 + math.cos(math.pi * progress)) / 2
-
-
-def _batches(train: Tensor, settings: Settings) -> Iterator[Tensor]:  # [batch, sequence] each
-    order = batch_order(train.shape[0], settings.steps, settings.batch, settings.seed).to(train.device)
-    for chosen in order:
-        yield train[chosen]
-
-
-def _kd(
-    loss: Loss, student: SplitModel, teacher: SplitModel, hidden: Tensor, teacher_hidden: Tensor, labels: Tensor,
-    settings: Settings,
-) -> KDLossOutput:  # fmt: skip
-    with settings.autocast():
-        return loss(
-            student,
-            teacher,
-            hidden,
-            teacher_hidden,
-            labels,
-            alpha=settings.alpha,
-            temperature=settings.temperature,
-            vocab_size=settings.vocabulary,
-            return_parts=True,
-        )
 
 
 def _values(result: KDLossOutput) -> list[Tensor]:
