@@ -23,7 +23,7 @@ class RowWeights(NamedTuple):
 
     def reduce(self, values: Tensor, reduction: str, shape: torch.Size) -> Tensor:
         """For the log: the weighted values of the rows that count, as `reduction` has it; of "none", in the given shape."""
-        weighted = weighted_values(self.row, values).detach()
+        weighted = weighted_values(self.row.detach(), values.detach())
         return weighted.reshape(shape) if reduction == "none" else weighted.sum()
 
 

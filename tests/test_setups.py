@@ -8,7 +8,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -16,9 +16,10 @@ from fused_kd import kd_loss, linear_kd_loss
 
 from .oracle import relative_error
 from .strategies import kd_calls, laid_out, linear_kd_calls
-from .test_fuzz import cut, run
+from .test_fuzz import cut, float64_too, run
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+FEW = settings(max_examples=settings().max_examples // 4)
 CALLS = {kd_loss: kd_calls(), linear_kd_loss: linear_kd_calls()}
 
 
@@ -30,7 +31,14 @@ def assert_same(ours: dict[str, Tensor | None], expected: dict[str, Tensor | Non
             torch.testing.assert_close(ours[name], wanted, rtol=0, atol=0, equal_nan=True, msg=name)
 
 
+def copied(tensor: Tensor) -> Tensor:
+    """With its strides, on which the bits of a product depend."""
+    storage = tensor.untyped_storage().clone()
+    return torch.empty(0, dtype=tensor.dtype).set_(storage, tensor.storage_offset(), tensor.shape, tensor.stride())
+
+
 @pytest.mark.parametrize("loss", CALLS)
+@FEW
 @given(data=st.data())
 def test_constants_made_in_inference_mode(device, loss, data):
     with device:
@@ -40,7 +48,7 @@ def test_constants_made_in_inference_mode(device, loss, data):
             arguments["student_logits"] = arguments["student_logits"].detach().requires_grad_()
         with torch.inference_mode():
             made = {
-                name: value.clone() if isinstance(value, Tensor) and not value.requires_grad else value
+                name: copied(value) if isinstance(value, Tensor) and not value.requires_grad else value
                 for name, value in arguments.items()
             }
         with cut(call.tile):
@@ -48,6 +56,7 @@ def test_constants_made_in_inference_mode(device, loss, data):
 
 
 @pytest.mark.parametrize("frozen", [False, True])
+@FEW
 @given(data=st.data())
 def test_any_pair_of_dtypes_under_autocast_is_what_casting_gives(device, frozen, data):
     dtypes = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
@@ -93,6 +102,7 @@ def places(draw, rows: int, columns: int, *, apart: bool) -> tuple[int, int, int
 
 
 @pytest.mark.parametrize("whole", [False, True])
+@FEW
 @given(data=st.data())
 def test_teacher_and_student_in_one_memory(device, whole, data):
     """In place their elements lie apart, or each in the place of the other; anything else is refused."""
@@ -135,10 +145,13 @@ def test_teacher_and_student_in_one_memory(device, whole, data):
     assert all(memory.view(-1)[i] == before.view(-1)[i] for i in range(memory.numel()) if i not in written)
 
 
+@FEW
 @given(data=st.data())
 def test_rows_that_count_between_others(device, data):
-    """They give what they give alone, to the last bit."""
-    shape = data.draw(st.sampled_from([(60,), (15, 4), (4, 15), (30, 1, 2)]), label="shape")
+    """They give what they give alone, on a CPU to the last bit; kernels sum columns in an order that strides decide."""
+    of_a_cpu = float64_too(device)
+    shapes = [(60,), (15, 4), (4, 15), (30, 1, 2)] if of_a_cpu else [(12,), (3, 4), (4, 3), (6, 1, 2)]
+    shape = data.draw(st.sampled_from(shapes), label="shape")
     V = data.draw(st.integers(1, 40), label="V")
     dtype = data.draw(st.sampled_from([torch.float32, torch.bfloat16]), label="dtype")
     layouts = st.sampled_from(["contiguous", "sliced", "padded rows", "transposed", "every other column"])
@@ -168,7 +181,13 @@ def test_rows_that_count_between_others(device, data):
         alone = student.detach().reshape(N, V)[counted].requires_grad_()
         expected = kd_loss(alone, teacher.reshape(N, V)[counted], labels[counted], **options)
         (its_gradient,) = torch.autograd.grad(expected.sum(), alone)
-    assert torch.equal(found.reshape(N)[counted], expected)
-    assert torch.equal(gradient.reshape(N, V)[counted], its_gradient)
+    exact = {"rtol": 0, "atol": 0}
+    torch.testing.assert_close(
+        found.reshape(N)[counted], expected, **exact if of_a_cpu else {"rtol": 1e-5, "atol": 1e-6}
+    )
+    torch.testing.assert_close(
+        gradient.reshape(N, V)[counted], its_gradient,
+        **exact if of_a_cpu else {"rtol": 4 * torch.finfo(dtype).eps, "atol": 1e-6},
+    )  # fmt: skip
     assert not found.reshape(N)[~counted].any()
     assert not gradient.reshape(N, V)[~counted].any()
