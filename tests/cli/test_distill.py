@@ -13,11 +13,15 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from fractions import Fraction
+from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 transformers = pytest.importorskip("transformers")
 import huggingface_hub  # noqa: E402
@@ -243,6 +247,51 @@ def test_after_a_crash_the_last_checkpoint_is_gone_on_with(distill, at_step, tmp
     assert distill("--checkpoint-every", 4, "--resume") == 0
     assert_same(tmp_path / "out", tmp_path / "whole")
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["curves.png", "report.json", "student"]
+
+
+class Crash(BaseException):
+    """What no handler of the command takes: as if the process were no more, the disk has what it had."""
+
+
+@settings(max_examples=5)
+@given(draws=st.data())
+def test_any_interruptions_and_crashes_end_in_the_same_training(distill, signals, tmp_path, draws):
+    if not (tmp_path / "whole").exists():
+        assert distill("--output", tmp_path / "whole") == 0
+    output = Path(tempfile.mkdtemp(dir=tmp_path))
+    every = draws.draw(st.integers(1, 5), label="steps from one checkpoint to the next")
+    kept, taken = 0, []
+
+    def part(stop=None, crash=False):
+        """Goes on, until the step `stop` of this part if there is one."""
+        clip = torch.nn.utils.clip_grad_norm_
+        taken.clear()
+
+        def clipped(*arguments, **options):
+            taken.append(None)
+            if len(taken) == stop:
+                if crash:
+                    raise Crash
+                os.kill(os.getpid(), signal.SIGINT)
+            return clip(*arguments, **options)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(torch.nn.utils, "clip_grad_norm_", clipped)
+            return distill("--output", output, "--checkpoint-every", every, *(["--resume"] if kept else []))
+
+    for crash in draws.draw(st.lists(st.booleans(), min_size=1, max_size=3), label="crashes"):
+        if STEPS - kept > 1:
+            stop = draws.draw(st.integers(1, STEPS - kept - 1), label="step")
+            if crash:
+                with pytest.raises(Crash):
+                    part(stop, crash)
+                kept = max(kept, (kept + stop - 1) // every * every)
+            else:
+                assert part(stop) == 130
+                kept += stop
+    assert part() == 0
+    assert len(taken) == STEPS - kept
+    assert_same(output, tmp_path / "whole")
 
 
 # The command, which sleeps in a step if it is told to, so that nothing depends on how fast the machine is.
