@@ -120,7 +120,7 @@ def _check_head(who: str, hidden: Tensor | None, weight: Tensor | None, bias: Te
 
 
 def products_dtype(tensor: Tensor) -> torch.dtype:
-    """What a part of a head is multiplied in: under torch.autocast the autocast dtype, unless it is float64."""
+    """Return the dtype that part of a head is multiplied in: that of torch.autocast where it is on, but for float64."""
     kind = tensor.device.type
     autocast = tensor.dtype != torch.float64 and torch.is_autocast_enabled(kind)
     return torch.get_autocast_dtype(kind) if autocast else tensor.dtype

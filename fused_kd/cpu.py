@@ -327,7 +327,7 @@ def _load(tensor: Tensor, rows: slice | Tensor, logit_map: LogitMap, buffer: Ten
 def _multiply_by_slope(
     gradient: Tensor, tensor: Tensor, rows: slice | Tensor, logit_map: LogitMap, buffer: Tensor
 ) -> None:
-    """In place: the gradient with respect to the logits becomes the one with respect to the head's output, the tensor."""
+    """Turn the gradient for the logits, in place, into the one for the output of the head, the tensor."""
     if logit_map.is_identity:
         return
     gradient.mul_(logit_map.scale)

@@ -89,11 +89,11 @@ def kd_loss(
             alpha T (log-ratio - KL) q_T a row, from the same sweep.  A teacher that requires grad without it is warned of
             once, and is a constant.
         inplace_backward: the gradient takes the memory of the student's logits, which saves an `[N, V]` array.  It does so
-            before the call returns, on every device, where one launch can give it; nothing may read the logits afterwards.
-            Logits that are a view wait for backward, as does all that takes two launches but for the device.  Backward
-            raises RuntimeError for what saved the logits before and for what is computed from them after they were
-            written over.  Refused are leaves that require grad, views of these, and teacher logits in the memory of
-            other logits of the student.  Nothing is written over under `torch.func`.
+            before the call returns, on every device, and nothing may read the logits afterwards.  It waits for backward
+            where the logits are a view or float16, with reduction "none" or `teacher_grad`, where a term is only logged,
+            and under `torch.compile`.  Backward raises RuntimeError if something saved the logits before they were
+            written over, or was computed from them afterwards.  Refused are leaves that require grad, views of these,
+            and teacher logits in the memory of other logits of the student.  Nothing is written over under `torch.func`.
         return_parts: return `KDLossOutput(loss, kl, ce)`, with detached parts for logging.
 
     Returns:

@@ -35,7 +35,7 @@ def _whole(text: str, least: int) -> int:
 
 
 def quoted(text: str) -> str:
-    """What came, cut where it is long."""
+    """Return the argument as it came, cut where it is long."""
     return repr(text) if len(text) <= 40 else f"{text[:20]!r}... of {len(text)} characters"
 
 

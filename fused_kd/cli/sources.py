@@ -1,4 +1,4 @@
-"""Where a model that is named on the command line is: a folder, a GGUF file, an installed package or the hub."""
+"""Finds a model that is named on the command line: a folder, a GGUF file, an installed package or a name on the hub."""
 
 import importlib.util
 import re
@@ -12,7 +12,7 @@ HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
 def locate(source: str) -> tuple[str, dict[str, str]]:
-    """What transformers' `from_pretrained` takes: a folder or a hub name, and `gguf_file=` for a GGUF file."""
+    """Return what transformers' `from_pretrained` takes: a folder or a hub name, and `gguf_file=` for a GGUF file."""
     path = Path(source).expanduser()
     if path.is_dir():
         return _in_folder(path)

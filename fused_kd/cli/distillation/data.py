@@ -88,7 +88,7 @@ def token_blocks(
 
 
 def opening_tokens(tokenizer: Any) -> tuple[int, ...]:
-    """What the tokenizer puts before a text; what it puts after one is no part of it."""
+    """Return the tokens that the tokenizer puts before a text, without those that it puts after one."""
     text = tokenizer(SAMPLE, add_special_tokens=False)["input_ids"]
     whole = tokenizer(SAMPLE)["input_ids"]
     for begin in range(len(whole) - len(text) + 1):

@@ -28,7 +28,7 @@ CUDA_REFRESH = 10  # steps between two looks at the loss, each of which makes th
 
 
 class Prepared(NamedTuple):
-    """What every training of the experiment starts from."""
+    """The start that every training of the experiment shares."""
 
     settings: Settings
     teacher: heads.SplitModel

@@ -154,7 +154,7 @@ class Training:
             torch.cuda.set_rng_state(state["cuda_generator"], self.settings.device)
 
     def history(self) -> History:
-        """Of the steps done; it measures memory, which is slow, so not in a timed step."""
+        """Return the record of the steps done.  Memory is measured here, since that would slow a timed step."""
         tokens = self.blocks.train[: self.settings.batch]
         with torch.no_grad(), self.settings.autocast():
             hidden, teacher_hidden = self.student.body(tokens), self.teacher.body(tokens)
