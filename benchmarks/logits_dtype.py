@@ -18,7 +18,7 @@ from rich.table import Table
 from torch import Tensor
 
 from fused_kd import linear_kd_loss, reference
-from fused_kd.cli.accuracy import relative_error
+from fused_kd.testing.accuracy import relative_error
 
 N, V, H_S, H_T, T = 128, 32_003, 256, 384, 2.0
 

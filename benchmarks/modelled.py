@@ -44,9 +44,9 @@ OTHERS = ("Liger CE + TVD", "Liger CE", "fla fused KL")
 
 def two_launches(logits: problems.Inputs) -> None:
     """As planned for the rows that are modelled on the chip at hand."""
-    from fused_kd import kernels
     from fused_kd import statistics as stats
-    from fused_kd.kernels.launch import plan
+    from fused_kd.backends import triton as kernels
+    from fused_kd.backends.triton.launch import plan
     from fused_kd.logit_map import LogitMap
 
     (student,), (teacher,), labels = logits

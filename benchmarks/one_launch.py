@@ -60,9 +60,9 @@ TARGETS = (
 
 
 def modelled(simulator: Any, target: Target, temperature: float) -> dict[str, Any]:
-    from fused_kd import kernels
-    from fused_kd.one_launch import as_compiled
-    from fused_kd.one_launch_plan import DEVICES, one_launch_plan
+    from fused_kd.backends import triton as kernels
+    from fused_kd.devices import DEVICES, one_launch_plan
+    from fused_kd.launch import as_compiled
 
     wide = target.vocab_size % 16 == 0  # as `is_wide` finds the rows below
     device = as_compiled(DEVICES[target.chip.upper()])

@@ -2,7 +2,7 @@
 
 from .functional import kd_loss, linear_kd_loss
 from .modules import KDLoss, LinearKDLoss
-from .output import KDLossOutput
+from .options import KDLossOutput
 from .version import __version__
 
 __all__ = ["KDLoss", "KDLossOutput", "LinearKDLoss", "__version__", "kd_loss", "linear_kd_loss"]

@@ -11,18 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import ops
-from .linear import LinearOptions
-from .linear_operator import linear_row_losses
-from .row_losses import (
-    KDOptions,
-    gradient_arguments,
-    row_values,
-    row_values_and_gradient,
-    weight_gradients,
-    weighted_sum,
-)
+from . import operators as ops
+from .heads.operator import linear_row_losses
+from .heads.sweep import LinearOptions
 from .scaling import is_batched, scaled
+from .sweep import KDOptions, gradient_arguments, row_values, row_values_and_gradient, weight_gradients, weighted_sum
 
 Backward = Callable[..., tuple[Tensor | None, ...]]
 

@@ -18,13 +18,13 @@ from .autograd import (
     OverwriteFunction,
     Overwritten,
 )
-from .linear import Head, LinearOptions, planned_chunk
+from .heads.products import RELEASE
+from .heads.sweep import Head, LinearOptions, planned_chunk
 from .logit_map import LogitMap, Scale, Softcap
-from .matmul import RELEASE
-from .output import KDLossOutput
-from .row_losses import KDOptions, fits_one_launch
+from .options import KDLossOutput
 from .rows import RowWeights, as_rows, counted_rows, row_weights
 from .scaling import is_batched
+from .sweep import KDOptions, fits_one_launch
 
 
 def kd_loss(
@@ -58,7 +58,7 @@ def kd_loss(
     bfloat16 gradient is then rounded a second time (for a third 0.23% of its norm off, not 0.18%): `num_items` divides
     before.  Two launches, which keep the logits, take float16 logits, reduction "none", `teacher_grad`, a term that is
     only logged, a loss under `torch.compile`, other GPUs and the CPU.  The environment variable FUSED_KD_PLAN overrides
-    the choice: "one-launch", "two-launches" or "auto", or a launch, as `fused_kd.one_launch.requested` describes it.
+    the choice: "one-launch", "two-launches" or "auto", or a launch, as `fused_kd.launch.requested` describes it.
 
     Args:
         student_logits: `[..., V]`, float32, bfloat16, float16, or float64 on the CPU; any number of leading dimensions
@@ -214,7 +214,7 @@ def linear_kd_loss(
             memory and the products that take.  Teacher hidden states that require grad without it are warned of once.
         logits_dtype: of a chunk's logits.  Default: the dtype of the products, which is what a model's own head gives.
             torch.float32 spares 16-bit logits their rounding, and the gradient of a bias that of its terms.
-        workspace_bytes: bound of the buffers for a chunk's logits, in bytes.  Default: what `fused_kd.linear.plan` chooses.
+        workspace_bytes: bound of the buffers for a chunk's logits, in bytes.  Default: what `plan_chunks` chooses.
 
     Under `torch.autocast` the products run in the autocast dtype, as those of `nn.Linear` would, whatever dtypes hidden
     states, weight and bias have; float64 is not cast.  The gradients have the dtype of what they are a gradient of.

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from . import checks
 from .functional import kd_loss, linear_kd_loss
 from .logit_map import Scale, Softcap
-from .output import KDLossOutput
+from .options import KDLossOutput
 
 
 class _Loss(nn.Module):

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .output import KDLossOutput
+from .options import KDLossOutput
 
 Scale = float | tuple[float, float]
 Softcap = float | tuple[float | None, float | None] | None

@@ -19,10 +19,12 @@ from hypothesis import HealthCheck, settings  # noqa: E402
 HAS_CUDA = torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1"
 if not HAS_CUDA:
     os.environ["TRITON_INTERPRET"] = "1"
-import fused_kd.kernels  # noqa: E402, F401
-from fused_kd import cpu, matmul, scaling  # noqa: E402
-from fused_kd.cli import interpreter  # noqa: E402
-from fused_kd.one_launch import ONE, PLAN, TWO  # noqa: E402
+import fused_kd.backends.triton  # noqa: E402, F401
+from fused_kd import scaling  # noqa: E402
+from fused_kd.backends import cpu  # noqa: E402
+from fused_kd.heads import products as matmul  # noqa: E402
+from fused_kd.launch import ONE, PLAN, TWO  # noqa: E402
+from fused_kd.testing import interpreter  # noqa: E402
 
 interpreter.hasten()
 

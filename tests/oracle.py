@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fused_kd import reference
-from fused_kd.cli.accuracy import EPSILON, relative_error
+from fused_kd.testing.accuracy import EPSILON, relative_error
 
 
 def value_and_gradient(

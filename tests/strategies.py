@@ -12,7 +12,7 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fused_kd import linear
+from fused_kd.heads import sweep as linear
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # Half of them have rows in two dimensions or more, so that strides matter.

@@ -9,9 +9,11 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from fused_kd import kd_loss, kernels, linear, linear_kd_loss
+from fused_kd import kd_loss, linear_kd_loss
 from fused_kd import statistics as stats
-from fused_kd.kernels.launch import Launch
+from fused_kd.backends import triton as kernels
+from fused_kd.backends.triton.launch import Launch
+from fused_kd.heads import sweep as linear
 
 from .oracle import EPSILON, relative_error
 

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from fused_kd import kd_loss, linear_kd_loss
-from fused_kd.matmul import RELEASE
+from fused_kd.heads.products import RELEASE
 
 from .oracle import relative_error
 

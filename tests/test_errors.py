@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fused_kd import kd_loss, linear_kd_loss
-from fused_kd.linear import plan
+from fused_kd.heads.sweep import plan
 
 S = torch.randn(2, 3, 10)
 L = torch.zeros(2, 3, dtype=torch.int64)
@@ -209,11 +209,11 @@ def test_what_cannot_be_raised_gives_nan(monkeypatch):
 def test_cuda_tensors_without_triton_name_the_package(missing, message, monkeypatch):
     import sys
 
-    from fused_kd import ops
+    from fused_kd import operators as ops
 
-    for name in [name for name in sys.modules if name.startswith("fused_kd.kernels")]:
+    for name in [name for name in sys.modules if name.startswith("fused_kd.backends.triton")]:
         monkeypatch.delitem(sys.modules, name)
-    monkeypatch.delattr("fused_kd.kernels")
+    monkeypatch.delattr("fused_kd.backends.triton")
     monkeypatch.setitem(sys.modules, missing, None)
     with pytest.raises(ModuleNotFoundError, match=message) as raised:
         ops._kernels()

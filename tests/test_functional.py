@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fused_kd import KDLoss, KDLossOutput, kd_loss, reference
-from fused_kd.one_launch import PLAN, TWO
+from fused_kd.launch import PLAN, TWO
 
 from .oracle import EPSILON, assert_matches_oracle, relative_error, value_and_gradient
 
@@ -346,7 +346,7 @@ def test_reference_has_the_signature_of_the_function():
 @pytest.mark.parametrize("ignored", [slice(0, 0), slice(1, None, 2)])
 def test_memory_beyond_inputs_and_gradient_is_small(monkeypatch, ignored):
     """On the CPU the buffers are all there is: an [N, V] temporary would be 8 times as much as the bound."""
-    from fused_kd import cpu
+    from fused_kd.backends import cpu
 
     monkeypatch.setattr(cpu, "BLOCK_ELEMENTS", 4 * V)
     rows = 256

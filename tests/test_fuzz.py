@@ -17,9 +17,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fused_kd import cpu, kd_loss, linear_kd_loss, reference
-from fused_kd.kernels.launch import Launch
-from fused_kd.one_launch_plan import OneLaunch
+from fused_kd import kd_loss, linear_kd_loss, reference
+from fused_kd.backends import cpu
+from fused_kd.backends.triton.launch import Launch
+from fused_kd.devices import OneLaunch
 from fused_kd.rows import as_rows
 
 from .spoils import Spoil, kd_spoils, linear_kd_spoils
@@ -55,9 +56,9 @@ def cut(tile: dict[str, int]) -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cpu, "BLOCK_ELEMENTS", tile["block_elements"])
-        patch.setattr(sys.modules["fused_kd.kernels.loss_and_gradient"], "default_one_launch", one_launch)
+        patch.setattr(sys.modules["fused_kd.backends.triton.single_pass"], "default_one_launch", one_launch)
         for name in ("row_statistics", "logit_gradient"):
-            patch.setattr(sys.modules[f"fused_kd.kernels.{name}"], "default_launch", launch)
+            patch.setattr(sys.modules[f"fused_kd.backends.triton.{name}"], "default_launch", launch)
         yield
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fused_kd import kd_loss, reference
-from fused_kd.one_launch import PLAN, TWO
+from fused_kd.launch import PLAN, TWO
 
 from .oracle import relative_error
 

@@ -12,11 +12,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
-from fused_kd import KDLossOutput, LinearKDLoss, checks, chunk_plan, linear, linear_kd_loss, matmul, reference
-from fused_kd.cli.memory import peak_bytes
-from fused_kd.linear_operator import linear_row_losses
-from fused_kd.matmul import accumulate, project
-from fused_kd.row_losses import KDOptions, row_values
+from fused_kd import KDLossOutput, LinearKDLoss, checks, linear_kd_loss, reference
+from fused_kd.heads import chunks as chunk_plan
+from fused_kd.heads import products as matmul
+from fused_kd.heads import sweep as linear
+from fused_kd.heads.operator import linear_row_losses
+from fused_kd.heads.products import accumulate, project
+from fused_kd.sweep import KDOptions, row_values
+from fused_kd.testing.memory import peak_bytes
 
 from .oracle import EPSILON, relative_error
 
@@ -674,7 +677,7 @@ def test_memory_grows_with_rows_by_hidden_states_only():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_products_round_once(dtype, bias, monkeypatch):
     """16-bit operands with a float32 result: the products are exact, their sums float32's."""
-    from fused_kd import matmul
+    from fused_kd.heads import products as matmul
 
     monkeypatch.setattr(matmul, "SLAB_ELEMENTS", 100 * H_S)
     given = make("cpu", dtype)

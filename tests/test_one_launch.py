@@ -11,12 +11,15 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from fused_kd import autograd, cpu, kd_loss, kernels, linear_kd_loss, ops, reference
+from fused_kd import autograd, kd_loss, linear_kd_loss, reference
 from fused_kd import one_launch as one_launch_module
-from fused_kd.cli.memory import peak_bytes
+from fused_kd import operators as ops
+from fused_kd.backends import cpu
+from fused_kd.backends import triton as kernels
+from fused_kd.devices import DEVICES
+from fused_kd.launch import ONE, PLAN, TWO, default_one_launch, device_of, is_chosen, requested
 from fused_kd.logit_map import LogitMap
-from fused_kd.one_launch import ONE, PLAN, TWO, default_one_launch, device_of, is_chosen, requested
-from fused_kd.one_launch_plan import DEVICES
+from fused_kd.testing.memory import peak_bytes
 
 from .oracle import relative_error, value_and_gradient
 
@@ -26,7 +29,7 @@ N, V = 6, 501
 @pytest.fixture
 def on_an_h100(monkeypatch):
     """What is chosen by device is chosen as there."""
-    monkeypatch.setattr("fused_kd.one_launch.device_of", lambda _: DEVICES["H100"])
+    monkeypatch.setattr("fused_kd.launch.device_of", lambda _: DEVICES["H100"])
 
 
 @pytest.fixture
@@ -126,10 +129,10 @@ def test_a_device_chooses_by_what_its_cache_holds(monkeypatch):
     student, teacher, _ = inputs(torch.bfloat16)
     choices = {}
     for name in DEVICES:
-        monkeypatch.setattr("fused_kd.one_launch.device_of", lambda _, name=name: DEVICES[name])
+        monkeypatch.setattr("fused_kd.launch.device_of", lambda _, name=name: DEVICES[name])
         choices[name] = [is_chosen(student, teacher, vocabulary) for vocabulary in (1000, 32_000, 128_256, 262_144)]
     assert choices == {name: [True] * 4 for name in DEVICES}
-    monkeypatch.setattr("fused_kd.one_launch.device_of", lambda _: DEVICES["A100"]._replace(l2_bytes=2**22))
+    monkeypatch.setattr("fused_kd.launch.device_of", lambda _: DEVICES["A100"]._replace(l2_bytes=2**22))
     assert not is_chosen(student, teacher, 262_144)
     monkeypatch.setenv(PLAN, ONE)
     assert is_chosen(student, teacher, 262_144)
@@ -148,7 +151,7 @@ def test_clusters_need_a_triton_that_reduces_over_them(monkeypatch, version, clu
 @pytest.mark.parametrize(("student_cap", "teacher_cap"), [(None, None), (30.0, None), (None, 30.0)])
 def test_a_softcap_is_not_launched_as_a_cluster(on_an_h100, kernel_device, monkeypatch, student_cap, teacher_cap):
     """Triton does not compile that."""
-    module = sys.modules["fused_kd.kernels.loss_and_gradient"]
+    module = sys.modules["fused_kd.backends.triton.single_pass"]
     planned = []
     monkeypatch.setattr(
         module, "default_one_launch", lambda *a, **k: planned.append(default_one_launch(*a, **k)) or planned[-1]

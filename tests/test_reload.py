@@ -77,7 +77,7 @@ torch.testing.assert_close(student.grad, expected[1])
 
 EDITED = """
 import pathlib
-ops = sys.modules["fused_kd.ops"]
+ops = sys.modules["fused_kd.operators"]
 path = pathlib.Path(ops.__file__)
 text = path.read_text()
 merge = "return stats.merge(parts, temperature)"
@@ -101,7 +101,9 @@ def run(code: str, folder: Path, *arguments: str) -> None:
     assert result.returncode == 0, result.stderr[-3000:]
 
 
-@pytest.mark.parametrize("names", [(), ("fused_kd.ops", "fused_kd.linear_operator", "fused_kd.functional", "fused_kd")])
+@pytest.mark.parametrize(
+    "names", [(), ("fused_kd.operators", "fused_kd.heads.operator", "fused_kd.functional", "fused_kd")]
+)
 def test_modules_may_be_reloaded(names):
     run(RELOADED, PACKAGE.parent, *names)
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from fused_kd import kd_loss, reference
-from fused_kd.one_launch import compiles_clusters, triton_release
+from fused_kd.launch import compiles_clusters, triton_release
 
 from .oracle import EPSILON, relative_error, value_and_gradient
 

@@ -6,8 +6,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fused_kd import cpu, reference
+from fused_kd import reference
 from fused_kd import statistics as stats
+from fused_kd.backends import cpu
 
 
 def of_columns(student, teacher, temperature):

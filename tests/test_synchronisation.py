@@ -13,7 +13,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.gpu.graphs import captured
-from fused_kd import functional, kd_loss, linear, linear_kd_loss, one_launch, ops
+from fused_kd import functional, kd_loss, linear_kd_loss
+from fused_kd import launch as one_launch
+from fused_kd import operators as ops
 from fused_kd import statistics as stats
 from fused_kd.autograd import (
     KDLossAndGradientFunction,
@@ -21,8 +23,9 @@ from fused_kd.autograd import (
     LinearKDLossFunction,
     LinearKDRowLossesFunction,
 )
-from fused_kd.cli.launches import Float32Products, opened_operators
-from fused_kd.one_launch_plan import DEVICES
+from fused_kd.devices import DEVICES
+from fused_kd.heads import sweep as linear
+from fused_kd.testing.launches import Float32Products, opened_operators
 
 N, V, H_S, H_T = 40, 137, 8, 12
 CHUNKED = 16 * 2 * 192 * 4

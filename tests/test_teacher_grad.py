@@ -5,8 +5,9 @@ import warnings
 import pytest
 import torch
 
-from fused_kd import kd_loss, linear, linear_kd_loss, reference
-from fused_kd.cli.memory import peak_bytes
+from fused_kd import kd_loss, linear_kd_loss, reference
+from fused_kd.heads import sweep as linear
+from fused_kd.testing.memory import peak_bytes
 
 from .oracle import relative_error
 

@@ -5,7 +5,8 @@ from functools import partial
 import pytest
 import torch
 
-from fused_kd import kd_loss, linear_kd_loss, ops
+from fused_kd import kd_loss, linear_kd_loss
+from fused_kd import operators as ops
 from fused_kd.logit_map import LogitMap
 
 B, N, V, H_S, H_T = 3, 4, 50, 8, 6

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from fused_kd import kd_loss, linear_kd_loss
-from fused_kd.cli.memory import peak_bytes
 from fused_kd.cli.words import dtype_name
+from fused_kd.testing.memory import peak_bytes
 
 from .figures import Figures, one_thread
 

@@ -8,8 +8,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from fused_kd import kd_loss, linear_kd_loss
-from fused_kd.cli.launches import Launches, fake_gpu
-from fused_kd.linear import plan
+from fused_kd.heads.sweep import plan
+from fused_kd.testing.launches import Launches, fake_gpu
 
 from .figures import Figures
 from .record import Operators

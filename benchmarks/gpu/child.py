@@ -7,8 +7,8 @@ from pathlib import Path
 
 import torch
 
-from fused_kd.cli.accuracy import planned
-from fused_kd.one_launch import AUTO, TWO, is_chosen
+from fused_kd.launch import AUTO, TWO, is_chosen
+from fused_kd.testing.accuracy import planned
 
 from .context import Context, here
 from .subjects import TEMPERATURE
@@ -39,7 +39,7 @@ def steps(context: Context, file: Path, rows: int, vocabularies: list[int]) -> N
 
 def launches(context: Context) -> None:
     """Launch every kernel, with each option at least once."""
-    from fused_kd import kernels
+    from fused_kd.backends import triton as kernels
 
     from ..simulated.cases import covering_cases
     from ..simulated.launches import on_device

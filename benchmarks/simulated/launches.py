@@ -18,12 +18,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fused_kd import cpu
 from fused_kd import statistics as stats
-from fused_kd.cli.accuracy import EPSILON, unit_in_last_place
+from fused_kd.backends import cpu
 from fused_kd.cli.compiled.variants import PROCESSORS, TERMS
+from fused_kd.launch import compiles_clusters, device_of
 from fused_kd.logit_map import LogitMap
-from fused_kd.one_launch import compiles_clusters, device_of
+from fused_kd.testing.accuracy import EPSILON, unit_in_last_place
 
 from .cases import LAYOUTS, ROWS, Case, Placement
 from .simulator import MODULE
@@ -182,7 +182,7 @@ def write_kernel(memory_ptr, values_ptr, places_ptr, number, BLOCK: tl.constexpr
 
 def launch(case: Case, itemsize: int) -> Any:
     """The plan for so many rows and columns, but for the splits."""
-    from fused_kd.kernels.launch import plan
+    from fused_kd.backends.triton.launch import plan
 
     whole = plan(ROWS, case.vocabulary, itemsize, PROCESSORS)
     tile = whole.lanes * whole.columns
@@ -191,7 +191,7 @@ def launch(case: Case, itemsize: int) -> Any:
 
 def one_launch(case: Case, itemsize: int, clusters: bool) -> Any:
     """Of whole rows a program with two accesses, or a cluster of 2 blocks with one, of 1 where it must be (a softcap)."""
-    from fused_kd.one_launch_plan import OneLaunch
+    from fused_kd.devices import OneLaunch
 
     columns = 16 // itemsize
     if case.form == "whole":
@@ -207,7 +207,7 @@ def one_launch(case: Case, itemsize: int, clusters: bool) -> Any:
 
 def run(case: Case, given: Inputs, clusters: bool = True) -> dict[str, Tensor]:
     """Results of the kernels: statistics [S, 6, N], gradients [N, V]."""
-    from fused_kd import kernels
+    from fused_kd.backends import triton as kernels
 
     need_ce, need_kl = TERMS[case.terms]
     maps = LOGIT_MAPS[case.student_map], LOGIT_MAPS[case.teacher_map]

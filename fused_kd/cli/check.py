@@ -6,7 +6,7 @@ import warnings
 from dataclasses import asdict
 from typing import Any
 
-from . import interpreter
+from ..testing import interpreter
 from .arguments import new_file
 from .errors import UserError, reporting
 from .help import HelpFormatter
@@ -78,7 +78,7 @@ def _check(options: argparse.Namespace) -> int:
     else:
         os.environ.pop("TRITON_INTERPRET", None)
 
-    from . import accuracy, linear_accuracy
+    from ..testing import accuracy, linear_accuracy
     from .layout import console, print_table
 
     device = torch.device("cuda" if backend == "cuda" else "cpu")
@@ -117,7 +117,7 @@ def _failures(case: Any, errors: Any) -> list[str]:
 def _table(measured: list[Any], backend: str, verbose: bool) -> Any:
     from rich.table import Table
 
-    from . import accuracy
+    from ..testing import accuracy
 
     table = Table(title=f"Errors against float64 on {backend}" + ("" if verbose else ", the worst of each group"))
     for heading in ("N", "V", "student / teacher", "T, alpha, logits, rows, reduction, plan" if verbose else "cases"):

@@ -26,8 +26,8 @@ from benchmarks.gpu.stages import STAGES, Stage, fast, l2, machine, plans, right
 from benchmarks.gpu.standins import cuda
 from benchmarks.gpu.timing import timed
 from benchmarks.simulated import launches
-from fused_kd.cli import accuracy
 from fused_kd.cli.benchmarking import peers, problems, shapes
+from fused_kd.testing import accuracy
 
 ROOT = Path(__file__).parents[2]
 

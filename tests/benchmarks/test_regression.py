@@ -14,10 +14,12 @@ from benchmarks.gate import compiled, memory, steps, times  # noqa: E402
 from benchmarks.gate.comparison import BETTER, GONE, NEW, OK, WORSE, compare  # noqa: E402
 from benchmarks.gate.figures import KINDS  # noqa: E402
 from benchmarks.gate.record import FILE, Record  # noqa: E402
-from fused_kd import kd_loss, linear, ops  # noqa: E402
+from fused_kd import kd_loss  # noqa: E402
+from fused_kd import operators as ops  # noqa: E402
 from fused_kd import statistics as stats  # noqa: E402
 from fused_kd.cli.compiled.variants import all_variants  # noqa: E402
-from fused_kd.cli.launches import fake_gpu  # noqa: E402
+from fused_kd.heads import sweep as linear  # noqa: E402
+from fused_kd.testing.launches import fake_gpu  # noqa: E402
 
 # --- the comparison
 

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from fused_kd import kd_loss, linear_kd_loss
-from fused_kd.cli import accuracy, linear_accuracy, main
-from fused_kd.one_launch import ONE, PLAN, TWO
+from fused_kd.cli import main
+from fused_kd.launch import ONE, PLAN, TWO
+from fused_kd.testing import accuracy, linear_accuracy
 
 
 def test_quick_check_passes_and_writes_every_figure(tmp_path, capsys):
@@ -109,8 +110,8 @@ def test_a_backend_that_cannot_run_gives_exit_code_2(capsys):
 def test_the_interpreter_runs_the_kernels_on_cpu_tensors(monkeypatch, capsys):
     monkeypatch.setenv("TRITON_INTERPRET", "0")  # what it was comes back
     swept = []
-    kernel = sys.modules["fused_kd.kernels.row_statistics"].row_statistics
-    monkeypatch.setattr("fused_kd.kernels.row_statistics", lambda *a, **k: swept.append(a) or kernel(*a, **k))
+    kernel = sys.modules["fused_kd.backends.triton.statistics"].row_statistics
+    monkeypatch.setattr("fused_kd.backends.triton.statistics", lambda *a, **k: swept.append(a) or kernel(*a, **k))
     monkeypatch.setattr(accuracy, "cases", lambda quick: [c for c in CASES if c.rows == 33][:1])
     assert main(["check", "--backend", "interpreter", "--loss", "logits"]) == 0
     assert "1 of 1 configurations within their bounds on interpreter" in capsys.readouterr().out

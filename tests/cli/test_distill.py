@@ -26,12 +26,9 @@ from hypothesis import strategies as st
 transformers = pytest.importorskip("transformers")
 import huggingface_hub  # noqa: E402
 
-from fused_kd.cli import (  # noqa: E402
-    errors,
-    main,
-    memory,
-)
+from fused_kd.cli import errors, main  # noqa: E402
 from fused_kd.cli.distillation import checkpoint, comparison, data, heads, models, training  # noqa: E402
+from fused_kd.testing import memory  # noqa: E402
 
 STEPS = 12
 pytestmark = pytest.mark.usefixtures("one_thread")

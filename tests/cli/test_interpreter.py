@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from fused_kd.cli.interpreter import _take_indices_from_arrays
+from fused_kd.testing.interpreter import _take_indices_from_arrays
 
 
 @pytest.mark.parametrize("scope", [(), (object(),)])  # Triton 3.6 and later pass one

@@ -9,8 +9,9 @@ from signal import SIGINT, SIGTERM
 
 import pytest
 
-from fused_kd.cli import accuracy, main
+from fused_kd.cli import main
 from fused_kd.cli.interruption import Interrupted, interruptible
+from fused_kd.testing import accuracy
 
 from .processes import run
 

@@ -8,9 +8,10 @@ from rich.cells import cell_len
 from rich.console import Console
 from rich.table import Table
 
-from fused_kd.cli import accuracy, check, layout, linear_accuracy, main
+from fused_kd.cli import check, layout, main
 from fused_kd.cli.planning import tables as planning
 from fused_kd.cli.planning.paths import LossStep, ledgers
+from fused_kd.testing import accuracy, linear_accuracy
 
 WIDTHS = [20, 40, 60, 80, 100, 120, 160]
 STEP = LossStep(8192, 128_256, 2048, 4096)

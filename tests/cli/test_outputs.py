@@ -4,8 +4,9 @@ import json
 
 import pytest
 
-from fused_kd.cli import accuracy, arguments, main, outputs
+from fused_kd.cli import arguments, main, outputs
 from fused_kd.cli.errors import UserError
+from fused_kd.testing import accuracy
 
 from .processes import shell
 

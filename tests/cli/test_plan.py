@@ -11,11 +11,11 @@ import torch.nn.functional as F
 
 from fused_kd import kd_loss, linear_kd_loss
 from fused_kd.cli import main, plan, sources
-from fused_kd.cli.memory import allocations, peak_bytes
 from fused_kd.cli.planning import paths
 from fused_kd.cli.planning.paths import EAGER, IN_PLACE, KD_LOSS, LINEAR, LossStep
-from fused_kd.one_launch import ONE, PLAN, TWO
-from fused_kd.one_launch_plan import DEVICES
+from fused_kd.devices import DEVICES
+from fused_kd.launch import ONE, PLAN, TWO
+from fused_kd.testing.memory import allocations, peak_bytes
 
 ALPHA, T = 0.5, 2.0
 pytestmark = pytest.mark.usefixtures("one_thread")

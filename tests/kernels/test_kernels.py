@@ -3,9 +3,11 @@
 import pytest
 import torch
 
-from fused_kd import cpu, kernels, reference
+from fused_kd import reference
 from fused_kd import statistics as stats
-from fused_kd.kernels.launch import Launch, plan
+from fused_kd.backends import cpu
+from fused_kd.backends import triton as kernels
+from fused_kd.backends.triton.launch import Launch, plan
 from fused_kd.logit_map import LogitMap
 
 from ..oracle import relative_error

@@ -8,11 +8,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from fused_kd import kernels
 from fused_kd import statistics as stats
-from fused_kd.kernels.launch import Launch
-from fused_kd.logit_map import LogitMap
-from fused_kd.one_launch_plan import (
+from fused_kd.backends import triton as kernels
+from fused_kd.backends.triton.launch import Launch
+from fused_kd.devices import (
     DEVICES,
     L2_SHARE,
     OneLaunch,
@@ -21,6 +20,7 @@ from fused_kd.one_launch_plan import (
     one_launch_plan,
     resident_programs,
 )
+from fused_kd.logit_map import LogitMap
 
 from ..oracle import relative_error
 

@@ -6,11 +6,11 @@ from typing import Any
 import torch
 
 from fused_kd import kd_loss
-from fused_kd.cli.accuracy import planned
 from fused_kd.cli.benchmarking import measure, peers, problems
 from fused_kd.cli.benchmarking.peers import OURS, Loss, Peer
 from fused_kd.cli.benchmarking.shapes import Shape
-from fused_kd.one_launch import TWO
+from fused_kd.launch import TWO
+from fused_kd.testing.accuracy import planned
 
 from ..context import Context
 from ..graphs import captured

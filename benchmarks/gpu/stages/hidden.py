@@ -10,7 +10,7 @@ from fused_kd import linear_kd_loss
 from fused_kd.cli.benchmarking import peers, problems
 from fused_kd.cli.benchmarking.peers import OURS, Loss, Peer
 from fused_kd.cli.benchmarking.shapes import Shape
-from fused_kd.linear import plan
+from fused_kd.heads.sweep import plan
 
 from ..context import Context
 from ..subjects import TEMPERATURE, measured, released

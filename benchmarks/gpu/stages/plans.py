@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from fused_kd.cli.accuracy import planned
-from fused_kd.one_launch import AUTO, device_of
+from fused_kd.launch import AUTO, device_of
+from fused_kd.testing.accuracy import planned
 
 from ..context import Context, prepare
 from ..subjects import TEMPERATURE, reason, released
@@ -71,7 +71,7 @@ def compile_launch(text: str, device: str, dtype: torch.dtype, vocabulary: int) 
 
 
 def kernel(device: torch.device, dtype: torch.dtype, rows: int, vocabulary: int) -> Callable[[], object]:
-    from fused_kd import kernels
+    from fused_kd.backends import triton as kernels
 
     student, teacher = (torch.empty(1, rows, vocabulary, dtype=dtype, device=device).normal_(0, 3) for _ in range(2))
     labels = torch.randint(vocabulary, (rows,), device=device)
@@ -81,7 +81,7 @@ def kernel(device: torch.device, dtype: torch.dtype, rows: int, vocabulary: int)
 
 def launch(context: Context, vocabulary: int) -> dict[str, Any]:
     """Return the launch that is planned."""
-    from fused_kd.one_launch_plan import one_launch_plan
+    from fused_kd.devices import one_launch_plan
 
     device, size = device_of(context.device), context.sizes.dtype.itemsize
     assert device is not None

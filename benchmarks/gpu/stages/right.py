@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fused_kd.cli import accuracy, linear_accuracy
-from fused_kd.one_launch import ONE, TWO
+from fused_kd.launch import ONE, TWO
+from fused_kd.testing import accuracy, linear_accuracy
 
 from ...simulated.cases import covering_cases
 from ..context import Context, is_rehearsal, prepare

@@ -12,9 +12,10 @@ from unittest.mock import patch
 
 import torch
 
-from fused_kd import one_launch, ops
-from fused_kd.cli import accuracy, interpreter
-from fused_kd.one_launch_plan import DEVICES
+from fused_kd import launch as one_launch
+from fused_kd import operators as ops
+from fused_kd.devices import DEVICES
+from fused_kd.testing import accuracy, interpreter
 
 from . import cuda
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..accuracy import relative_error
+from ...testing.accuracy import relative_error
 from . import problems
 from .peers import Loss, Peer
 from .shapes import Shape

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from ..memory import peak_bytes
+from ...testing.memory import peak_bytes
 from .peers import Loss
 from .problems import Inputs
 

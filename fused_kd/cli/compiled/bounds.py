@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from fused_kd.one_launch import triton_release
+from fused_kd.launch import triton_release
 
 from .profile import OneLaunchFigures, Profile
 from .variants import LAYOUTS, SIZES, Variant, planned_shape

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from . import amdgcn, sass
 from .profile import OneLaunchFigures, Profile, Resources, profile, shuffles
 
-if TYPE_CHECKING:  # triton and fused_kd.kernels are imported where a worker needs them, see `workers`
+if TYPE_CHECKING:  # triton and fused_kd.backends.triton are imported where a worker needs them, see `workers`
     from triton.compiler import ASTSource
 
 KERNELS = ("row_statistics", "logit_gradient")
@@ -89,7 +89,7 @@ def one_launch_variants() -> list[Variant]:
 
     Registers are what two loops decide together.
     """
-    from fused_kd.one_launch import compiles_clusters
+    from fused_kd.launch import compiles_clusters
 
     others = [("cluster", "fp32", "identity"), ("cluster", "bf16", "scale"), ("shared", "bf16", "softcap")]
     variants = [
@@ -135,8 +135,8 @@ class Pointer(NamedTuple):
 
 
 def call_arguments(variant: Variant) -> dict[str, Pointer | int | float]:
-    """The run-time arguments of the call that the functions in `fused_kd.kernels` would make, by name."""
-    from fused_kd.kernels.launch import temperature_arguments
+    """The run-time arguments of the call that the functions in `fused_kd.backends.triton` would make, by name."""
+    from fused_kd.backends.triton.launch import temperature_arguments
 
     z = _map_arguments(variant)
     layout = LAYOUTS[variant.layout]
@@ -179,7 +179,7 @@ def call_arguments(variant: Variant) -> dict[str, Pointer | int | float]:
 
 
 def _map_arguments(variant: Variant) -> Any:
-    from fused_kd.kernels.launch import map_arguments
+    from fused_kd.backends.triton.launch import map_arguments
     from fused_kd.logit_map import LogitMap
 
     return map_arguments(
@@ -189,14 +189,14 @@ def _map_arguments(variant: Variant) -> Any:
 
 def planned_shape(variant: Variant) -> Any:
     """Of a kernel in one launch: threads, columns, and the registers that rows in flight are planned by."""
-    from fused_kd import one_launch_plan
+    from fused_kd import devices as one_launch_plan
 
     device = one_launch_plan.DEVICES[DEVICES[variant.target]]
     return {"whole": device.whole[-1], "cluster": one_launch_plan.CLUSTER, "shared": device.shared}[variant.kernel]
 
 
 def _one_launch(variant: Variant) -> Any:
-    from fused_kd.one_launch_plan import CTAS, OneLaunch
+    from fused_kd.devices import CTAS, OneLaunch
 
     shape, vocabulary = planned_shape(variant), LAYOUTS[variant.layout].vocabulary
     ctas = CTAS[-1] if variant.kernel == "cluster" else 1
@@ -219,7 +219,7 @@ def _one_launch(variant: Variant) -> Any:
 
 
 def launch(variant: Variant) -> Any:
-    from fused_kd.kernels.launch import plan
+    from fused_kd.backends.triton.launch import plan
 
     if variant.kernel in ONE_LAUNCH:
         return _one_launch(variant)
@@ -272,12 +272,12 @@ def specialise(value: Pointer | int | float, wanted: bool, target: str) -> tuple
 
 def _kernel(name: str) -> Any:
     if name in ONE_LAUNCH:
-        return getattr(importlib.import_module("fused_kd.kernels.loss_and_gradient"), ONE_LAUNCH[name])
-    return getattr(importlib.import_module(f"fused_kd.kernels.{name}"), f"{name}_kernel")
+        return getattr(importlib.import_module("fused_kd.backends.triton.single_pass"), ONE_LAUNCH[name])
+    return getattr(importlib.import_module(f"fused_kd.backends.triton.{name}"), f"{name}_kernel")
 
 
 def _constants(variant: Variant) -> dict[str, int | bool]:
-    from fused_kd.kernels.launch import temperature_arguments
+    from fused_kd.backends.triton.launch import temperature_arguments
 
     need_ce, need_kl = TERMS[variant.terms]
     plan = launch(variant)

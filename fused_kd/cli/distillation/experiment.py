@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from ...output import KDLossOutput
+from ...options import KDLossOutput
 from .. import arguments, layout, record
 from ..errors import UserError
 from ..interruption import Interruption, interruptible

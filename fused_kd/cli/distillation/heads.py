@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ... import kd_loss, linear_kd_loss, reference
-from ...output import KDLossOutput
+from ...options import KDLossOutput
 from ..errors import UserError
 
 SAME = 1e-3  # relative: body and head give the model's own logits, but for rounding

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...output import KDLossOutput
-from .. import memory
+from ...options import KDLossOutput
+from ...testing import memory
 from .data import Blocks, batches
 from .heads import Loss, SplitModel
 from .stopwatch import Stopwatch

@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 import torch
 
-from ...chunk_plan import Plan, plan
+from ...heads.chunks import Plan, plan
 
 EAGER, KD_LOSS, IN_PLACE, LINEAR = "eager PyTorch", "kd_loss", "kd_loss in place", "linear_kd_loss"
 
@@ -76,7 +76,7 @@ class LossStep(NamedTuple):
 
     @property
     def chunks(self) -> Plan:
-        """Of linear_kd_loss; raises ValueError as `fused_kd.linear.plan` does."""
+        """Of linear_kd_loss; raises ValueError as `fused_kd.heads.sweep.plan` does."""
         return plan(
             self.tokens, self.vocab_size, self.student_hidden, self.teacher_hidden, dtype=self.dtype,
             logits_dtype=self.logits_dtype, weight_grad=self.trained, workspace_bytes=self.workspace_bytes,
@@ -206,7 +206,7 @@ def kd_loss(step: LossStep, *, in_place: bool = False) -> Ledger:
 
 
 def linear(step: LossStep) -> Ledger:
-    """`linear_kd_loss`, which takes the gradients in its forward pass: the buffers of `fused_kd.linear.plan`."""
+    """`linear_kd_loss`, which takes the gradients in its forward pass: the buffers of `fused_kd.heads.sweep.plan`."""
     chunks = step.chunks
     total = "weight gradient, summed in float32"  # 16-bit weights only: otherwise the sum is the gradient
 

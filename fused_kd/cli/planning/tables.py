@@ -5,8 +5,8 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
-from ...one_launch import hits
-from ...one_launch_plan import DEVICES
+from ...devices import DEVICES
+from ...launch import hits
 from ..layout import console, print_table
 from ..words import dtype_name, spaced
 from . import paths

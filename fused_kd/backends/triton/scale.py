@@ -8,9 +8,9 @@ import torch
 import triton
 import triton.language as tl
 
-from .formulas import row_offset
+from .gradient import roundable
 from .launch import NUM_WARPS
-from .logit_gradient import roundable
+from .tiles import row_offset
 
 LANES, COLUMNS = 128, 8
 MOST_PROGRAMS = 4096  # enough to fill the largest device, few enough to be gone at once

@@ -35,13 +35,13 @@ import torch
 import triton
 import triton.language as tl
 
-from ..logit_map import IDENTITY_MAP, LogitMap
-from ..one_launch import default_one_launch
-from ..one_launch_plan import OneLaunch
-from .formulas import row_offset
+from ...devices import OneLaunch
+from ...launch import default_one_launch
+from ...logit_map import IDENTITY_MAP, LogitMap
+from .gradient import roundable, weighted_gradient
 from .launch import is_wide, map_arguments, temperature_arguments
-from .logit_gradient import roundable, weighted_gradient
-from .row_statistics import LOWEST, merged, store_far_differences, store_statistics, sweep_statistics
+from .statistics import LOWEST, merged, store_far_differences, store_statistics, sweep_statistics
+from .tiles import row_offset
 
 
 @triton.jit(

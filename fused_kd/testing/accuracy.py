@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from .. import kd_loss, reference
-from ..one_launch import ONE, PLAN, TWO
-from .words import dtype_name
+from ..cli.words import dtype_name
+from ..launch import ONE, PLAN, TWO
 
 EPSILON = torch.finfo(torch.float32).eps
 RATIO_BOUND = 2.0  # the error may be twice eager's, or one float32 epsilon, which no float32 result can promise to beat

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .one_launch_plan import Device, OneLaunch, device_of_properties, one_launch_plan
+from .devices import Device, OneLaunch, device_of_properties, one_launch_plan
 
 PLAN = "FUSED_KD_PLAN"
 AUTO, ONE, TWO = "auto", "one-launch", "two-launches"

@@ -5,9 +5,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import one_launch, ops
+from . import launch as one_launch
+from . import operators as ops
 from . import statistics as stats
-from .cpu import statistics_dtype
+from .backends.cpu import statistics_dtype
 from .logit_map import IDENTITY_MAP, LogitMap
 from .rows import weighted_values
 

@@ -8,7 +8,7 @@ the hardware computes: `exp2_scale` is log2(e) / T.
 import triton
 import triton.language as tl
 
-from ..statistics import UNIT
+from ...statistics import UNIT
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 IN_UNITS = tl.constexpr(1 / UNIT)  # times a logit: a difference of logits that float32 does not hold is finite then

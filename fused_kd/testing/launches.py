@@ -18,8 +18,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from .. import linear_operator, matmul, one_launch, ops
-from ..one_launch_plan import DEVICES
+from .. import launch as one_launch
+from .. import operators as ops
+from ..devices import DEVICES
+from ..heads import operator as linear_operator
+from ..heads import products as matmul
 
 GPU = "H100"  # that launches are planned for
 KERNELS = {  # by module
@@ -87,7 +90,7 @@ def fake_gpu() -> Iterator[Launches]:
 
 
 def _as_on_a_gpu(launches: Launches) -> Iterator[tuple[ModuleType, str, Any]]:
-    from ..kernels.launch import Launch, plan  # with Triton
+    from ..backends.triton.launch import Launch, plan  # with Triton
 
     def default_launch(student: Tensor, itemsize: int) -> Launch:
         outer, inner, vocabulary = student.shape
@@ -98,7 +101,7 @@ def _as_on_a_gpu(launches: Launches) -> Iterator[tuple[ModuleType, str, Any]]:
     yield matmul, "_has_float32_products", lambda _: True
     yield one_launch, "device_of", lambda _: DEVICES[GPU]
     for name, kernel_names in KERNELS.items():
-        module = importlib.import_module(f"fused_kd.kernels.{name}")
+        module = importlib.import_module(f"fused_kd.backends.triton.{name}")
         for kernel_name in kernel_names:
             yield module, kernel_name, _Kernel(launches.kernels, name)
         # They ask for addresses; the interpreter, under which kernels may be imported, does not round to bfloat16.

@@ -22,8 +22,9 @@ import torch
 import triton
 import triton.language as tl
 
-from ..logit_map import IDENTITY_MAP, LogitMap
-from .formulas import (
+from ...logit_map import IDENTITY_MAP, LogitMap
+from .launch import Launch, default_launch, is_wide, map_arguments, temperature_arguments
+from .tiles import (
     IN_UNITS,
     INTERPRETED,
     OF_UNITS,
@@ -36,7 +37,6 @@ from .formulas import (
     sum_of_lane,
     tile_columns,
 )
-from .launch import Launch, default_launch, is_wide, map_arguments, temperature_arguments
 
 LOWEST = tl.constexpr(-3.4028234663852886e38)  # the maximum of no columns; finite, so that LOWEST - LOWEST is 0
 

@@ -6,8 +6,8 @@ from typing import NamedTuple
 
 import torch
 
-from ..logit_map import LogitMap
-from .formulas import CAPPED, IDENTITY, SCALED
+from ...logit_map import LogitMap
+from .tiles import CAPPED, IDENTITY, SCALED
 
 
 class Launch(NamedTuple):

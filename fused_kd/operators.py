@@ -14,8 +14,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from . import cpu
 from . import statistics as stats
+from .backends import cpu
 from .logit_map import LogitMap
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -108,7 +108,7 @@ def fakes(name: str) -> Callable[[Function], Function]:
 
 def _kernels() -> ModuleType:
     try:
-        from . import kernels
+        from .backends import triton as kernels
     except ModuleNotFoundError as error:
         if error.name != "triton":
             raise

@@ -14,10 +14,10 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from . import statistics as stats
-from .logit_map import IDENTITY_MAP, LogitMap
-from .rows import as_rows
-from .scaling import scaled
+from .. import statistics as stats
+from ..logit_map import IDENTITY_MAP, LogitMap
+from ..rows import as_rows
+from ..scaling import scaled
 
 # Elements of a block: its three buffers take 12 MB in float32, within a last-level cache, and an elementary operation on
 # it takes 50 us, far more than its overhead.  Two cores, N = 256, V = 128 256, T = 3: both sweeps take 102 ms with 2^18,

@@ -8,17 +8,8 @@ import torch
 from torch import Tensor
 
 from .. import linear_kd_loss, reference
-from ..one_launch import ONE, TWO
-from .accuracy import (
-    ALPHAS,
-    LOGITS,
-    ROWS,
-    SAMPLE_ROWS,
-    Case,
-    Errors,
-    planned,
-    relative_error,
-)
+from ..launch import ONE, TWO
+from .accuracy import ALPHAS, LOGITS, ROWS, SAMPLE_ROWS, Case, Errors, planned, relative_error
 
 H_S, H_T = 48, 80
 SHAPES = [(1, 1000), (2, 32_003), (2, 262_144), (7, 128_256), (33, 4_099), (129, 1_023)]

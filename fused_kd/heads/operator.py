@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import linear, ops
-from .linear import Gradients, Head, LinearOptions
-from .logit_map import LogitMap
-from .row_losses import KDOptions
+from .. import operators as ops
+from ..logit_map import LogitMap
+from ..sweep import KDOptions
+from . import sweep as linear
+from .sweep import Gradients, Head, LinearOptions
 
 LINEAR_ROW_LOSSES = ops.define(
     "linear_row_losses",

@@ -23,9 +23,9 @@ import torch
 import triton
 import triton.language as tl
 
-from ..logit_map import IDENTITY_MAP, LogitMap
-from .formulas import IDENTITY, INTERPRETED, OF_UNITS, exponentials, load_pair, row_offset, slope_at, tile_columns
+from ...logit_map import IDENTITY_MAP, LogitMap
 from .launch import Launch, default_launch, is_wide, map_arguments, temperature_arguments
+from .tiles import IDENTITY, INTERPRETED, OF_UNITS, exponentials, load_pair, row_offset, slope_at, tile_columns
 
 
 @triton.jit

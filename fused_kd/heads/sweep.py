@@ -11,11 +11,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import ops
-from .chunk_plan import Plan, plan, row_stride
-from .matmul import accumulate, project
-from .row_losses import KDOptions, fits_one_launch, gradient_arguments, row_values, row_values_and_gradient
-from .rows import NEGLIGIBLE
+from .. import operators as ops
+from ..rows import NEGLIGIBLE
+from ..sweep import KDOptions, fits_one_launch, gradient_arguments, row_values, row_values_and_gradient
+from .chunks import Plan, plan, row_stride
+from .products import accumulate, project
 
 __all__ = ["Gradients", "Head", "LinearOptions", "Plan", "gradient_unit", "plan", "planned_chunk", "sweep"]
 
