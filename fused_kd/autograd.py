@@ -1,7 +1,7 @@
-"""The autograd functions: what is saved, what is recomputed.
+"""The autograd functions of the losses.
 
-What a function saves of its results are outputs of it, so that PyTorch knows that gradients depend on the inputs by way of
-them: a second derivative comes back to `backward` as a gradient of such an output, and is refused there.
+Results that are saved for backward are also returned, so that autograd knows that the gradient depends on the inputs
+through them.  A second derivative arrives in `backward` as an upstream gradient of such a result, and is refused there.
 """
 
 import functools
@@ -11,30 +11,44 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import operators as ops
+from . import operators
 from .heads.operator import linear_row_losses
 from .heads.sweep import LinearOptions
+from .launch import SinglePass
 from .scaling import is_batched, scaled
-from .sweep import KDOptions, gradient_arguments, row_values, row_values_and_gradient, weight_gradients, weighted_sum
+from .sweep import (
+    KDOptions,
+    Logits,
+    Weights,
+    gradient_arguments,
+    gradient_coefficients,
+    single_pass,
+    sweep,
+    weight_gradients,
+    weighted_sum,
+)
 
 Backward = Callable[..., tuple[Tensor | None, ...]]
 
 
 def _first_order(backward: Backward) -> Backward:
-    """A backward pass of the first output's gradient, which refuses one of the others: those that it works with."""
+    """Return a backward pass that takes the upstream gradient of the first output, and refuses one of any other output."""
 
     @functools.wraps(backward)
-    def of_outputs(ctx: Any, upstream: Tensor | None, *of_saved: Tensor | None) -> tuple[Tensor | None, ...]:
-        # A compiler, which refuses second derivatives by itself, shows a gradient of every output.
-        if not torch.compiler.is_compiling() and any(gradient is not None for gradient in of_saved):
-            ops.refuse_derivative()
+    def first_order(ctx: Any, upstream: Tensor | None, *other_upstreams: Tensor | None) -> tuple[Tensor | None, ...]:
+        # A compiler passes a gradient for every output, and refuses second derivatives by itself.
+        if not torch.compiler.is_compiling() and any(gradient is not None for gradient in other_upstreams):
+            operators.refuse_derivative()
         return (None,) * len(ctx.needs_input_grad) if upstream is None else backward(ctx, upstream)
 
-    return of_outputs
+    return first_order
 
 
 class _Constant(torch.autograd.Function):
-    """What an operator gives in a backward pass that is itself recorded: it depends on its inputs, and cannot say how."""
+    """An operator that is called in a backward pass under `create_graph=True`.
+
+    Its results require grad, as the caller asked for, and their derivative is refused.
+    """
 
     generate_vmap_rule = True
 
@@ -48,7 +62,7 @@ class _Constant(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *_: Tensor) -> None:
-        ops.refuse_derivative()
+        operators.refuse_derivative()
 
 
 def _in_backward(operator: Callable[..., Any], *arguments: Any) -> tuple[Tensor, ...]:
@@ -58,9 +72,10 @@ def _in_backward(operator: Callable[..., Any], *arguments: Any) -> tuple[Tensor,
 
 
 def _save(ctx: Any, *tensors: Tensor | None) -> None:
-    """Save for backward, inference tensors too: a teacher's logits, or labels, made under `torch.inference_mode()`.
+    """Save tensors for backward, also those made under `torch.inference_mode()`, such as a teacher's logits or labels.
 
-    PyTorch refuses to save these, since they have no version to check.  A tensor in the same memory is saved instead.
+    PyTorch refuses to save an inference tensor, since it has no version to check.  An ordinary tensor in the same memory is
+    saved instead.
     """
     ctx.save_for_backward(*(None if tensor is None else _without_inference(tensor) for tensor in tensors))
 
@@ -73,13 +88,13 @@ def _without_inference(tensor: Tensor) -> Tensor:
 
 
 def _may_write_over_saved(upstream: Tensor) -> bool:
-    """Whether a backward pass may write its result over what was saved: no other one follows, nothing records it."""
+    """Return whether a backward pass may overwrite saved tensors: no other pass follows, and none records this one."""
     is_recorded = torch.compiler.is_compiling() or torch.is_grad_enabled()
     return not (is_recorded or is_batched(upstream) or _graph_is_kept())
 
 
 def _graph_is_kept() -> bool:
-    """Whether this backward pass may be followed by another one (`retain_graph=True`), so that nothing saved may change."""
+    """Return whether another backward pass may follow (`retain_graph=True`)."""
     try:
         return bool(torch._C._autograd._get_current_graph_task_keep_graph())
     except AttributeError:  # a PyTorch that does not say
@@ -87,11 +102,11 @@ def _graph_is_kept() -> bool:
 
 
 class KDLossFunction(torch.autograd.Function):
-    """Row losses w_ce CE + w_kl KL from logits.
+    """Row losses w_ce CE + w_d D from logits, in two passes.
 
-    Alpha, T^2, token weights and the divisor of the mean are all in the two weights of a row, and backward multiplies
-    these by the upstream gradient: any reduction, any upstream gradient and a repeated backward are right without a
-    look at their values.  Saved are the logits, which the caller holds anyway, and O(N) floats.
+    The two weights of each row hold alpha, T^2, token weights and the divisor of the mean.  Backward multiplies them by the
+    upstream gradient, so every reduction and every upstream gradient is right, as is a repeated backward.  It saves the
+    logits, which the caller holds anyway, and O(N) numbers.
     """
 
     generate_vmap_rule = True
@@ -99,57 +114,61 @@ class KDLossFunction(torch.autograd.Function):
     @staticmethod
     def forward(
         student: Tensor,  # [outer, inner, V'], V' >= vocab_size
-        teacher: Tensor | None,  # [outer', inner', vocab_size]; None leaves out KL
-        labels: Tensor | None,  # [N]; None leaves out CE
+        teacher: Tensor | None,  # [outer', inner', vocab_size]; None: no divergence
+        labels: Tensor | None,  # [N]; None: no CE
         ce_weight: Tensor,  # [N], float64
-        kl_weight: Tensor,  # [N], float64; a row with both weights 0 counts for nothing, whatever it holds
+        divergence_weight: Tensor,  # [N], float64; a row with both weights 0 adds nothing, whatever it holds
         options: KDOptions,
         inplace_backward: bool,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # row losses, CE and KL, [N] float64 each; statistics, [6, N]
-        statistics, ce, kl = row_values(student, teacher, labels, ce_weight, kl_weight, options)
-        return weighted_sum(ce, kl, ce_weight, kl_weight, options), ce, kl, statistics
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # row losses, CE and divergence, [N] float64 each; statistics, [6, N]
+        weights = Weights(ce_weight, divergence_weight)
+        found = sweep(Logits(student, teacher, labels), weights, options, None)
+        return weighted_sum(found.ce, found.divergence, weights, options), found.ce, found.divergence, found.statistics
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        student, teacher, labels, ce_weight, kl_weight, ctx.options, ctx.inplace_backward = inputs
-        _, ce, kl, statistics = output
-        _save(ctx, student, teacher, labels, statistics, ce_weight, kl_weight, ce, kl)
+        *tensors, ctx.options, ctx.inplace_backward = inputs
+        _save(ctx, *tensors, *output[1:])
         ctx.set_materialize_grads(False)
 
     @staticmethod
     @_first_order
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        student, teacher, labels, statistics, ce_weight, kl_weight, ce, kl = ctx.saved_tensors
+        student, teacher, labels, ce_weight, divergence_weight, ce, divergence, statistics = ctx.saved_tensors
         student_gradient = teacher_gradient = None
         student_grad, teacher_grad = ctx.needs_input_grad[:2]
         if student_grad or teacher_grad:
+            weights = Weights(ce_weight * upstream, divergence_weight * upstream)
+            row_coefficients = gradient_coefficients(statistics, weights, ctx.options, teacher_grad=teacher_grad)
             arguments = gradient_arguments(
-                student, teacher, statistics, labels, ce_weight * upstream, kl_weight * upstream, ctx.options
+                Logits(student, teacher, labels), row_coefficients, ctx.options, teacher_grad
             )
             if ctx.inplace_backward and not (torch.is_grad_enabled() or is_batched(upstream)):
-                teacher_gradient = ops.logit_gradient_(*arguments, teacher_grad)
+                teacher_gradient = operators.logit_gradient_(*arguments)
                 torch.autograd.graph.increment_version(student)
                 student_gradient = student.detach()
             else:
-                student_gradient, teacher_gradient = _in_backward(ops.logit_gradient, *arguments, teacher_grad)
-        of_weights = weight_gradients(ctx.needs_input_grad[3:5], upstream, ce_weight, kl_weight, ce, kl)
+                student_gradient, teacher_gradient = _in_backward(operators.logit_gradient, *arguments)
+        weights = Weights(ce_weight, divergence_weight)
+        for_weights = weight_gradients(ctx.needs_input_grad[3:5], upstream, weights, ce, divergence)
         return (
-            student_gradient if student_grad else None, teacher_gradient if teacher_grad else None, None, *of_weights,
+            student_gradient if student_grad else None, teacher_gradient if teacher_grad else None, None, *for_weights,
             None, None,
         )  # fmt: skip
 
 
 class Overwritten:
-    """Logits in whose memory the loss has put their gradient, `gradient` from backward on."""
+    """A record, shared by two autograd functions, that the loss has overwritten the logits with their gradient."""
 
-    gradient: Tensor | None = None
+    gradient: Tensor | None = None  # set by the backward pass of the loss
 
 
 class OverwriteFunction(torch.autograd.Function):
-    """The logits themselves, before the loss writes over them: what is computed from them later comes back to `backward`.
+    """The identity, applied to logits that the loss is about to overwrite.  It finds a later use of the logits.
 
-    There the loss's own gradient must have come alone.  Whatever else comes was computed from a gradient, as if it were
-    logits; and a sum of both is another tensor, elsewhere in memory.
+    Its `backward` raises unless the upstream gradient is the one that the loss has written.  Anything computed from the
+    logits after the loss took the gradient for logits.  Its own gradient would be added to the loss's, and the sum is a
+    tensor elsewhere in memory.
     """
 
     @staticmethod
@@ -170,11 +189,11 @@ class OverwriteFunction(torch.autograd.Function):
         return upstream, None
 
 
-class KDLossAndGradientFunction(torch.autograd.Function):
-    """The sum of the row losses from logits, with the gradient from the same launch.
+class SinglePassFunction(torch.autograd.Function):
+    """The sum of the row losses from logits, with the gradient from the same pass.
 
-    Backward multiplies it by the upstream gradient, whatever that is, and hands it on: in place if no other backward can
-    follow.  Saved are the gradient and O(N) floats, so that the logits of both models may go once the loss is there.
+    Backward multiplies the gradient by the upstream gradient, in place if no other backward pass can follow.  It saves the
+    gradient and O(N) numbers, so that the logits of both models can be freed after the forward pass.
     """
 
     generate_vmap_rule = True
@@ -182,47 +201,46 @@ class KDLossAndGradientFunction(torch.autograd.Function):
     @staticmethod
     def forward(
         student: Tensor,  # [outer, inner, V'], V' >= vocab_size
-        teacher: Tensor | None,  # [outer', inner', vocab_size]; None leaves out KL
-        labels: Tensor | None,  # [N]; None leaves out CE
+        teacher: Tensor | None,  # [outer', inner', vocab_size]; None: no divergence
+        labels: Tensor | None,  # [N]; None: no CE
         ce_weight: Tensor,  # [N], float64
-        kl_weight: Tensor,  # [N], float64; a row with both weights 0 counts for nothing, whatever it holds
+        divergence_weight: Tensor,  # [N], float64; a row with both weights 0 adds nothing, whatever it holds
         options: KDOptions,
-        written: "Overwritten | None",  # the student's logits, to take the gradient's place; None: it gets its own memory
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # the loss, a scalar; CE and KL, [N], float64; the gradient
-        values, gradient = row_values_and_gradient(
-            student, teacher, labels, ce_weight, kl_weight, options, in_place=written is not None
-        )
+        launch: SinglePass,
+        written: "Overwritten | None",  # given if the gradient overwrites the student; None: it has its own memory
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # the loss, a scalar; CE and divergence, [N], float64; the gradient
+        logits, weights = Logits(student, teacher, labels), Weights(ce_weight, divergence_weight)
+        found, gradient = single_pass(logits, weights, options, launch, in_place=written is not None)
         if written is not None:
             torch.autograd.graph.increment_version(student)
             gradient = student.detach()
-        loss = weighted_sum(values.ce, values.kl, ce_weight, kl_weight, options).sum()
-        return loss, values.ce, values.kl, gradient
+        return weighted_sum(found.ce, found.divergence, weights, options).sum(), found.ce, found.divergence, gradient
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        _, _, _, ce_weight, kl_weight, _, ctx.written = inputs
-        _save(ctx, ce_weight, kl_weight, *output[1:])
+        _, _, _, ce_weight, divergence_weight, _, _, ctx.written = inputs
+        _save(ctx, ce_weight, divergence_weight, *output[1:])
         ctx.set_materialize_grads(False)
 
     @staticmethod
     @_first_order
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        ce_weight, kl_weight, ce, kl, gradient = ctx.saved_tensors
-        of_weights = weight_gradients(ctx.needs_input_grad[3:5], upstream, ce_weight, kl_weight, ce, kl)
+        *weights, ce, divergence, gradient = ctx.saved_tensors
+        for_weights = weight_gradients(ctx.needs_input_grad[3:5], upstream, Weights(*weights), ce, divergence)
         if _may_write_over_saved(upstream):
-            ops.scale_(gradient, upstream)
+            operators.scale_(gradient, upstream)
         else:
             (gradient,) = scaled([gradient], upstream, [gradient.dtype], in_place=False)
         if ctx.written is not None:
             ctx.written.gradient = gradient
-        return gradient, None, None, *of_weights, None, None
+        return gradient, None, None, *for_weights, None, None, None
 
 
 class LinearKDLossFunction(torch.autograd.Function):
     """The sum of the row losses, from hidden states and heads.
 
-    The gradients are taken in the forward pass, chunk by chunk, while the logits are there; backward multiplies them by
-    the upstream gradient, whatever it is, in place if no other backward can follow.
+    The forward pass takes the gradients chunk by chunk, while a chunk's logits exist.  Backward multiplies them by the
+    upstream gradient, in place if no other backward pass can follow.
     """
 
     generate_vmap_rule = True
@@ -232,47 +250,48 @@ class LinearKDLossFunction(torch.autograd.Function):
         hidden: Tensor,  # [N, H_s]
         weight: Tensor,  # [V', H_s], V' >= vocab_size
         bias: Tensor | None,  # [V']
-        teacher_hidden: Tensor | None,  # [N, H_t]; None leaves out KL
+        teacher_hidden: Tensor | None,  # [N, H_t]; None: no divergence
         teacher_weight: Tensor | None,  # [V'', H_t]
         teacher_bias: Tensor | None,  # [V'']
-        labels: Tensor | None,  # [N]; None leaves out CE
+        labels: Tensor | None,  # [N]; None: no CE
         ce_weight: Tensor,  # [N], float64
-        kl_weight: Tensor,  # [N], float64
+        divergence_weight: Tensor,  # [N], float64
         options: LinearOptions,
-    ) -> tuple[Tensor, ...]:  # the loss, a scalar; CE and KL, [N], float64; what backward takes
+    ) -> tuple[Tensor, ...]:  # the loss, a scalar; CE and divergence, [N], float64; unit and gradients
         heads = hidden, weight, bias, teacher_hidden, teacher_weight, teacher_bias
-        ce, kl, unit, *gradients = linear_row_losses(*heads, labels, ce_weight, kl_weight, options=options)
-        return weighted_sum(ce, kl, ce_weight, kl_weight, options.kd).sum(), ce, kl, unit, *gradients
+        weights = Weights(ce_weight, divergence_weight)
+        ce, divergence, unit, *gradients = linear_row_losses(*heads, labels, *weights, options=options)
+        return weighted_sum(ce, divergence, weights, options.kd).sum(), ce, divergence, unit, *gradients
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        *heads, _, ce_weight, kl_weight, ctx.options = inputs
+        *heads, _, ce_weight, divergence_weight, ctx.options = inputs
         ctx.dtypes = _dtypes(heads, ctx.options)
-        _save(ctx, ce_weight, kl_weight, *output[1:])
+        _save(ctx, ce_weight, divergence_weight, *output[1:])
         ctx.set_materialize_grads(False)
 
     @staticmethod
     @_first_order
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        ce_weight, kl_weight, ce, kl, unit, *saved = ctx.saved_tensors
+        ce_weight, divergence_weight, ce, divergence, unit, *saved = ctx.saved_tensors
         gradients = scaled(saved, upstream * unit, ctx.dtypes, in_place=_may_write_over_saved(upstream))
-        of_weights = weight_gradients(ctx.needs_input_grad[7:9], upstream, ce_weight, kl_weight, ce, kl)
-        return *_of_heads(gradients, ctx.options), None, *of_weights, None
+        weights = Weights(ce_weight, divergence_weight)
+        for_weights = weight_gradients(ctx.needs_input_grad[7:9], upstream, weights, ce, divergence)
+        return *_for_heads(gradients, ctx.options), None, *for_weights, None
 
 
 class LinearKDRowLossesFunction(torch.autograd.Function):
-    """The row losses one by one: their upstream gradients come with backward, which projects the chunks again."""
+    """The row losses, one value per row.  Their upstream gradients come with backward, which projects the chunks again."""
 
     generate_vmap_rule = True
 
     @staticmethod
     def forward(
         *inputs: Any,  # as in LinearKDLossFunction
-    ) -> tuple[Tensor, Tensor, Tensor]:  # row losses, CE and KL, [N] float64 each
+    ) -> tuple[Tensor, Tensor, Tensor]:  # row losses, CE and divergence, [N] float64 each
         *tensors, options = inputs
-        ce, kl, _ = linear_row_losses(*tensors, options=_without_gradients(options))
-        *_, ce_weight, kl_weight = tensors
-        return weighted_sum(ce, kl, ce_weight, kl_weight, options.kd), ce, kl
+        ce, divergence, _ = linear_row_losses(*tensors, options=_without_gradients(options))
+        return weighted_sum(ce, divergence, Weights(*tensors[-2:]), options.kd), ce, divergence
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -283,15 +302,16 @@ class LinearKDRowLossesFunction(torch.autograd.Function):
     @staticmethod
     @_first_order
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        *heads, labels, ce_weight, kl_weight, ce, kl = ctx.saved_tensors
+        *heads, labels, ce_weight, divergence_weight, ce, divergence = ctx.saved_tensors
         gradients: list[Tensor] = []
         if any(ctx.options.needed):
-            weights = ce_weight * upstream, kl_weight * upstream
             operator = functools.partial(linear_row_losses, options=ctx.options)
-            unit, *gradients = _in_backward(operator, *heads, labels, *weights)[2:]
+            scaled_weights = ce_weight * upstream, divergence_weight * upstream
+            unit, *gradients = _in_backward(operator, *heads, labels, *scaled_weights)[2:]
             gradients = scaled(gradients, unit, _dtypes(heads, ctx.options), in_place=not torch.is_grad_enabled())
-        of_weights = weight_gradients(ctx.needs_input_grad[7:9], upstream, ce_weight, kl_weight, ce, kl)
-        return *_of_heads(gradients, ctx.options), None, *of_weights, None
+        weights = Weights(ce_weight, divergence_weight)
+        for_weights = weight_gradients(ctx.needs_input_grad[7:9], upstream, weights, ce, divergence)
+        return *_for_heads(gradients, ctx.options), None, *for_weights, None
 
 
 def _without_gradients(options: LinearOptions) -> LinearOptions:
@@ -300,11 +320,11 @@ def _without_gradients(options: LinearOptions) -> LinearOptions:
 
 
 def _dtypes(heads: Sequence[Tensor | None], options: LinearOptions) -> list[torch.dtype]:
-    """Of the gradients that are asked for."""
+    """Return the dtypes of the requested gradients."""
     return [tensor.dtype for tensor, need in zip(heads, options.needed, strict=True) if need and tensor is not None]
 
 
-def _of_heads(gradients: Sequence[Tensor], options: LinearOptions) -> list[Tensor | None]:
-    """One for each tensor of the heads, from those that are asked for."""
+def _for_heads(gradients: Sequence[Tensor], options: LinearOptions) -> list[Tensor | None]:
+    """Return the requested gradients with None for each tensor of the heads that needs no gradient."""
     given = iter(gradients)
     return [next(given) if need else None for need in options.needed]

@@ -1,31 +1,39 @@
-"""Checks of a user's arguments: the argument's name, what was expected, what came, what to do."""
+"""Checks of a user's arguments.  Each message gives the argument's name, what was expected, what came and what to do."""
 
 import math
+import numbers
 import reprlib
-from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from .logit_map import LogitMap, Scale, Softcap
+from .divergences import DIVERGENCES
+from .logit_map import LogitMap
+from .options import Options, Scale, Softcap
+from .rows import readable
 
 LOGIT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 LABEL_DTYPES = (torch.int32, torch.int64)
 REAL_DTYPES = (*LOGIT_DTYPES, torch.uint8, torch.int8, torch.int16, *LABEL_DTYPES)
 REDUCTIONS = ("mean", "sum", "none")
-SMALLEST, LARGEST = 1e-18, 1e18  # of a number in the formula: float32 holds its square and its inverse
+FLAGS = ("shift", "teacher_grad", "inplace_backward", "return_parts")
+SMALLEST, LARGEST = 1e-18, 1e18  # bounds of numbers in the formula: float32 holds their squares and inverses
 
 
 def plain(value: Any) -> Any:
-    """Python's number for one of numpy's; whatever else as it is."""
-    if isinstance(value, np.floating):
-        return float(value)
-    return int(value) if isinstance(value, np.integer) else value
+    """Return a numpy number as a Python number, and any other value unchanged.  numpy need not be installed.
+
+    While a compiler traces, values are returned unchanged: it has turned numpy numbers into arrays before.
+    """
+    if torch.compiler.is_compiling() or type(value).__module__ != "numpy":
+        return value
+    if isinstance(value, numbers.Integral):
+        return int(value)
+    return float(value) if isinstance(value, numbers.Real) else value
 
 
-def is_number(value: object) -> bool:
+def _is_number(value: object) -> bool:
     return isinstance(value, (float, int)) and not isinstance(value, bool)  # PyTorch 2.7 does not trace `float | int`
 
 
@@ -39,15 +47,8 @@ def _what(value: object) -> str:
     return f"{reprlib.repr(value)} ({type(value).__name__})"  # a list of a million numbers is not printed
 
 
-def readable(tensor: Tensor) -> bool:
-    """Whether values may be looked at: on the CPU, in eager mode, where that synchronises with nothing."""
-    if torch.compiler.is_compiling() or type(tensor) not in (Tensor, torch.nn.Parameter):
-        return False
-    return tensor.device.type == "cpu" and not torch._C._are_functorch_transforms_active()
-
-
 def check_logits(student: Tensor, teacher: Tensor | None, vocab_size: int | None) -> int:
-    """The number of real columns, V."""
+    """Return V, the number of real columns."""
     for name, logits in (("student_logits", student), ("teacher_logits", teacher)):
         if logits is None and name == "teacher_logits":
             continue
@@ -56,7 +57,7 @@ def check_logits(student: Tensor, teacher: Tensor | None, vocab_size: int | None
             raise ValueError(f"{name}: expected shape [..., V] with V >= 1, got {tuple(logits.shape)}")
         _check_device_type(name, logits)
     if teacher is not None:
-        check_device("teacher_logits", teacher, student)
+        _check_device("teacher_logits", teacher, student)
         _check_leading("teacher_logits", teacher, student)
     widths = [logits.shape[-1] for logits in (student, teacher) if logits is not None]
     return _vocabulary("teacher_logits", widths, vocab_size)
@@ -67,7 +68,7 @@ def check_heads(
     teacher: tuple[Tensor | None, Tensor | None, Tensor | None],
     vocab_size: int | None,
 ) -> int:
-    """The number of real columns, V."""
+    """Return V, the number of real columns."""
     if (teacher[0] is None) != (teacher[1] is None):
         missing, given = (
             ("teacher_hidden", "teacher_weight") if teacher[0] is None else ("teacher_weight", "teacher_hidden")
@@ -80,7 +81,7 @@ def check_heads(
             continue
         _check_head(who, hidden, weight, bias)
     if teacher[0] is not None:
-        check_device("teacher_hidden", teacher[0], student[0])
+        _check_device("teacher_hidden", teacher[0], student[0])
         _check_leading("teacher_hidden", teacher[0], student[0])
     return _vocabulary("teacher_weight", [w.shape[0] for w in (student[1], teacher[1]) if w is not None], vocab_size)
 
@@ -120,13 +121,17 @@ def _check_head(who: str, hidden: Tensor | None, weight: Tensor | None, bias: Te
 
 
 def products_dtype(tensor: Tensor) -> torch.dtype:
-    """Return the dtype that part of a head is multiplied in: that of torch.autocast where it is on, but for float64."""
+    """Return the dtype in which a head's tensor is multiplied: the autocast dtype under torch.autocast, else its own.
+
+    float64 is never cast.
+    """
     kind = tensor.device.type
     autocast = tensor.dtype != torch.float64 and torch.is_autocast_enabled(kind)
     return torch.get_autocast_dtype(kind) if autocast else tensor.dtype
 
 
 def check_logits_dtype(student_hidden: Tensor, teacher_hidden: Tensor | None, logits_dtype: torch.dtype | None) -> None:
+    """Check that logits_dtype is float32 or the dtype of both models' products."""
     for hidden in (student_hidden, teacher_hidden):
         if hidden is None or logits_dtype is None:
             continue
@@ -138,7 +143,7 @@ def check_logits_dtype(student_hidden: Tensor, teacher_hidden: Tensor | None, lo
 
 
 def logit_maps(logit_scale: Scale, logit_softcap: Softcap) -> tuple[LogitMap, LogitMap]:
-    """The maps of student and teacher, of options that hold for both or come as a pair."""
+    """Return the maps of student and teacher.  Each option is one value for both models, or a pair."""
     scales, softcaps = _pair("logit_scale", logit_scale), _pair("logit_softcap", logit_softcap)
     for scale in scales:
         _check_positive("logit_scale", scale, "a finite number above 0, or a pair of such (student, teacher)")
@@ -163,7 +168,7 @@ def _pair(name: str, value: Any) -> tuple[Any, Any]:
 
 
 def _check_positive(name: str, value: Any, expected: str, hint: str = "") -> None:
-    if not is_number(value):
+    if not _is_number(value):
         raise TypeError(f"{name}: expected {expected}, got {_what(value)}{hint}")
     if not 0 < value < math.inf:
         raise ValueError(f"{name}: expected {expected}, got {_what(value)}")
@@ -172,15 +177,15 @@ def _check_positive(name: str, value: Any, expected: str, hint: str = "") -> Non
 
 
 def _check_plain_tensor(name: str, tensor: object) -> Tensor:
-    """Dense, and no DTensor: that is one rank's part of a tensor, and the operators take what they get for the whole."""
+    """Refuse sparse and nested tensors, and DTensors, whose local part the operators would take for the whole tensor."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name}: expected a tensor, got {_what(tensor)}")
     if tensor.layout != torch.strided or tensor.is_nested:
         raise TypeError(f"{name}: expected a dense tensor, got a nested one or one of layout {tensor.layout}")
-    placements = getattr(tensor, "placements", None)  # of a DTensor only, whose class need not be imported to know it
+    placements = getattr(tensor, "placements", None)  # only a DTensor has them; this needs no import of its class
     if placements is not None:
         remedy = "pass its full_tensor()"
-        if name in ("student_weight", "student_bias"):  # the gradient of full_tensor() would be that of one rank's rows
+        if name in ("student_weight", "student_bias"):  # full_tensor() would get a gradient from one rank's rows only
             remedy = (
                 "compute the loss inside the forward of the module that fully_shard wraps, where its parameters are "
                 "whole"
@@ -233,37 +238,26 @@ def _check_vocab_size(vocab_size: int | None, largest: int | None) -> None:
     raise error(f"vocab_size: expected {expected}, got {_what(vocab_size)}")
 
 
-def check_device(name: str, tensor: Tensor, student: Tensor) -> None:
+def _check_device(name: str, tensor: Tensor, student: Tensor) -> None:
     if tensor.device != student.device:
         raise ValueError(f"{name}: expected a tensor on the student's device {student.device}, got {tensor.device}")
 
 
-def check_options(
-    *,
-    alpha: float | Tensor,
-    temperature: float,
-    ignore_index: int,
-    reduction: str,
-    vocab_size: int | None,
-    logit_softcap: Softcap,
-    logit_scale: Scale,
-    logits_dtype: torch.dtype | None = None,
-    workspace_bytes: int | None = None,
-    **flags: bool,
-) -> tuple[LogitMap, LogitMap]:
-    """All that can be said without logits or hidden states; the maps of student and teacher."""
-    _check_alpha_values(alpha)
+def check_options(options: Options) -> tuple[LogitMap, LogitMap]:
+    """Check the options by themselves, and return the maps of student and teacher."""
+    _check_alpha_values(options.alpha)
     _check_positive(
         "temperature",
-        temperature,
+        options.temperature,
         "a finite number above 0",
         "; pass a Python number: reading it from a tensor would synchronise with the device",
     )
-    if not _is_integer(ignore_index):
-        raise TypeError(f"ignore_index: expected an integer, got {_what(ignore_index)}")
-    if not isinstance(reduction, str) or reduction not in REDUCTIONS:
-        raise ValueError(f"reduction: expected 'mean', 'sum' or 'none', got {_what(reduction)}")
-    _check_vocab_size(vocab_size, None)
+    if not _is_integer(options.ignore_index):
+        raise TypeError(f"ignore_index: expected an integer, got {_what(options.ignore_index)}")
+    _check_choice("reduction", options.reduction, REDUCTIONS)
+    _check_choice("divergence", options.divergence, tuple(DIVERGENCES))
+    _check_vocab_size(options.vocab_size, None)
+    logits_dtype, workspace_bytes = options.logits_dtype, options.workspace_bytes
     if logits_dtype is not None and not isinstance(logits_dtype, torch.dtype):
         raise TypeError(f"logits_dtype: expected None or a torch.dtype, got {_what(logits_dtype)}")
     if logits_dtype not in (None, *LOGIT_DTYPES):
@@ -272,13 +266,45 @@ def check_options(
         raise TypeError(f"workspace_bytes: expected a number of bytes, got {_what(workspace_bytes)}")
     if workspace_bytes is not None and workspace_bytes < 1:
         raise ValueError(f"workspace_bytes: expected at least 1, got {workspace_bytes}")
-    for name, value in flags.items():
+    for name in FLAGS:
+        value = getattr(options, name)
         if not isinstance(value, bool):
             raise TypeError(f"{name}: expected True or False, got {_what(value)}")
-    return logit_maps(logit_scale, logit_softcap)
+    return logit_maps(options.logit_scale, options.logit_softcap)
 
 
-def check_num_items(
+def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    if not isinstance(value, str) or value not in choices:
+        *others, last = [repr(choice) for choice in choices]
+        raise ValueError(f"{name}: expected {', '.join(others)} or {last}, got {_what(value)}")
+
+
+def check_rows(
+    student: Tensor,  # logits or hidden states, [..., any]
+    teacher: Tensor | None,
+    teacher_name: str,
+    labels: Tensor | None,
+    token_weights: Tensor | None,
+    num_items: int | float | Tensor | None,
+    options: Options,
+    vocabulary: int,
+) -> None:
+    """Check the arguments that have one value per row, and the divisor of their sum."""
+    _check_num_items(num_items, options.reduction, student)
+    if options.shift and labels is None:
+        raise ValueError(
+            "labels: expected a tensor with shift=True, which moves the labels, got None; pass token ids, or shift=False"
+        )
+    _check_alpha(options.alpha, student, teacher, labels, teacher_name)
+    if labels is not None:
+        _check_labels(labels, student, vocabulary, options)
+    if token_weights is not None:
+        _check_row_shape("token_weights", token_weights, student)
+        if token_weights.dtype not in (*REAL_DTYPES, torch.bool):
+            raise TypeError(f"token_weights: expected real numbers, got {token_weights.dtype}")
+
+
+def _check_num_items(
     num_items: int | float | Tensor | None,
     reduction: str,
     student: Tensor,  # logits or hidden states
@@ -298,8 +324,8 @@ def check_num_items(
     if num_items.numel() != 1:
         raise ValueError(f"num_items: expected a number or a tensor of one element, got {_what(num_items)}")
     if num_items.device.type != "cpu":
-        check_device("num_items", num_items, student)
-    if readable(num_items) and not 0 <= num_items.item() < math.inf:  # 0 of a batch in which no row counts
+        _check_device("num_items", num_items, student)
+    if readable(num_items) and not 0 <= num_items.item() < math.inf:  # 0 is right if no row of the batch counts
         raise ValueError(f"num_items: expected a finite number, at least 0, got {num_items.item()}")
 
 
@@ -310,13 +336,13 @@ def _check_alpha_values(alpha: float | Tensor) -> None:
             raise TypeError(f"alpha: expected a number or a floating-point tensor, got {_what(alpha)}")
         if readable(alpha) and not bool(((alpha >= 0) & (alpha <= 1)).all()):
             raise ValueError(f"alpha: expected values in [0, 1], got {alpha.min().item()} to {alpha.max().item()}")
-    elif not is_number(alpha):
+    elif not _is_number(alpha):
         raise TypeError(f"alpha: expected a number or a floating-point tensor, got {_what(alpha)}")
     elif not 0 <= alpha <= 1:
         raise ValueError(f"alpha: expected a number in [0, 1], got {_what(alpha)}")
 
 
-def check_alpha(
+def _check_alpha(
     alpha: float | Tensor,
     student: Tensor,  # logits or hidden states
     teacher: Tensor | None,
@@ -325,9 +351,9 @@ def check_alpha(
 ) -> None:
     if isinstance(alpha, Tensor):
         if alpha.dim():
-            check_row_shape("alpha", alpha, student)
+            _check_row_shape("alpha", alpha, student)
         else:
-            check_device("alpha", alpha, student)
+            _check_device("alpha", alpha, student)
     if labels is None and (isinstance(alpha, Tensor) or alpha < 1):
         raise ValueError(
             f"labels: expected a tensor, got None with alpha={_what(alpha)}; without labels there is no cross-entropy "
@@ -340,98 +366,31 @@ def check_alpha(
         )
 
 
-def check_row_shape(name: str, tensor: Tensor, student: Tensor) -> None:
+def _check_row_shape(name: str, tensor: Tensor, student: Tensor) -> None:
     _check_plain_tensor(name, tensor)
     if tensor.shape != student.shape[:-1]:
         raise ValueError(
             f"{name}: expected one value a row, shape {tuple(student.shape[:-1])}, got {tuple(tensor.shape)}"
         )
-    check_device(name, tensor, student)
+    _check_device(name, tensor, student)
 
 
-def check_labels(labels: Tensor, student: Tensor, vocabulary: int, ignore_index: int) -> None:
-    check_row_shape("labels", labels, student)
+def _check_labels(labels: Tensor, student: Tensor, vocabulary: int, options: Options) -> None:
+    _check_row_shape("labels", labels, student)
+    if options.shift and labels.dim() == 0:
+        raise ValueError(f"shift: expected False without a sequence dimension, got True with labels of shape {()}")
     if labels.dtype not in LABEL_DTYPES:
         raise TypeError(f"labels: expected class ids of dtype int64 or int32, got {labels.dtype}")
-    held = torch.iinfo(labels.dtype)
-    if not held.min <= ignore_index <= held.max:  # PyTorch would compare labels with what is left of it
+    ignore_index, held = options.ignore_index, torch.iinfo(labels.dtype)
+    if not held.min <= ignore_index <= held.max:  # PyTorch would truncate it to the labels' dtype
         raise ValueError(
             f"ignore_index: expected an integer that labels of {labels.dtype} can hold, got {_what(ignore_index)}"
         )
     if readable(labels):
-        wrong = ((labels < 0) | (labels >= vocabulary)) & (labels != ignore_index)
+        read = labels[..., 1:] if options.shift else labels
+        wrong = ((read < 0) | (read >= vocabulary)) & (read != ignore_index)
         if bool(wrong.any()):
             raise IndexError(
                 f"labels: expected class ids from 0 to {vocabulary - 1} or ignore_index={ignore_index}, "
-                f"got {labels[wrong].flatten()[0].item()}"
+                f"got {read[wrong].flatten()[0].item()}"
             )
-
-
-def check_token_weights(token_weights: Tensor, student: Tensor) -> None:
-    check_row_shape("token_weights", token_weights, student)
-    if token_weights.dtype not in (*REAL_DTYPES, torch.bool):
-        raise TypeError(f"token_weights: expected real numbers, got {token_weights.dtype}")
-
-
-def check_inplace_backward(student: Tensor, teacher: Tensor | None) -> None:
-    for tensor, what in ((student, "a leaf"), (student._base, "a view of a leaf")):
-        if tensor is not None and tensor.is_leaf and tensor.requires_grad:
-            raise ValueError(
-                f"inplace_backward: expected student_logits computed by a model, got {what} that requires grad, whose "
-                f"memory its owner holds; pass inplace_backward=False"
-            )
-    if _overlaps(student):
-        raise ValueError(
-            f"inplace_backward: expected student_logits whose elements have memory of their own, got strides "
-            f"{student.stride()} for shape {tuple(student.shape)} (an expanded tensor?); pass "
-            f"inplace_backward=False, or a copy"
-        )
-    if teacher is not None and not torch.compiler.is_compiling() and _is_spoilt(teacher, student):
-        raise ValueError(
-            "inplace_backward: expected teacher_logits with memory of their own, or exactly that of student_logits, got "
-            "some in the place of other logits of the student, which are written over; pass inplace_backward=False, or "
-            "a copy"
-        )
-
-
-def _overlaps(tensor: Tensor) -> bool:
-    """Whether two elements share memory; while the compiler traces, with sizes that have no order, as expansion does."""
-    dimensions = [(stride, size) for stride, size in zip(tensor.stride(), tensor.shape, strict=True) if size > 1]
-    if torch.compiler.is_compiling():
-        return any(stride == 0 for stride, _ in dimensions)
-    extent = 1  # elements that the dimensions seen so far, the narrowest strides first, reach over
-    for stride, size in sorted(dimensions):
-        if stride < extent:
-            return True
-        extent += stride * (size - 1)
-    return False
-
-
-def _is_spoilt(teacher: Tensor, student: Tensor) -> bool:
-    """Whether writing over the student changes a logit of the teacher before it is read.
-
-    Not where each of them lies in the place of the student's, as in `student.detach()`: it is read before that is written.
-    """
-    if teacher.untyped_storage()._cdata != student.untyped_storage()._cdata:
-        return False
-    strides = [pair for *pair, size in zip(teacher.stride(), student.stride(), teacher.shape, strict=True) if size > 1]
-    same_place = teacher.storage_offset() == student.storage_offset() and all(a == b for a, b in strides)
-    if same_place and teacher.dtype == student.dtype:
-        return False
-    try:
-        return np.shares_memory(_addresses(teacher), _addresses(student), max_work=10_000)  # type: ignore[arg-type]
-    except RuntimeError:  # numpy's TooHardError: strides so odd that it is not found out in that many steps
-        return True
-
-
-def _addresses(tensor: Tensor) -> Any:
-    """A tensor's place in its storage, as an array whose elements nobody reads."""
-    size = tensor.element_size()
-    place = {
-        "version": 3,
-        "typestr": f"|V{size}",
-        "shape": tuple(tensor.shape),
-        "strides": tuple(stride * size for stride in tensor.stride()),
-        "data": (1 + tensor.storage_offset() * size, True),  # 0 is no address
-    }
-    return np.asarray(SimpleNamespace(__array_interface__=place))

@@ -1,32 +1,61 @@
-"""The losses: the one place where a user's arguments are checked and shaped."""
+"""The two losses: check the arguments, shape them, hand them on."""
 
 from __future__ import annotations  # PyTorch 2.7 does not trace unions in the annotations of a function within another
 
-import math
-import warnings
-from typing import NamedTuple
+from typing import Literal, overload
 
 import torch
 from torch import Tensor
 
 from . import checks
 from .autograd import (
-    KDLossAndGradientFunction,
     KDLossFunction,
     LinearKDLossFunction,
     LinearKDRowLossesFunction,
     OverwriteFunction,
     Overwritten,
+    SinglePassFunction,
 )
-from .heads.products import RELEASE
+from .checks import plain
 from .heads.sweep import Head, LinearOptions, planned_chunk
-from .logit_map import LogitMap, Scale, Softcap
-from .options import KDLossOutput
-from .rows import RowWeights, as_rows, counted_rows, row_weights
+from .inplace import check_inplace_backward
+from .launch import SinglePass
+from .options import KDLossOutput, Options, Scale, Softcap
+from .rows import as_rows, counted_rows
 from .scaling import is_batched
-from .sweep import KDOptions, fits_one_launch
+from .sweep import Logits, chosen_launch
+from .terms import Terms, constant_teacher, make_terms
 
 
+# fmt: off
+@overload
+def kd_loss(
+    student_logits: Tensor, teacher_logits: Tensor | None, labels: Tensor | None = ..., *,
+    alpha: float | Tensor = ..., temperature: float = ..., divergence: str = ..., ignore_index: int = ...,
+    reduction: str = ..., shift: bool = ..., token_weights: Tensor | None = ...,
+    num_items: int | float | Tensor | None = ..., vocab_size: int | None = ..., logit_softcap: Softcap = ...,
+    logit_scale: Scale = ..., teacher_grad: bool = ..., inplace_backward: bool = ...,
+    return_parts: Literal[False] = ...,
+) -> Tensor: ...
+@overload
+def kd_loss(
+    student_logits: Tensor, teacher_logits: Tensor | None, labels: Tensor | None = ..., *,
+    alpha: float | Tensor = ..., temperature: float = ..., divergence: str = ..., ignore_index: int = ...,
+    reduction: str = ..., shift: bool = ..., token_weights: Tensor | None = ...,
+    num_items: int | float | Tensor | None = ..., vocab_size: int | None = ..., logit_softcap: Softcap = ...,
+    logit_scale: Scale = ..., teacher_grad: bool = ..., inplace_backward: bool = ...,
+    return_parts: Literal[True],
+) -> KDLossOutput: ...
+@overload
+def kd_loss(
+    student_logits: Tensor, teacher_logits: Tensor | None, labels: Tensor | None = ..., *,
+    alpha: float | Tensor = ..., temperature: float = ..., divergence: str = ..., ignore_index: int = ...,
+    reduction: str = ..., shift: bool = ..., token_weights: Tensor | None = ...,
+    num_items: int | float | Tensor | None = ..., vocab_size: int | None = ..., logit_softcap: Softcap = ...,
+    logit_scale: Scale = ..., teacher_grad: bool = ..., inplace_backward: bool = ...,
+    return_parts: bool,
+) -> Tensor | KDLossOutput: ...
+# fmt: on
 def kd_loss(
     student_logits: Tensor,  # [..., V]
     teacher_logits: Tensor | None,  # [..., V]
@@ -34,8 +63,10 @@ def kd_loss(
     *,
     alpha: float | Tensor = 0.5,
     temperature: float = 1.0,
+    divergence: str = "forward_kl",
     ignore_index: int = -100,
     reduction: str = "mean",
+    shift: bool = False,
     token_weights: Tensor | None = None,  # [...]
     num_items: int | float | Tensor | None = None,
     vocab_size: int | None = None,
@@ -45,127 +76,171 @@ def kd_loss(
     inplace_backward: bool = False,
     return_parts: bool = False,
 ) -> Tensor | KDLossOutput:
-    """Knowledge-distillation loss from logits, without a probability ever written to memory.
+    """Return the knowledge-distillation loss of logits.  No array of probabilities is ever written to memory.
 
-        L = (1 - alpha) CE(y, softmax(z_s)) + alpha T^2 KL(softmax(z_t / T) || softmax(z_s / T))
+        L = (1 - alpha) CE(y, softmax(z_s)) + alpha T^2 D(softmax(z_t / T), softmax(z_s / T))
 
     Hinton, Vinyals and Dean, "Distilling the Knowledge in a Neural Network", 2015 (arXiv:1503.02531).  The teacher
     is a constant, unless `teacher_grad` is set.  Nothing synchronises with the host.
 
-    Where the student's logits require a gradient it comes from the same launch as the loss, for an upstream gradient of
-    1, on GPUs whose L2 cache holds the logits between two readings: each is then read from memory once, and backward
-    hands the gradient on, or multiplies it in place.  Neither model's logits are kept.  By anything but a power of two a
-    bfloat16 gradient is then rounded a second time (for a third 0.23% of its norm off, not 0.18%): `num_items` divides
-    before.  Two launches, which keep the logits, take float16 logits, reduction "none", `teacher_grad`, a term that is
-    only logged, a loss under `torch.compile`, other GPUs and the CPU.  The environment variable FUSED_KD_PLAN overrides
-    the choice: "one-launch", "two-launches" or "auto", or a launch, as `fused_kd.launch.requested` describes it.
-
     Args:
-        student_logits: `[..., V]`, float32, bfloat16, float16, or float64 on the CPU; any number of leading dimensions
-            and any strides.  A slice such as `logits[:, :-1]` is not copied.
-        teacher_logits: the same shape; dtype and strides of its own.  May be None where alpha is 0.
-        labels: `[...]`, int32 or int64, class ids in [0, V) or `ignore_index`.  A row that is ignored adds nothing to
-            either term and costs nothing; its logits may hold anything.  Without labels alpha must be 1.
-        alpha: weight of the KL term in [0, 1]: 0 is supervised training, 1 a copy of the teacher.  A tensor gives one
-            value per row (1 for a row whose label is not to be trusted), or, without dimensions, one for all rows.
-        temperature: T, > 0, of both distributions in the KL term.  `torch.compile` compiles one that changes from call to
-            call (annealing) twice, not for every value, with PyTorch from 2.9 on.
+        student_logits: `[..., V]`, float32, bfloat16, float16, or float64 on the CPU.  It may have any number of leading
+            dimensions and any strides.  A slice such as `logits[:, :-1]` is not copied.
+        teacher_logits: the same shape, with a dtype and strides of its own.  It may be None if alpha is 0.
+        labels: `[...]`, int32 or int64, class ids in [0, V) or `ignore_index`.  An ignored row adds nothing to either term,
+            and its logits may hold anything.  Without labels alpha must be 1.
+        alpha: the weight of the divergence, in [0, 1].  With 0 the loss is the cross-entropy alone, with 1 the divergence
+            alone.  A tensor gives one value per row (such as 1 for a row with a doubtful label), or one value for all rows
+            if it has no dimensions.
+        temperature: T > 0, applied to both distributions in the divergence.  With PyTorch 2.9 or newer, `torch.compile`
+            compiles twice for a temperature that changes from call to call, not once for every value.
+        divergence: D, where q is the teacher's distribution and p the student's.  "forward_kl" is KL(q || p) =
+            sum q log(q / p) (Hinton et al.): the student covers everything that the teacher does.  "reverse_kl" is
+            KL(p || q) = sum p log(p / q) (Gu et al., "MiniLLM", arXiv:2306.08543): the student leaves out what the teacher
+            would not say.  A token that both models mask with minus infinity adds nothing.  Forward KL is infinite if the
+            teacher has mass at a token where the student has none.  Reverse KL is infinite if the student has mass where
+            the teacher has none, and its gradient is then not finite either.  In the opposite cases the token adds nothing.
         ignore_index: the label of rows that do not count.
-        reduction: "mean" divides by the sum of the weights of the rows that count, "sum", or "none" for one value a
-            row.  Where no row counts the loss is 0.
-        token_weights: `[...]`, one weight a row.  A row of weight 0 counts as ignored, unless the weights require grad: it
-            is read then, for its weight's gradient, and still adds nothing to the loss.  Rows that hold NaN are to be
-            ignored by their labels there.  Where "mean" has no weight but 0, the gradients of the weights are 0, as the
-            loss is.
-        num_items: replaces the divisor of "mean", for gradient accumulation: the number of rows that count in the
-            whole batch.
-        vocab_size: how many leading columns are real, where vocabularies are padded (to different sizes even).  The
-            rest adds nothing, whatever it holds, and its gradient is 0.
-        logit_softcap: c, > 0: the logits are c tanh(z / c) of what is passed (Gemma 2: 30).  None: no softcap.  A pair
-            gives student and teacher one each.
-        logit_scale: what is passed is multiplied by it first (Cohere's logit_scale; Granite: 1 / logits_scaling).  A pair
-            likewise.
-        teacher_grad: the teacher learns too (mutual, online distillation): its logits get the gradient of the KL term,
-            alpha T (log-ratio - KL) q_T a row, from the same sweep.  A teacher that requires grad without it is warned of
-            once, and is a constant.
-        inplace_backward: the gradient takes the memory of the student's logits, which saves an `[N, V]` array.  It does so
-            before the call returns, on every device, and nothing may read the logits afterwards.  It waits for backward
-            where the logits are a view or float16, with reduction "none" or `teacher_grad`, where a term is only logged,
-            and under `torch.compile`.  Backward raises RuntimeError if something saved the logits before they were
-            written over, or was computed from them afterwards.  Refused are leaves that require grad, views of these,
-            and teacher logits in the memory of other logits of the student.  Nothing is written over under `torch.func`.
-        return_parts: return `KDLossOutput(loss, kl, ce)`, with detached parts for logging.
+        reduction: "mean" divides the sum by the sum of the weights of the rows that count.  "sum" does not divide.  "none"
+            returns one value per row.  If no row counts, the loss is 0.
+        shift: for causal language models, in which position t predicts token t + 1.  If True, `labels`, `token_weights` and
+            an alpha per row are given per token, as a tokenizer gives them, and the loss moves all three by one position.
+            Position t of the last leading dimension, the sequence, is scored with the label, weight and alpha of t + 1.
+            The last position of every sequence counts as ignored.  Loss and gradients are those of `logits[:, :-1]` with
+            `labels[:, 1:]`, and nothing of the size of the logits is sliced or copied.  The first label is not read.  A
+            single leading dimension is one sequence, so do not flatten a batch.  `num_items` counts moved labels.
+        token_weights: `[...]`, one weight per row.  A row of weight 0 counts as ignored.  If the weights require grad, such
+            a row is read for the gradient of its weight, and still adds nothing to the loss; rows that hold NaN must then
+            be ignored by their labels.  If all weights are 0 under "mean", the loss is 0 and so are their gradients.
+        num_items: the divisor of "mean", for gradient accumulation: the number of rows that count in the whole batch.
+            Default: the sum of the weights of the rows that count.
+        vocab_size: the number of leading columns that are real, if vocabularies are padded (possibly to different sizes).
+            The other columns add nothing, whatever they hold, and their gradient is 0.  Default: all columns.
+        logit_softcap: c > 0.  The loss takes c tanh(z / c) of each given logit z (Gemma 2: 30).  None: no softcap.  A pair
+            (student, teacher) gives one value for each model.
+        logit_scale: a factor of the given logits, applied before the softcap (Cohere's logit_scale; Granite:
+            1 / logits_scaling).  A pair (student, teacher) gives one value for each model.
+        teacher_grad: whether the teacher learns too (mutual or online distillation).  Its logits get the gradient of the
+            divergence from the same sweep: per row alpha T q_T (log(q_T / p_T) - D) for forward KL, and
+            alpha T (q_T - p_T) for reverse KL.  If it is False and the teacher requires grad, a warning says that the
+            teacher is taken as a constant.
+        inplace_backward: whether the gradient overwrites the student's logits, which saves an `[N, V]` array.  They are
+            overwritten before the call returns, on every device, so nothing may read them afterwards.  They are overwritten
+            only in backward if they are a view or float16, with reduction "none" or `teacher_grad`, if a term is only
+            logged, and under `torch.compile`.  Backward raises RuntimeError if something saved the logits before they were
+            overwritten, or was computed from them afterwards.  ValueError refuses leaves that require grad, views of such
+            leaves, and teacher logits in the memory of other logits of the student.  Nothing is overwritten under
+            `torch.func`.
+        return_parts: whether to return `KDLossOutput(loss, ce, divergence)`, with detached parts for logging.
 
     Returns:
-        The loss in float32 (float64 if an input is float64): a scalar, or `[...]` with reduction "none".  alpha and
-        token_weights, where they are tensors that require it, get gradients too.
+        The loss in float32 (float64 if an input is float64): a scalar, or `[...]` with reduction "none".  It is
+        differentiable also in alpha and token_weights, if these are tensors that require grad.
 
     Raises:
-        TypeError, ValueError: the argument's name, what was expected and what came.  Nothing has been modified.
-        IndexError: a label outside [0, V) on the CPU.  Where values are not looked at, the loss of such a row and its
-            gradient are NaN: on a GPU, where that would need a synchronisation, under `torch.compile`, on the CPU too, and
-            under the transforms of `torch.func`.  The same holds for an alpha outside [0, 1] or a num_items below 0 in a
-            tensor, which elsewhere are a ValueError.
+        TypeError, ValueError: an argument is wrong.  The message has its name, what was expected and what came.  Nothing
+            has been modified.
+        IndexError: a label is outside [0, V), on the CPU.  On a GPU the check would need a synchronisation; there, under
+            `torch.compile` and under the transforms of `torch.func` the loss of such a row and its gradient are NaN.  The
+            same holds for a tensor with an alpha outside [0, 1] or a num_items below 0, which elsewhere is a ValueError.
+
+    On a GPU whose L2 cache holds the logits between two readings, the student's gradient comes with the loss.  Each logit
+    is then read from memory once, and backward only multiplies the gradient.  If the upstream gradient is not a power of
+    two, a bfloat16 gradient is rounded a second time: for a factor of 1/3 its error grows from 0.18% to 0.23% of the norm.
+    Pass `num_items` instead of dividing the loss.  The environment variable FUSED_KD_PLAN overrides the choice.  It is
+    "one-launch", "two-launches", "auto" or a launch, as `fused_kd.launching.requested` describes it.
     """
-    alpha, temperature, ignore_index, num_items, vocab_size = map(
-        checks.plain, (alpha, temperature, ignore_index, num_items, vocab_size)
-    )
-    V = checks.check_logits(student_logits, teacher_logits, vocab_size)
-    maps = checks.check_options(
-        alpha=alpha, temperature=temperature, ignore_index=ignore_index, reduction=reduction, vocab_size=vocab_size,
-        logit_softcap=logit_softcap, logit_scale=logit_scale, teacher_grad=teacher_grad,
-        inplace_backward=inplace_backward, return_parts=return_parts,
+    num_items = plain(num_items)
+    options = Options(
+        alpha=plain(alpha), temperature=plain(temperature), divergence=divergence, ignore_index=plain(ignore_index),
+        reduction=reduction, shift=shift, vocab_size=plain(vocab_size), logit_softcap=logit_softcap,
+        logit_scale=logit_scale, teacher_grad=teacher_grad, inplace_backward=inplace_backward, return_parts=return_parts,
     )  # fmt: skip
-    inplace_backward = inplace_backward and not is_batched(student_logits)  # nothing is written over under torch.func
+    V = checks.check_logits(student_logits, teacher_logits, options.vocab_size)
+    maps = checks.check_options(options)
+    inplace_backward = inplace_backward and not is_batched(student_logits)  # nothing is overwritten under torch.func
     if inplace_backward:
-        checks.check_inplace_backward(student_logits, teacher_logits)
-    terms = _terms(
-        student_logits, teacher_logits, "teacher_logits", labels, V, maps,
-        alpha=alpha, temperature=temperature, ignore_index=ignore_index, reduction=reduction,
-        token_weights=token_weights, num_items=num_items, return_parts=return_parts,
-    )  # fmt: skip
+        check_inplace_backward(student_logits, teacher_logits)
+    checks.check_rows(student_logits, teacher_logits, "teacher_logits", labels, token_weights, num_items, options, V)
+    terms = make_terms(student_logits, teacher_logits, labels, token_weights, num_items, options, V, maps)
     student = as_rows(student_logits)
     teacher: Tensor | None = None
-    if teacher_logits is not None and terms.need_kl:
-        # A slice of all columns would be copied in backward, to put its gradient in its place.
+    if teacher_logits is not None and terms.need_divergence:
+        # A slice of all columns would make backward copy the gradient into the slice's place.
         real = teacher_logits if teacher_logits.shape[-1] == V else teacher_logits[..., :V]
-        (teacher,) = _teacher((as_rows(real),), teacher_grad, terms.options, "teacher_logits")
-    arguments = teacher, terms.labels, terms.weights.ce, terms.weights.kl, terms.options
-    if _takes_gradient_along(student_logits, teacher, terms, inplace_backward):
+        (teacher,) = constant_teacher((as_rows(real),), teacher_grad, terms.options, "teacher_logits")
+    arguments = teacher, terms.labels, terms.weights.ce, terms.weights.divergence, terms.options
+    launch = _single_pass(student_logits, Logits(student, teacher, terms.labels), terms, inplace_backward)
+    if launch is not None:
         written = None
         if inplace_backward:
             written = Overwritten()
             student = as_rows(OverwriteFunction.apply(student_logits, written))
-        loss, ce, kl, _ = KDLossAndGradientFunction.apply(student, *arguments, written)
-        return terms.output(loss, ce, kl)
-    losses, ce, kl, _ = KDLossFunction.apply(student, *arguments, inplace_backward)
-    return terms.output(losses if reduction == "none" else losses.sum(), ce, kl)
+        loss, ce, divergences, _ = SinglePassFunction.apply(student, *arguments, launch, written)
+        return terms.output(loss, ce, divergences)
+    losses, ce, divergences, _ = KDLossFunction.apply(student, *arguments, inplace_backward)
+    return terms.output(losses if reduction == "none" else losses.sum(), ce, divergences)
 
 
-def _takes_gradient_along(
-    student: Tensor,  # the user's, [..., V']
-    teacher: Tensor | None,
-    terms: _Terms,
+def _single_pass(
+    student: Tensor,  # the argument of the user, [..., V']
+    logits: Logits,
+    terms: Terms,
     inplace_backward: bool,
-) -> bool:
-    """Whether the gradient is taken with the loss, for an upstream gradient of 1.
+) -> SinglePass | None:
+    """Return the launch that takes the gradient with the loss, for an upstream gradient of 1; None: backward takes it.
 
-    Not in float16, where the gradient of a mean over many rows underflows before a loss scale multiplies it; not where the
-    teacher learns; not under a compiler, whose backward pass would multiply it into a second array; not over a view, of
-    whose gradient PyTorch would then make a copy.
+    Backward takes it in the following cases.  In float16 the gradient of a mean over many rows would underflow before a
+    loss scale multiplies it.  A teacher that learns needs a second gradient.  A compiler's backward pass would multiply the
+    gradient into a second array.  PyTorch would copy the gradient of a view that is overwritten.
     """
-    return (
-        terms.reduction != "none"
-        and torch.is_grad_enabled()
-        and student.requires_grad
-        and student.dtype != torch.float16
-        and not (teacher is not None and teacher.requires_grad)
-        and not torch.compiler.is_compiling()
-        and not (inplace_backward and student._is_view())
-        and fits_one_launch(student, teacher, terms.labels, terms.options, in_place=inplace_backward)
-    )
+    if (
+        terms.reduction == "none"
+        or not (torch.is_grad_enabled() and student.requires_grad)
+        or student.dtype == torch.float16
+        or (logits.teacher is not None and logits.teacher.requires_grad)
+        or torch.compiler.is_compiling()
+        or (inplace_backward and student._is_view())
+    ):
+        return None
+    return chosen_launch(logits, terms.options, in_place=inplace_backward, always=inplace_backward)
 
 
+# fmt: off
+@overload
+def linear_kd_loss(
+    student_hidden: Tensor, student_weight: Tensor, teacher_hidden: Tensor | None, teacher_weight: Tensor | None,
+    labels: Tensor | None = ..., *, student_bias: Tensor | None = ..., teacher_bias: Tensor | None = ...,
+    alpha: float | Tensor = ..., temperature: float = ..., divergence: str = ..., ignore_index: int = ...,
+    reduction: str = ..., shift: bool = ..., token_weights: Tensor | None = ...,
+    num_items: int | float | Tensor | None = ..., vocab_size: int | None = ..., logit_softcap: Softcap = ...,
+    logit_scale: Scale = ..., teacher_grad: bool = ..., logits_dtype: torch.dtype | None = ...,
+    workspace_bytes: int | None = ...,
+    return_parts: Literal[False] = ...,
+) -> Tensor: ...
+@overload
+def linear_kd_loss(
+    student_hidden: Tensor, student_weight: Tensor, teacher_hidden: Tensor | None, teacher_weight: Tensor | None,
+    labels: Tensor | None = ..., *, student_bias: Tensor | None = ..., teacher_bias: Tensor | None = ...,
+    alpha: float | Tensor = ..., temperature: float = ..., divergence: str = ..., ignore_index: int = ...,
+    reduction: str = ..., shift: bool = ..., token_weights: Tensor | None = ...,
+    num_items: int | float | Tensor | None = ..., vocab_size: int | None = ..., logit_softcap: Softcap = ...,
+    logit_scale: Scale = ..., teacher_grad: bool = ..., logits_dtype: torch.dtype | None = ...,
+    workspace_bytes: int | None = ...,
+    return_parts: Literal[True],
+) -> KDLossOutput: ...
+@overload
+def linear_kd_loss(
+    student_hidden: Tensor, student_weight: Tensor, teacher_hidden: Tensor | None, teacher_weight: Tensor | None,
+    labels: Tensor | None = ..., *, student_bias: Tensor | None = ..., teacher_bias: Tensor | None = ...,
+    alpha: float | Tensor = ..., temperature: float = ..., divergence: str = ..., ignore_index: int = ...,
+    reduction: str = ..., shift: bool = ..., token_weights: Tensor | None = ...,
+    num_items: int | float | Tensor | None = ..., vocab_size: int | None = ..., logit_softcap: Softcap = ...,
+    logit_scale: Scale = ..., teacher_grad: bool = ..., logits_dtype: torch.dtype | None = ...,
+    workspace_bytes: int | None = ...,
+    return_parts: bool,
+) -> Tensor | KDLossOutput: ...
+# fmt: on
 def linear_kd_loss(
     student_hidden: Tensor,  # [..., H_s]
     student_weight: Tensor,  # [V, H_s]
@@ -177,8 +252,10 @@ def linear_kd_loss(
     teacher_bias: Tensor | None = None,  # [V]
     alpha: float | Tensor = 0.5,
     temperature: float = 1.0,
+    divergence: str = "forward_kl",
     ignore_index: int = -100,
     reduction: str = "mean",
+    shift: bool = False,
     token_weights: Tensor | None = None,  # [...]
     num_items: int | float | Tensor | None = None,
     vocab_size: int | None = None,
@@ -189,70 +266,70 @@ def linear_kd_loss(
     workspace_bytes: int | None = None,
     return_parts: bool = False,
 ) -> Tensor | KDLossOutput:
-    """`kd_loss` from the last hidden states and the output heads: only a chunk of the logits exists at a time.
+    """Return `kd_loss` of the logits that output heads give, of which only one chunk exists at a time.
 
-        logits = hidden weight^T + bias, of student and teacher
+        logits = hidden weight^T + bias, for student and teacher
 
-    The gradients of the student's hidden states, weight and bias are taken in the forward pass, chunk by chunk, each only
-    where it is asked for; the weight's is summed in float32.  With reduction "none" they are taken in backward, which
-    projects the chunks once more.  The teacher is a constant, unless `teacher_grad` is set.  Nothing synchronises with the
-    host.
+    The forward pass takes the gradients of the student's hidden states, weight and bias chunk by chunk, and only those that
+    are asked for.  The gradient of the weight is summed in float32.  With reduction "none" backward takes the gradients,
+    and projects the chunks once more.  The teacher is a constant, unless `teacher_grad` is set.  Nothing synchronises with
+    the host.
 
     Args:
-        student_hidden: `[..., H_s]`, float32, bfloat16, float16, or float64 on the CPU; what the head takes, so after the
+        student_hidden: `[..., H_s]`, float32, bfloat16, float16, or float64 on the CPU: the input of the head, after the
             model's last norm.
-        student_weight: `[V, H_s]`, as in `nn.Linear`, in the dtype of the hidden states, or in another one under
-            autocast; may be tied to the embeddings.
-        teacher_hidden, teacher_weight: `[..., H_t]` and `[V, H_t]`, with a width and a dtype of their own.  May be None
-            where alpha is 0.
-        labels, alpha, temperature, ignore_index, reduction, token_weights, num_items, vocab_size, return_parts: as in
-            `kd_loss`.  On the CPU rows that do not count are not projected; on a GPU leaving them out would need a
-            synchronisation, so they are, and whatever they hold adds nothing.
-        student_bias, teacher_bias: `[V]`.
+        student_weight: `[V, H_s]`, as in `nn.Linear`, in the dtype of the hidden states; under autocast its dtype may
+            differ.  It may be tied to the embeddings.
+        teacher_hidden, teacher_weight: `[..., H_t]` and `[V, H_t]`, with a width and a dtype of their own.  Both may be
+            None if alpha is 0.
+        labels, alpha, temperature, divergence, ignore_index, reduction, shift, token_weights, num_items, vocab_size,
+            return_parts: as in `kd_loss`.  On the CPU rows that do not count are not projected.  On a GPU they are, since
+            leaving them out would need a synchronisation; whatever they hold adds nothing.
+        student_bias, teacher_bias: `[V]`.  Default: None, no bias.
         logit_softcap, logit_scale: as in `kd_loss`, applied to the head's output.
-        teacher_grad: the teacher's hidden states, weight and bias get gradients, each where it requires one, and the
-            memory and the products that take.  Teacher hidden states that require grad without it are warned of once.
-        logits_dtype: of a chunk's logits.  Default: the dtype of the products, which is what a model's own head gives.
-            torch.float32 spares 16-bit logits their rounding, and the gradient of a bias that of its terms.
-        workspace_bytes: bound of the buffers for a chunk's logits, in bytes.  Default: what `plan_chunks` chooses.
+        teacher_grad: whether those of the teacher's hidden states, weight and bias that require grad get gradients.  They
+            take memory and products of their own.  If it is False and the teacher's hidden states require grad, a warning
+            says that the teacher is taken as a constant.
+        logits_dtype: the dtype of a chunk's logits: torch.float32 or the dtype of the products.  Default: the dtype of the
+            products, in which a model's own head gives its logits.  With torch.float32 neither 16-bit logits nor the terms
+            of a bias's gradient are rounded.
+        workspace_bytes: bound of the buffers for a chunk's logits, in bytes.  Default: as `fused_kd.plan_chunks` chooses.
 
     Under `torch.autocast` the products run in the autocast dtype, as those of `nn.Linear` would, whatever dtypes hidden
-    states, weight and bias have; float64 is not cast.  The gradients have the dtype of what they are a gradient of.
+    states, weight and bias have; float64 is not cast.  Each gradient has the dtype of its tensor.
 
     Returns:
-        As `kd_loss`.
+        The same as `kd_loss`.
 
     Raises:
-        TypeError, ValueError: the argument's name, what was expected and what came.  Nothing has been modified.
-        IndexError: a label outside [0, V) on the CPU.  On a GPU, under `torch.compile` and under the transforms of
+        TypeError, ValueError: an argument is wrong.  The message has its name, what was expected and what came.  Nothing
+            has been modified.
+        IndexError: a label is outside [0, V), on the CPU.  On a GPU, under `torch.compile` and under the transforms of
             `torch.func` the loss of such a row is NaN, and so are its gradients, as in `kd_loss`.
     """
-    alpha, temperature, ignore_index, num_items, vocab_size, workspace_bytes = map(
-        checks.plain, (alpha, temperature, ignore_index, num_items, vocab_size, workspace_bytes)
-    )
+    num_items = plain(num_items)
+    options = Options(
+        alpha=plain(alpha), temperature=plain(temperature), divergence=divergence, ignore_index=plain(ignore_index),
+        reduction=reduction, shift=shift, vocab_size=plain(vocab_size), logit_softcap=logit_softcap,
+        logit_scale=logit_scale, teacher_grad=teacher_grad, logits_dtype=logits_dtype,
+        workspace_bytes=plain(workspace_bytes), return_parts=return_parts,
+    )  # fmt: skip
     student_head = student_hidden, student_weight, student_bias
     teacher_head = teacher_hidden, teacher_weight, teacher_bias
-    V = checks.check_heads(student_head, teacher_head, vocab_size)
-    maps = checks.check_options(
-        alpha=alpha, temperature=temperature, ignore_index=ignore_index, reduction=reduction, vocab_size=vocab_size,
-        logit_softcap=logit_softcap, logit_scale=logit_scale, teacher_grad=teacher_grad, logits_dtype=logits_dtype,
-        workspace_bytes=workspace_bytes, return_parts=return_parts,
-    )  # fmt: skip
+    V = checks.check_heads(student_head, teacher_head, options.vocab_size)
+    maps = checks.check_options(options)
     checks.check_logits_dtype(student_hidden, teacher_hidden, logits_dtype)
-    terms = _terms(
-        student_hidden, teacher_hidden, "teacher_hidden", labels, V, maps,
-        alpha=alpha, temperature=temperature, ignore_index=ignore_index, reduction=reduction,
-        token_weights=token_weights, num_items=num_items, return_parts=return_parts,
-    )  # fmt: skip
+    checks.check_rows(student_hidden, teacher_hidden, "teacher_hidden", labels, token_weights, num_items, options, V)
+    terms = make_terms(student_hidden, teacher_hidden, labels, token_weights, num_items, options, V, maps)
     counted = counted_rows(terms.weights)
 
     def rows(tensor: Tensor | None) -> Tensor | None:
         return tensor if tensor is None or counted is None else tensor.index_select(0, counted)
 
-    def as_matrix(hidden: Tensor) -> Tensor | None:  # [N, H] of the rows that count
+    def as_matrix(hidden: Tensor) -> Tensor | None:  # [N, H], only rows that count
         return rows(hidden.reshape(-1, hidden.shape[-1]))
 
-    def spread(values: Tensor) -> Tensor:  # back to [N]
+    def spread(values: Tensor) -> Tensor:  # values of all N rows, with 0 for rows that do not count
         if counted is None:
             return values
         return torch.zeros_like(terms.weights.row).index_copy(0, counted, values)
@@ -260,132 +337,20 @@ def linear_kd_loss(
     student = as_matrix(student_hidden), student_weight, student_bias
     teacher: tuple[Tensor | None, ...] = None, None, None
     dtype = teacher_dtype = checks.products_dtype(student_hidden)
-    if teacher_hidden is not None and terms.need_kl:
+    if teacher_hidden is not None and terms.need_divergence:
         teacher_dtype = checks.products_dtype(teacher_hidden)
-        teacher = _teacher(
+        teacher = constant_teacher(
             (as_matrix(teacher_hidden), teacher_weight, teacher_bias), teacher_grad, terms.options, "teacher_hidden"
         )
     needed = tuple(
         tensor is not None and tensor.requires_grad and torch.is_grad_enabled() for tensor in student + teacher
     )
-    options = LinearOptions(terms.options, needed, dtype, teacher_dtype, logits_dtype, workspace_bytes)
-    if (
-        workspace_bytes is not None and not torch.compiler.is_compiling()
-    ):  # refused now, not by backward, which takes more
-        planned_chunk(Head(*student), None if teacher[0] is None else Head(*teacher), options)  # type: ignore[arg-type]
+    sweep = LinearOptions(terms.options, needed, dtype, teacher_dtype, logits_dtype, options.workspace_bytes)
+    if options.workspace_bytes is not None and not torch.compiler.is_compiling():
+        # A bound that is too small is refused now, and not only in backward, which needs more buffers.
+        planned_chunk(Head(*student), None if teacher[0] is None else Head(*teacher), sweep)  # type: ignore[arg-type]
     function = LinearKDRowLossesFunction if reduction == "none" else LinearKDLossFunction
-    loss, ce, kl, *_ = function.apply(
-        *student, *teacher, rows(terms.labels), rows(terms.weights.ce), rows(terms.weights.kl), options
+    loss, ce, divergences, *_ = function.apply(
+        *student, *teacher, rows(terms.labels), rows(terms.weights.ce), rows(terms.weights.divergence), sweep
     )
-    return terms.output(spread(loss) if reduction == "none" else loss, spread(ce), spread(kl))
-
-
-def _teacher(
-    tensors: tuple[Tensor | None, ...],  # logits; or hidden states, weight and bias
-    learns: bool,  # teacher_grad
-    options: KDOptions,
-    name: str,  # of the first
-) -> tuple[Tensor | None, ...]:
-    """The teacher's tensors, without their graph unless it learns."""
-    if learns and options.kl_in_loss:
-        return tensors
-    if not learns and tensors[0] is not None and tensors[0].requires_grad and torch.is_grad_enabled():
-        warnings.warn(
-            f"{name} requires grad, and the loss takes the teacher as a constant; compute it under torch.no_grad(), which "
-            f"saves its graph, or pass teacher_grad=True if the teacher learns too",
-            stacklevel=3,
-        )
-    return tuple(None if tensor is None else tensor.detach() for tensor in tensors)
-
-
-UNUSUAL = 1234.5  # no graph compares a temperature with it, so only of a constant is it known which of them is larger
-
-
-def _constant_or_tensor(temperature: float) -> float | Tensor:
-    """A tensor, if it is a temperature that changes from call to call of one compiled graph."""
-    temperature = float(temperature)
-    if not torch.compiler.is_compiling() or RELEASE < (2, 9):
-        return temperature
-    is_known = torch.fx.experimental.symbolic_shapes.statically_known_true
-    if is_known(temperature < UNUSUAL) or is_known(temperature >= UNUSUAL):
-        return temperature
-    return torch.ones((), dtype=torch.float64) * temperature  # torch.full would make it a constant
-
-
-class _Terms(NamedTuple):
-    """What both losses make of the arguments that they share."""
-
-    labels: Tensor | None  # [N]; None where CE is not needed
-    weights: RowWeights
-    options: KDOptions
-    need_kl: bool
-    reduction: str
-    shape: torch.Size  # of the leading dimensions
-    return_parts: bool
-
-    def output(
-        self,
-        loss: Tensor,  # reduced; [N] for reduction "none"
-        ce: Tensor,  # [N]
-        kl: Tensor,  # [N]
-    ) -> Tensor | KDLossOutput:
-        dtype = self.options.dtype
-        loss = (loss.reshape(self.shape) if self.reduction == "none" else loss).to(dtype)
-        if not self.return_parts:
-            return loss
-        return KDLossOutput(
-            loss,
-            self.weights.reduce(kl, self.reduction, self.shape).to(dtype) if self.need_kl else None,
-            self.weights.reduce(ce, self.reduction, self.shape).to(dtype) if self.labels is not None else None,
-        )
-
-
-def _terms(
-    student: Tensor,  # [..., any], logits or hidden states
-    teacher: Tensor | None,
-    teacher_name: str,
-    labels: Tensor | None,  # [...]
-    V: int,
-    maps: tuple[LogitMap, LogitMap],
-    *,
-    alpha: float | Tensor,
-    temperature: float,
-    ignore_index: int,
-    reduction: str,
-    token_weights: Tensor | None,
-    num_items: int | float | Tensor | None,
-    return_parts: bool,
-) -> _Terms:
-    checks.check_num_items(num_items, reduction, student)
-    checks.check_alpha(alpha, student, teacher, labels, teacher_name)
-    if labels is not None:
-        checks.check_labels(labels, student, V, ignore_index)
-    if token_weights is not None:
-        checks.check_token_weights(token_weights, student)
-    N = math.prod(student.shape[:-1])  # not Size.numel, which makes a traced size a constant
-    labels = None if labels is None else labels.reshape(N).contiguous()
-    weights = row_weights(
-        labels,
-        None if token_weights is None else token_weights.reshape(N),
-        alpha.reshape(N) if isinstance(alpha, Tensor) and alpha.dim() else alpha,
-        rows=N,
-        device=student.device,
-        temperature=temperature,
-        vocabulary=V,
-        ignore_index=ignore_index,
-        reduction=reduction,
-        num_items=num_items,
-    )
-    ce_in_loss = isinstance(alpha, Tensor) or alpha < 1
-    kl_in_loss = isinstance(alpha, Tensor) or alpha > 0
-    in_float64 = torch.float64 in (student.dtype, None if teacher is None else teacher.dtype)
-    dtype = torch.float64 if in_float64 else torch.float32
-    return _Terms(
-        labels if ce_in_loss or return_parts else None,
-        weights,
-        KDOptions(_constant_or_tensor(temperature), V, ce_in_loss, kl_in_loss, dtype, *maps),
-        teacher is not None and (kl_in_loss or return_parts),
-        reduction,
-        student.shape[:-1],
-        return_parts,
-    )
+    return terms.output(spread(loss) if reduction == "none" else loss, spread(ce), spread(divergences))

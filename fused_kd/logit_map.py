@@ -1,4 +1,4 @@
-"""What some models do to the output of their head before the softmax: a scale (Cohere, Granite), a softcap (Gemma 2)."""
+"""The map from a head's output to the logits: a scale (Cohere, Granite) and a softcap (Gemma 2)."""
 
 import math
 from typing import NamedTuple
@@ -6,13 +6,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# A user's options: one value for student and teacher, or one each.
-Scale = float | tuple[float, float]
-Softcap = float | tuple[float | None, float | None] | None
-
 
 class LogitMap(NamedTuple):
-    """z = softcap tanh(scale x / softcap), or scale x without a softcap: of the head's output x, the logits z."""
+    """The map from a head's output x to the logits z = softcap tanh(scale x / softcap); z = scale x without a softcap."""
 
     scale: float = 1.0
     softcap: float = math.inf
@@ -26,8 +22,9 @@ class LogitMap(NamedTuple):
         return self.softcap < math.inf
 
     def of(self, x: Tensor) -> Tensor:
+        """Return the logits of the head's output x, of any shape."""
         z = x * self.scale
-        # Not `is_capped`: PyTorch 2.9 does not trace a property of a named tuple where sizes are dynamic.
+        # `is_capped` is not used here: PyTorch 2.9 cannot trace a property of a NamedTuple if sizes are dynamic.
         return self.softcap * torch.tanh(z / self.softcap) if self.softcap < math.inf else z
 
 

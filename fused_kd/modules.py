@@ -1,5 +1,6 @@
-"""The losses as modules: the same functions, options and defaults."""
+"""The losses as modules, with the same options and defaults as the functions."""
 
+import dataclasses
 from typing import Any
 
 import torch
@@ -7,17 +8,23 @@ from torch import Tensor, nn
 
 from . import checks
 from .functional import kd_loss, linear_kd_loss
-from .logit_map import Scale, Softcap
-from .options import KDLossOutput
+from .options import KDLossOutput, Options, Scale, Softcap
+
+DEFAULTS = {option.name: option.default for option in dataclasses.fields(Options)}
 
 
 class _Loss(nn.Module):
-    """The options of a loss, checked as it is made.  An alpha that is a tensor is a parameter or a buffer of the module."""
+    """A loss with its options, which are checked when it is made.
+
+    An alpha that is a tensor is a parameter or a buffer of the module.
+    """
 
     alpha: float | Tensor
     temperature: float
+    divergence: str
     ignore_index: int
     reduction: str
+    shift: bool
     vocab_size: int | None
     logit_softcap: Softcap
     logit_scale: Scale
@@ -26,14 +33,14 @@ class _Loss(nn.Module):
 
     def __init__(self, **options: Any) -> None:
         super().__init__()
-        checks.check_options(**{name: checks.plain(value) for name, value in options.items()})
-        self._options = tuple(options)
+        checks.check_options(Options(**{name: checks.plain(value) for name, value in options.items()}))
+        self._names = tuple(options)
         for name, value in options.items():
             setattr(self, name, value)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        value = checks.plain(value)  # torch.compile would take a number of numpy's for an array
-        if name == "alpha":  # a number may follow a tensor, which nn.Module would refuse
+        value = checks.plain(value)  # torch.compile would take a numpy number for an array
+        if name == "alpha":  # nn.Module would refuse a number in place of a parameter or buffer
             for held in (self.__dict__, self._parameters, self._buffers):
                 held.pop(name, None)
             if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
@@ -41,8 +48,17 @@ class _Loss(nn.Module):
                 return
         super().__setattr__(name, value)
 
+    def _options(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in self._names}
+
     def extra_repr(self) -> str:
-        return ", ".join(f"{name}={_shown(getattr(self, name))}" for name in self._options)
+        """Show the options that differ from their defaults."""
+        shown = {name: value for name, value in self._options().items() if not _equal(value, DEFAULTS[name])}
+        return ", ".join(f"{name}={_shown(value)}" for name, value in shown.items())
+
+
+def _equal(value: object, default: object) -> bool:
+    return not isinstance(value, Tensor) and value == default
 
 
 def _shown(value: object) -> str:
@@ -50,10 +66,11 @@ def _shown(value: object) -> str:
 
 
 class KDLoss(_Loss):
-    """`kd_loss` as a module; see there for shapes, dtypes and errors.
+    """The module of `kd_loss`, whose docstring gives shapes, dtypes and errors.
 
     Args: the options of `kd_loss` that hold for a whole training run, with the same defaults.  An alpha that is a tensor
-        belongs to the module: a parameter if it is an `nn.Parameter`, a buffer if not.  Options may be set anew.
+        belongs to the module: it is a parameter if it is an `nn.Parameter`, otherwise a buffer.  An option may be changed
+        by setting the attribute of its name.
     """
 
     inplace_backward: bool
@@ -63,8 +80,10 @@ class KDLoss(_Loss):
         *,
         alpha: float | Tensor = 0.5,
         temperature: float = 1.0,
+        divergence: str = "forward_kl",
         ignore_index: int = -100,
         reduction: str = "mean",
+        shift: bool = False,
         vocab_size: int | None = None,
         logit_softcap: Softcap = None,
         logit_scale: Scale = 1.0,
@@ -75,8 +94,10 @@ class KDLoss(_Loss):
         super().__init__(
             alpha=alpha,
             temperature=temperature,
+            divergence=divergence,
             ignore_index=ignore_index,
             reduction=reduction,
+            shift=shift,
             vocab_size=vocab_size,
             logit_softcap=logit_softcap,
             logit_scale=logit_scale,
@@ -94,30 +115,26 @@ class KDLoss(_Loss):
         token_weights: Tensor | None = None,  # [...]
         num_items: int | float | Tensor | None = None,
     ) -> Tensor | KDLossOutput:
-        return kd_loss(
+        """Return the loss, as `kd_loss` does."""
+        result: Tensor | KDLossOutput = kd_loss(
             student_logits,
             teacher_logits,
             labels,
-            alpha=self.alpha,
-            temperature=self.temperature,
-            ignore_index=self.ignore_index,
-            reduction=self.reduction,
             token_weights=token_weights,
             num_items=num_items,
-            vocab_size=self.vocab_size,
-            logit_softcap=self.logit_softcap,
-            logit_scale=self.logit_scale,
-            teacher_grad=self.teacher_grad,
-            inplace_backward=self.inplace_backward,
-            return_parts=self.return_parts,
+            **self._options(),
         )
+        return result
 
 
 class LinearKDLoss(_Loss):
-    """`linear_kd_loss` as a module; see there for shapes, dtypes and errors.  It holds no weights: pass the heads'.
+    """The module of `linear_kd_loss`, whose docstring gives shapes, dtypes and errors.
+
+    The module holds no heads: pass their weights and biases to each call.
 
     Args: the options of `linear_kd_loss` that hold for a whole training run, with the same defaults.  An alpha that is a
-        tensor belongs to the module: a parameter if it is an `nn.Parameter`, a buffer if not.  Options may be set anew.
+        tensor belongs to the module: it is a parameter if it is an `nn.Parameter`, otherwise a buffer.  An option may be
+        changed by setting the attribute of its name.
     """
 
     logits_dtype: torch.dtype | None
@@ -128,8 +145,10 @@ class LinearKDLoss(_Loss):
         *,
         alpha: float | Tensor = 0.5,
         temperature: float = 1.0,
+        divergence: str = "forward_kl",
         ignore_index: int = -100,
         reduction: str = "mean",
+        shift: bool = False,
         vocab_size: int | None = None,
         logit_softcap: Softcap = None,
         logit_scale: Scale = 1.0,
@@ -141,8 +160,10 @@ class LinearKDLoss(_Loss):
         super().__init__(
             alpha=alpha,
             temperature=temperature,
+            divergence=divergence,
             ignore_index=ignore_index,
             reduction=reduction,
+            shift=shift,
             vocab_size=vocab_size,
             logit_softcap=logit_softcap,
             logit_scale=logit_scale,
@@ -165,7 +186,8 @@ class LinearKDLoss(_Loss):
         token_weights: Tensor | None = None,  # [...]
         num_items: int | float | Tensor | None = None,
     ) -> Tensor | KDLossOutput:
-        return linear_kd_loss(
+        """Return the loss, as `linear_kd_loss` does."""
+        result: Tensor | KDLossOutput = linear_kd_loss(
             student_hidden,
             student_weight,
             teacher_hidden,
@@ -173,17 +195,8 @@ class LinearKDLoss(_Loss):
             labels,
             student_bias=student_bias,
             teacher_bias=teacher_bias,
-            alpha=self.alpha,
-            temperature=self.temperature,
-            ignore_index=self.ignore_index,
-            reduction=self.reduction,
             token_weights=token_weights,
             num_items=num_items,
-            vocab_size=self.vocab_size,
-            logit_softcap=self.logit_softcap,
-            logit_scale=self.logit_scale,
-            teacher_grad=self.teacher_grad,
-            logits_dtype=self.logits_dtype,
-            workspace_bytes=self.workspace_bytes,
-            return_parts=self.return_parts,
+            **self._options(),
         )
+        return result

@@ -1,35 +1,38 @@
-"""The operators `fused_kd::row_statistics`, `fused_kd::logit_gradient` and, both in one launch,
-`fused_kd::loss_and_gradient`: schemas, fake versions, device dispatch.
+"""The operators of the sweep: schemas, fake versions, device dispatch.
 
-CUDA (and ROCm) tensors go to the Triton kernels, CPU tensors to `cpu.py`; with TRITON_INTERPRET=1, CPU tensors go to the
-kernels too, which Triton then runs in Python.  Triton is imported when the first kernel is needed.
+`fused_kd::row_statistics` and `fused_kd::logit_gradient` are the two passes, and `fused_kd::statistics_and_gradient` is the
+single pass that does the work of both.  CUDA (and ROCm) tensors go to the Triton kernels, CPU tensors to
+`backends/cpu.py`.  With TRITON_INTERPRET=1 CPU tensors go to the kernels too, which Triton then runs in Python.  Triton is
+imported when the first kernel is needed.
 """
 
 import os
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from types import ModuleType
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from . import statistics as stats
 from .backends import cpu
+from .divergences import DIVERGENCES
+from .launch import SinglePass
 from .logit_map import LogitMap
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
-# The overload that takes the temperature as a tensor on the CPU, and reads it as it runs: of a compiled graph whose
-# temperature changes from call to call.  A float would be a constant of the graph.
+# The overload that takes the temperature as a tensor on the CPU and reads it when it runs.  A compiled graph uses it if the
+# temperature changes from call to call; a float would be a constant of the graph.
 TRACED = ".traced"
 
 
 def define(name: str, schema: str) -> str:
-    """The operator's whole name.
+    """Define an operator and return its qualified name, `namespace::name`.
 
-    A module that is reloaded or imported anew gets operators in a namespace of their own: compiled graphs, and graphs that
-    wait for backward, hold the older ones, and calling an operator that is no more ends the process.
+    If the module is reloaded or imported anew, the operators get a new namespace.  Compiled graphs, and autograd graphs
+    that wait for backward, still hold the older operators, and calling an operator that has been removed ends the process.
     """
     namespace, turn = "fused_kd", 1
     while hasattr(getattr(torch.ops, namespace), name):
@@ -42,34 +45,38 @@ def define(name: str, schema: str) -> str:
 
 
 def operator(name: str) -> torch._ops.OpOverloadPacket:
-    """By the whole name."""
+    """Return the operator with that qualified name."""
     namespace, name = name.split("::")
     return getattr(getattr(torch.ops, namespace), name)  # type: ignore[no-any-return]
 
 
+_OPTIONS = "float temperature, str divergence, float[] student_map, float[] teacher_map"
 _GRADIENT_ARGUMENTS = (
-    "Tensor? teacher, Tensor? labels, Tensor statistics, Tensor ce_weight, Tensor kl_weight, float temperature, "
-    "SymInt vocab_size, float[] student_map, float[] teacher_map, bool teacher_grad"
+    f"Tensor? teacher, Tensor? labels, Tensor coefficients, SymInt vocab_size, bool teacher_grad, {_OPTIONS}"
 )
-_ONE_LAUNCH_ARGUMENTS = (
-    "Tensor? teacher, Tensor? labels, Tensor ce_weight, Tensor kl_weight, float temperature, SymInt vocab_size, "
-    "float[] student_map, float[] teacher_map"
+_SINGLE_PASS_ARGUMENTS = (
+    "Tensor? teacher, Tensor? labels, Tensor ce_weight, Tensor divergence_weight, SymInt vocab_size, ScalarType dtype, "
+    "int[] launch, "
+    f"{_OPTIONS}"
 )
 ROW_STATISTICS = define(
     "row_statistics",
-    "(Tensor student, Tensor? teacher, Tensor ce_weight, Tensor kl_weight, float temperature, bool need_ce, "
-    "float[] student_map, float[] teacher_map) -> Tensor",
+    f"(Tensor student, Tensor? teacher, Tensor counted, ScalarType dtype, bool need_ce, {_OPTIONS}) -> Tensor",
 )
 LOGIT_GRADIENT = define("logit_gradient", f"(Tensor student, {_GRADIENT_ARGUMENTS}) -> (Tensor, Tensor)")
 LOGIT_GRADIENT_INPLACE = define("logit_gradient_", f"(Tensor(a!) student, {_GRADIENT_ARGUMENTS}) -> Tensor")
-LOSS_AND_GRADIENT = define("loss_and_gradient", f"(Tensor student, {_ONE_LAUNCH_ARGUMENTS}) -> (Tensor, Tensor)")
-LOSS_AND_GRADIENT_INPLACE = define("loss_and_gradient_", f"(Tensor(a!) student, {_ONE_LAUNCH_ARGUMENTS}) -> Tensor")
+STATISTICS_AND_GRADIENT = define(
+    "statistics_and_gradient", f"(Tensor student, {_SINGLE_PASS_ARGUMENTS}) -> (Tensor, Tensor)"
+)
+STATISTICS_AND_GRADIENT_INPLACE = define(
+    "statistics_and_gradient_", f"(Tensor(a!) student, {_SINGLE_PASS_ARGUMENTS}) -> Tensor"
+)
 
 row_statistics = operator(ROW_STATISTICS)
 logit_gradient = operator(LOGIT_GRADIENT)
 logit_gradient_ = operator(LOGIT_GRADIENT_INPLACE)
-loss_and_gradient = operator(LOSS_AND_GRADIENT)
-loss_and_gradient_ = operator(LOSS_AND_GRADIENT_INPLACE)
+statistics_and_gradient = operator(STATISTICS_AND_GRADIENT)
+statistics_and_gradient_ = operator(STATISTICS_AND_GRADIENT_INPLACE)
 
 NO_DERIVATIVE = (
     "fused_kd: expected one backward pass through kd_loss or linear_kd_loss, got a derivative of a gradient "
@@ -78,7 +85,7 @@ NO_DERIVATIVE = (
 
 
 def implements(name: str) -> Callable[[Function], Function]:
-    """Of an operator, on the CPU and on CUDA devices; the function stays one."""
+    """Return a decorator that registers a function as an operator's implementation on the CPU and on CUDA devices."""
 
     def register(function: Function) -> Function:
         names = [argument.name for argument in operator(name).default._schema.arguments]
@@ -96,7 +103,7 @@ def implements(name: str) -> Callable[[Function], Function]:
 
 
 def fakes(name: str) -> Callable[[Function], Function]:
-    """The results of an operator for fake tensors."""
+    """Return a decorator that registers a function as an operator's implementation for fake tensors."""
 
     def register(function: Function) -> Function:
         for overload in ("", TRACED):
@@ -126,51 +133,60 @@ def _backend(student: Tensor, dtype: torch.dtype) -> ModuleType:
 
 
 def _device_of(student: Tensor) -> AbstractContextManager[object]:
-    """Triton launches on the current device, which need not be the tensors'."""
+    """Make the tensors' device the current one, since Triton launches on the current device."""
     return torch.cuda.device(student.device) if student.is_cuda else nullcontext()
+
+
+class Options(NamedTuple):
+    """The last arguments of every operator, in the order of the schemas."""
+
+    temperature: float
+    divergence: str
+    student_map: LogitMap
+    teacher_map: LogitMap
+
+
+def _options(
+    temperature: float, divergence: str, student_map: Sequence[float], teacher_map: Sequence[float]
+) -> Options:
+    return Options(temperature, divergence, LogitMap(*student_map), LogitMap(*teacher_map))
 
 
 @implements(ROW_STATISTICS)
 def _row_statistics(
     student: Tensor,  # [outer, inner, V]
-    teacher: Tensor | None,  # [outer', inner', V], as many rows; None leaves out d_T, m_t, e and c
-    ce_weight: Tensor,  # [N]
-    kl_weight: Tensor,  # [N]; a row with both weights 0 is not read, its statistics are those of no columns
-    temperature: float,
-    need_ce: bool,  # False leaves out d_1
-    student_map: Sequence[float],  # a LogitMap
-    teacher_map: Sequence[float],
-) -> Tensor:  # [6, N], in the dtype of the weights
+    teacher: Tensor | None,  # [outer', inner', V], as many rows; None: d_T, m_t, e and c are not computed
+    counted: Tensor,  # [N], bool; a row that is not counted is not read, and has the statistics of no columns
+    dtype: torch.dtype,  # float32 or float64
+    need_ce: bool,  # False: d_1 is not computed
+    *options: Any,
+) -> Tensor:  # [6, N]
+    given = _options(*options)
     with _device_of(student):
-        parts = _backend(student, ce_weight.dtype).row_statistics(
-            student, teacher, ce_weight, kl_weight, temperature, need_ce, LogitMap(*student_map), LogitMap(*teacher_map)
-        )
-        return stats.merge(parts, temperature)
+        parts = _backend(student, dtype).row_statistics(student, teacher, counted, dtype, need_ce, *given)
+        return stats.merge(parts, given.temperature, DIVERGENCES[given.divergence].mass)
 
 
 @fakes(ROW_STATISTICS)
-def _(student, teacher, ce_weight, *arguments):  # type: ignore[no-untyped-def]
-    return ce_weight.new_empty(6, ce_weight.shape[0])
+def _(student, teacher, counted, dtype, *options):  # type: ignore[no-untyped-def]
+    return counted.new_empty(6, counted.shape[0], dtype=dtype)
 
 
 def write_gradient(
     gradient: Tensor,  # [outer, inner, V'], written; may be the student
     teacher_gradient: Tensor | None,  # [outer', inner', V], written; may be the teacher
     student: Tensor,  # [outer, inner, V']
-    teacher: Tensor | None,  # [outer', inner', V], as many rows; None leaves out KL
-    labels: Tensor | None,  # [N]; None leaves out CE
-    statistics: Tensor,  # [6, N]
-    ce_weight: Tensor,  # [N]
-    kl_weight: Tensor,  # [N]; a row with both weights 0 is not read, its gradient is 0
-    temperature: float,
+    teacher: Tensor | None,  # [outer', inner', V], as many rows; None: no divergence
+    labels: Tensor | None,  # [N]; None: no CE
+    coefficients: Tensor,  # [7, N]; a row whose coefficients are 0 is not read and has gradient 0
     vocab_size: int,  # V; columns from V to V' have gradient 0
-    student_map: Sequence[float],  # a LogitMap
-    teacher_map: Sequence[float],
+    *options: Any,
 ) -> None:
+    """Write the gradients of the logits into the given tensors."""
     with _device_of(student):
-        _backend(student, statistics.dtype).logit_gradient(
-            student[..., :vocab_size], teacher, labels, statistics, ce_weight, kl_weight, temperature,
-            gradient[..., :vocab_size], teacher_gradient, LogitMap(*student_map), LogitMap(*teacher_map),
+        _backend(student, coefficients.dtype).logit_gradient(
+            student[..., :vocab_size], teacher, labels, coefficients, gradient[..., :vocab_size], teacher_gradient,
+            *_options(*options),
         )  # fmt: skip
         gradient[..., vocab_size:] = 0
 
@@ -180,97 +196,108 @@ def _new_gradient(logits: Tensor) -> Tensor:
 
 
 def _new_teacher_gradient(teacher: Tensor | None, wanted: bool, student: Tensor) -> Tensor:
-    """Empty where it is not wanted: an operator has a fixed number of results."""
+    """Return memory for the teacher's gradient; an empty tensor if it is not wanted.
+
+    An operator always returns the same number of tensors.
+    """
     return student.new_empty(0) if teacher is None or not wanted else _new_gradient(teacher)
 
 
 @implements(LOGIT_GRADIENT)
-def _logit_gradient(student: Tensor, teacher: Tensor | None, *arguments) -> tuple[Tensor, Tensor]:  # type: ignore[no-untyped-def]
+def _logit_gradient(student: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
     gradient = _new_gradient(student)
-    return gradient, _write_into(gradient, student, teacher, *arguments)
+    return gradient, _write_into(gradient, student, *arguments)
 
 
 @fakes(LOGIT_GRADIENT)
-def _(student, teacher, *arguments):  # type: ignore[no-untyped-def]
-    return _new_gradient(student), _new_teacher_gradient(teacher, arguments[-1], student)
+def _(student, teacher, labels, coefficients, vocab_size, teacher_grad, *options):  # type: ignore[no-untyped-def]
+    return _new_gradient(student), _new_teacher_gradient(teacher, teacher_grad, student)
 
 
 @implements(LOGIT_GRADIENT_INPLACE)
-def _logit_gradient_(student: Tensor, teacher: Tensor | None, *arguments) -> Tensor:  # type: ignore[no-untyped-def]
-    return _write_into(student, student, teacher, *arguments)
+def _logit_gradient_(student: Tensor, *arguments: Any) -> Tensor:
+    return _write_into(student, student, *arguments)
 
 
 @fakes(LOGIT_GRADIENT_INPLACE)
-def _(student, teacher, *arguments):  # type: ignore[no-untyped-def]
-    return _new_teacher_gradient(teacher, arguments[-1], student)
+def _(student, teacher, labels, coefficients, vocab_size, teacher_grad, *options):  # type: ignore[no-untyped-def]
+    return _new_teacher_gradient(teacher, teacher_grad, student)
 
 
-def _write_into(gradient: Tensor, student: Tensor, teacher: Tensor | None, *arguments) -> Tensor:  # type: ignore[no-untyped-def]
-    """The teacher's gradient, which is empty where it is not wanted."""
-    *rest, teacher_grad = arguments
-    of_teacher = _new_teacher_gradient(teacher, teacher_grad, student)
-    write_gradient(gradient, of_teacher if teacher_grad else None, student, teacher, *rest)
-    return of_teacher
+def _write_into(
+    gradient: Tensor,
+    student: Tensor,
+    teacher: Tensor | None,
+    labels: Tensor | None,
+    coefficients: Tensor,
+    vocab_size: int,
+    teacher_grad: bool,
+    *options: Any,
+) -> Tensor:
+    """Write the student's gradient, and return the teacher's, which is empty if it is not wanted."""
+    teacher_gradient = _new_teacher_gradient(teacher, teacher_grad, student)
+    written = teacher_gradient if teacher_grad else None
+    write_gradient(gradient, written, student, teacher, labels, coefficients, vocab_size, *options)
+    return teacher_gradient
 
 
-def write_loss_and_gradient(
+def _write_in_single_pass(
     gradient: Tensor,  # [outer, inner, V'], written; may be the student
     student: Tensor,  # [outer, inner, V']
-    teacher: Tensor | None,  # [outer', inner', V], as many rows; None leaves out KL
-    labels: Tensor | None,  # [N]; None leaves out CE
+    teacher: Tensor | None,  # [outer', inner', V], as many rows; None: no divergence
+    labels: Tensor | None,  # [N]; None: no CE
     ce_weight: Tensor,  # [N], float64
-    kl_weight: Tensor,  # [N]; a row with both weights 0 is not read, its gradient is 0
-    temperature: float,
+    divergence_weight: Tensor,  # [N], float64; a row with both weights 0 is not read and has gradient 0
     vocab_size: int,  # V; columns from V to V' have gradient 0
-    student_map: Sequence[float],  # a LogitMap
-    teacher_map: Sequence[float],
+    dtype: torch.dtype,  # of the statistics
+    launch: Sequence[int],  # the fields of a launch.SinglePass
+    *options: Any,
 ) -> Tensor:  # [6, N]
-    """`row_statistics` and `write_gradient` in one launch."""
+    """Write the gradient, and return the statistics of each row."""
     with _device_of(student):
-        statistics: Tensor = _backend(student, cpu.statistics_dtype(student, teacher)).loss_and_gradient(
-            student[..., :vocab_size], teacher, labels, ce_weight, kl_weight, temperature, gradient[..., :vocab_size],
-            LogitMap(*student_map), LogitMap(*teacher_map),
+        statistics: Tensor = _backend(student, dtype).statistics_and_gradient(
+            student[..., :vocab_size], teacher, labels, ce_weight, divergence_weight, gradient[..., :vocab_size],
+            SinglePass(*launch), *_options(*options),
         )  # fmt: skip
         gradient[..., vocab_size:] = 0
     return statistics
 
 
-def _statistics_of_one_launch(student: Tensor, teacher: Tensor | None, weight: Tensor) -> Tensor:
-    return weight.new_empty(6, weight.shape[0], dtype=cpu.statistics_dtype(student, teacher))
-
-
-@implements(LOSS_AND_GRADIENT)
-def _loss_and_gradient(student: Tensor, *arguments) -> tuple[Tensor, Tensor]:  # type: ignore[no-untyped-def]
+@implements(STATISTICS_AND_GRADIENT)
+def _statistics_and_gradient(student: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
     gradient = _new_gradient(student)
-    return write_loss_and_gradient(gradient, student, *arguments), gradient
+    return _write_in_single_pass(gradient, student, *arguments), gradient
 
 
-@fakes(LOSS_AND_GRADIENT)
-def _(student, teacher, labels, ce_weight, *arguments):  # type: ignore[no-untyped-def]
-    return _statistics_of_one_launch(student, teacher, ce_weight), _new_gradient(student)
+@fakes(STATISTICS_AND_GRADIENT)
+def _(student, teacher, labels, ce_weight, divergence_weight, vocab_size, dtype, *arguments):  # type: ignore[no-untyped-def]
+    return ce_weight.new_empty(6, ce_weight.shape[0], dtype=dtype), _new_gradient(student)
 
 
-@implements(LOSS_AND_GRADIENT_INPLACE)
-def _loss_and_gradient_(student: Tensor, *arguments) -> Tensor:  # type: ignore[no-untyped-def]
-    return write_loss_and_gradient(student, student, *arguments)
+@implements(STATISTICS_AND_GRADIENT_INPLACE)
+def _statistics_and_gradient_(student: Tensor, *arguments: Any) -> Tensor:
+    return _write_in_single_pass(student, student, *arguments)
 
 
-@fakes(LOSS_AND_GRADIENT_INPLACE)
-def _(student, teacher, labels, ce_weight, *arguments):  # type: ignore[no-untyped-def]
-    return _statistics_of_one_launch(student, teacher, ce_weight)
+@fakes(STATISTICS_AND_GRADIENT_INPLACE)
+def _(student, teacher, labels, ce_weight, divergence_weight, vocab_size, dtype, *arguments):  # type: ignore[no-untyped-def]
+    return ce_weight.new_empty(6, ce_weight.shape[0], dtype=dtype)
 
 
 def scale_(
     tensor: Tensor,  # [outer, inner, V]
     factor: Tensor,  # a scalar
 ) -> None:
-    """In place; on a GPU, where the host does not know the factor, for one read of it if it is 1."""
+    """Multiply in place.
+
+    On a GPU the kernel is always launched, since the host does not know the factor; if it is 1, only the factor is read.
+    """
     with _device_of(tensor):
         _backend(tensor, torch.promote_types(tensor.dtype, torch.float32)).scale_(tensor, factor)
 
 
 def _one_by_one(function: torch._ops.OpOverloadPacket) -> Callable[..., tuple[Any, Any]]:
-    """A batching rule: the samples of a `torch.vmap` one after another."""
+    """Return a `torch.vmap` rule that runs the operator for one sample after another."""
 
     def rule(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> tuple[Any, Any]:
         def sample(i: int) -> tuple[Any, ...]:
@@ -289,17 +316,17 @@ def _one_by_one(function: torch._ops.OpOverloadPacket) -> Callable[..., tuple[An
 
 
 def refuse_derivative(*_: object) -> None:
-    """The backward pass of an operator: the loss's functions in `autograd.py` have one, its operators are their parts."""
+    """Refuse the derivative of an operator: only the functions in `autograd.py`, which call operators, have one."""
     raise NotImplementedError(NO_DERIVATIVE)
 
 
-def complete(name: str) -> None:
-    """What every operator has besides its implementations."""
+def register_transforms(name: str) -> None:
+    """Register an operator's refusal of derivatives and its rule for `torch.vmap`."""
     for overload in ("", TRACED):
         torch.library.register_autograd(f"{name}{overload}", refuse_derivative)
         torch.library.register_vmap(f"{name}{overload}", _one_by_one(operator(name)))
 
 
-complete(ROW_STATISTICS)
-complete(LOGIT_GRADIENT)
-complete(LOSS_AND_GRADIENT)
+register_transforms(ROW_STATISTICS)
+register_transforms(LOGIT_GRADIENT)
+register_transforms(STATISTICS_AND_GRADIENT)

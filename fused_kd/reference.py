@@ -1,21 +1,18 @@
-"""The loss as a textbook writes it, in plain PyTorch: the oracle of the tests and of `fused-kd check`.
+"""The losses as textbooks write them, in plain PyTorch: the oracle of the tests and of `fused-kd check`.
 
-    L = (1 - alpha) CE(y, softmax(z_s)) + alpha T^2 KL(softmax(z_t / T) || softmax(z_s / T))
+    L = (1 - alpha) CE(y, softmax(z_s)) + alpha T^2 D(softmax(z_t / T), softmax(z_s / T))
 
-Hinton, Vinyals and Dean, "Distilling the Knowledge in a Neural Network", 2015 (arXiv:1503.02531).  It keeps several
-[N, V] arrays, and shares no formula with the rest of the package.
+Source: Hinton, Vinyals and Dean, "Distilling the Knowledge in a Neural Network", 2015 (arXiv:1503.02531).  These functions
+keep several [N, V] arrays.  They import only types from the rest of the package, and share no formula and no check with it.
 """
 
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .options import KDLossOutput
-
-Scale = float | tuple[float, float]
-Softcap = float | tuple[float | None, float | None] | None
+from .options import KDLossOutput, Scale, Softcap
 
 
 def kl_divergence(
@@ -23,7 +20,7 @@ def kl_divergence(
     teacher_logits: Tensor,  # [N, V]
     temperature: float,
 ) -> Tensor:  # [N]
-    """KL(softmax(z_t / T) || softmax(z_s / T)) of each row, in nats, with 0 log 0 = 0."""
+    """Return the forward KL of each row, KL(softmax(z_t / T) || softmax(z_s / T)), in nats, with 0 log 0 = 0."""
     log_p = F.log_softmax(student_logits / temperature, dim=-1)
     log_q = F.log_softmax(teacher_logits / temperature, dim=-1)
     massless = log_q.isneginf()
@@ -32,8 +29,23 @@ def kl_divergence(
     return F.kl_div(log_p, log_q, reduction="none", log_target=True).sum(-1)
 
 
+def reverse_kl_divergence(
+    student_logits: Tensor,  # [N, V]
+    teacher_logits: Tensor,  # [N, V]
+    temperature: float,
+) -> Tensor:  # [N]
+    """Return the reverse KL of each row, KL(softmax(z_s / T) || softmax(z_t / T)), in nats.
+
+    Source: Gu et al., "MiniLLM", 2023 (arXiv:2306.08543).
+    """
+    return kl_divergence(teacher_logits, student_logits, temperature)
+
+
+DIVERGENCES = {"forward_kl": kl_divergence, "reverse_kl": reverse_kl_divergence}
+
+
 def mapped(x: Tensor, scale: float, softcap: float | None) -> Tensor:
-    """The logits of a head's output x: scale x, or softcap tanh(scale x / softcap)."""
+    """Return the logits of a head's output x: scale x, or softcap tanh(scale x / softcap)."""
     z = x if scale == 1 else scale * x
     return z if softcap is None else softcap * torch.tanh(z / softcap)
 
@@ -42,6 +54,35 @@ def _pair(value: Any) -> tuple[Any, Any]:
     return tuple(value) if isinstance(value, (tuple, list)) else (value, value)
 
 
+# fmt: off
+@overload
+def kd_loss(
+    student_logits: Tensor, teacher_logits: Tensor | None, labels: Tensor | None = ..., *,
+    alpha: float | Tensor = ..., temperature: float = ..., divergence: str = ..., ignore_index: int = ...,
+    reduction: str = ..., shift: bool = ..., token_weights: Tensor | None = ...,
+    num_items: int | float | Tensor | None = ..., vocab_size: int | None = ..., logit_softcap: Softcap = ...,
+    logit_scale: Scale = ..., teacher_grad: bool = ..., inplace_backward: bool = ...,
+    return_parts: Literal[False] = ...,
+) -> Tensor: ...
+@overload
+def kd_loss(
+    student_logits: Tensor, teacher_logits: Tensor | None, labels: Tensor | None = ..., *,
+    alpha: float | Tensor = ..., temperature: float = ..., divergence: str = ..., ignore_index: int = ...,
+    reduction: str = ..., shift: bool = ..., token_weights: Tensor | None = ...,
+    num_items: int | float | Tensor | None = ..., vocab_size: int | None = ..., logit_softcap: Softcap = ...,
+    logit_scale: Scale = ..., teacher_grad: bool = ..., inplace_backward: bool = ...,
+    return_parts: Literal[True],
+) -> KDLossOutput: ...
+@overload
+def kd_loss(
+    student_logits: Tensor, teacher_logits: Tensor | None, labels: Tensor | None = ..., *,
+    alpha: float | Tensor = ..., temperature: float = ..., divergence: str = ..., ignore_index: int = ...,
+    reduction: str = ..., shift: bool = ..., token_weights: Tensor | None = ...,
+    num_items: int | float | Tensor | None = ..., vocab_size: int | None = ..., logit_softcap: Softcap = ...,
+    logit_scale: Scale = ..., teacher_grad: bool = ..., inplace_backward: bool = ...,
+    return_parts: bool,
+) -> Tensor | KDLossOutput: ...
+# fmt: on
 def kd_loss(
     student_logits: Tensor,  # [..., V]
     teacher_logits: Tensor | None,  # [..., V]
@@ -49,8 +90,10 @@ def kd_loss(
     *,
     alpha: float | Tensor = 0.5,
     temperature: float = 1.0,
+    divergence: str = "forward_kl",
     ignore_index: int = -100,
     reduction: str = "mean",
+    shift: bool = False,
     token_weights: Tensor | None = None,
     num_items: int | float | Tensor | None = None,
     vocab_size: int | None = None,
@@ -60,11 +103,18 @@ def kd_loss(
     inplace_backward: bool = False,
     return_parts: bool = False,
 ) -> Tensor | KDLossOutput:
-    """The loss of `fused_kd.kd_loss`, by the formula; every argument means the same.
+    """Return the loss of `fused_kd.kd_loss`, computed by the formula.  Every argument means the same.
 
-    It computes in float32, or in float64 where an input is float64.  Arguments are not checked, and
+    The computation is in float32, or in float64 if an input is float64.  Arguments are not checked, and
     `inplace_backward` has no effect.
     """
+    if shift:  # score the logits of all positions but the last
+        assert labels is not None
+        student_logits = student_logits[..., :-1, :]
+        teacher_logits = None if teacher_logits is None else teacher_logits[..., :-1, :]
+        lasts, labels = labels[..., :1].shape, labels[..., 1:]
+        token_weights = None if token_weights is None else token_weights[..., 1:]
+        alpha = alpha[..., 1:] if isinstance(alpha, Tensor) and alpha.dim() else alpha
     shape, V = student_logits.shape[:-1], vocab_size or student_logits.shape[-1]
     dtype = torch.promote_types(student_logits.dtype, torch.float32)
     softcaps, scales = _pair(logit_softcap), _pair(logit_scale)
@@ -77,24 +127,25 @@ def kd_loss(
     if labels is not None:
         labels = labels.reshape(N).long()
         weight = weight.where(labels != ignore_index, 0.0)
-    learns = weight.requires_grad and torch.is_grad_enabled()  # then a row of weight 0 has a gradient, its loss
+    learns = weight.requires_grad and torch.is_grad_enabled()  # then a weight of 0 has a gradient: the loss of its row
     counted = weight != 0
     if learns and labels is not None:
         counted = labels != ignore_index
     elif learns:
         counted = torch.ones_like(counted)
 
-    def rows(tensor: Tensor) -> Tensor:  # a row that does not count is left out, whatever it holds
+    def rows(tensor: Tensor) -> Tensor:  # only rows that count, since the others may hold anything
         return tensor if bool(counted.all()) else tensor[counted]
 
     def reduce(row_values: Tensor) -> Tensor:
         weighted = rows(weight) * row_values
         if reduction == "none":
-            return weighted.new_zeros(N).masked_scatter(counted, weighted).reshape(shape)
+            losses = weighted.new_zeros(N).masked_scatter(counted, weighted).reshape(shape)
+            return torch.cat([losses, losses.new_zeros(lasts)], -1) if shift else losses
         if reduction == "sum":
             return weighted.sum()
         divisor = weight.sum() if num_items is None else num_items
-        if divisor == 0 and not bool((weight != 0).any()):  # the mean of nothing
+        if divisor == 0 and not bool((weight != 0).any()):  # no row counts
             return weighted.sum() * 0
         return weighted.sum() / divisor
 
@@ -104,7 +155,7 @@ def kd_loss(
     elif alpha.dim():
         alpha = rows(alpha.reshape(N))
     temperature = float(temperature)
-    loss, kl, ce = torch.zeros_like(student[:, 0]), None, None
+    loss, value, ce = torch.zeros_like(student[:, 0]), None, None
     if labels is not None:
         ce = F.cross_entropy(student, rows(labels), reduction="none")
         loss = loss + (1 - alpha) * ce
@@ -112,15 +163,50 @@ def kd_loss(
         teacher_logits = teacher_logits if teacher_grad else teacher_logits.detach()
         teacher = rows(teacher_logits[..., :V].reshape(-1, V)).to(dtype)
         teacher = mapped(teacher, scales[1], softcaps[1])
-        kl = kl_divergence(student, teacher, temperature)
-        loss = loss + alpha * temperature**2 * kl
+        value = DIVERGENCES[divergence](student, teacher, temperature)
+        loss = loss + alpha * temperature**2 * value
     if not return_parts:
         return reduce(loss)
     return KDLossOutput(
-        reduce(loss), None if kl is None else reduce(kl.detach()), None if ce is None else reduce(ce.detach())
+        reduce(loss), None if ce is None else reduce(ce.detach()), None if value is None else reduce(value.detach())
     )
 
 
+# fmt: off
+@overload
+def linear_kd_loss(
+    student_hidden: Tensor, student_weight: Tensor, teacher_hidden: Tensor | None, teacher_weight: Tensor | None,
+    labels: Tensor | None = ..., *, student_bias: Tensor | None = ..., teacher_bias: Tensor | None = ...,
+    alpha: float | Tensor = ..., temperature: float = ..., divergence: str = ..., ignore_index: int = ...,
+    reduction: str = ..., shift: bool = ..., token_weights: Tensor | None = ...,
+    num_items: int | float | Tensor | None = ..., vocab_size: int | None = ..., logit_softcap: Softcap = ...,
+    logit_scale: Scale = ..., teacher_grad: bool = ..., logits_dtype: torch.dtype | None = ...,
+    workspace_bytes: int | None = ...,
+    return_parts: Literal[False] = ...,
+) -> Tensor: ...
+@overload
+def linear_kd_loss(
+    student_hidden: Tensor, student_weight: Tensor, teacher_hidden: Tensor | None, teacher_weight: Tensor | None,
+    labels: Tensor | None = ..., *, student_bias: Tensor | None = ..., teacher_bias: Tensor | None = ...,
+    alpha: float | Tensor = ..., temperature: float = ..., divergence: str = ..., ignore_index: int = ...,
+    reduction: str = ..., shift: bool = ..., token_weights: Tensor | None = ...,
+    num_items: int | float | Tensor | None = ..., vocab_size: int | None = ..., logit_softcap: Softcap = ...,
+    logit_scale: Scale = ..., teacher_grad: bool = ..., logits_dtype: torch.dtype | None = ...,
+    workspace_bytes: int | None = ...,
+    return_parts: Literal[True],
+) -> KDLossOutput: ...
+@overload
+def linear_kd_loss(
+    student_hidden: Tensor, student_weight: Tensor, teacher_hidden: Tensor | None, teacher_weight: Tensor | None,
+    labels: Tensor | None = ..., *, student_bias: Tensor | None = ..., teacher_bias: Tensor | None = ...,
+    alpha: float | Tensor = ..., temperature: float = ..., divergence: str = ..., ignore_index: int = ...,
+    reduction: str = ..., shift: bool = ..., token_weights: Tensor | None = ...,
+    num_items: int | float | Tensor | None = ..., vocab_size: int | None = ..., logit_softcap: Softcap = ...,
+    logit_scale: Scale = ..., teacher_grad: bool = ..., logits_dtype: torch.dtype | None = ...,
+    workspace_bytes: int | None = ...,
+    return_parts: bool,
+) -> Tensor | KDLossOutput: ...
+# fmt: on
 def linear_kd_loss(
     student_hidden: Tensor,  # [..., H_s]
     student_weight: Tensor,  # [V, H_s]
@@ -132,8 +218,10 @@ def linear_kd_loss(
     teacher_bias: Tensor | None = None,  # [V]
     alpha: float | Tensor = 0.5,
     temperature: float = 1.0,
+    divergence: str = "forward_kl",
     ignore_index: int = -100,
     reduction: str = "mean",
+    shift: bool = False,
     token_weights: Tensor | None = None,
     num_items: int | float | Tensor | None = None,
     vocab_size: int | None = None,
@@ -144,9 +232,9 @@ def linear_kd_loss(
     workspace_bytes: int | None = None,
     return_parts: bool = False,
 ) -> Tensor | KDLossOutput:
-    """The loss of `fused_kd.linear_kd_loss`: two heads, as models have them, and `kd_loss` of their logits.
+    """Return the loss of `fused_kd.linear_kd_loss`: `kd_loss` of the whole logits that the two heads give.
 
-    Every argument means the same; `workspace_bytes` has no effect.
+    Every argument means the same, and `workspace_bytes` has no effect.
     """
 
     def logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -165,8 +253,10 @@ def linear_kd_loss(
         labels,
         alpha=alpha,
         temperature=temperature,
+        divergence=divergence,
         ignore_index=ignore_index,
         reduction=reduction,
+        shift=shift,
         token_weights=token_weights,
         num_items=num_items,
         vocab_size=vocab_size,

@@ -1,4 +1,4 @@
-"""Finished gradients times an upstream gradient, which came after them."""
+"""The product of finished gradients and the upstream gradient, which is known only in backward."""
 
 import math
 from collections.abc import Sequence
@@ -6,13 +6,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-BLOCK_ELEMENTS = 2**23  # of a float32 temporary: 32 MB
+BLOCK_ELEMENTS = 2**23  # elements of a float32 temporary: 32 MB
 
 
 def is_batched(tensor: Tensor) -> bool:
-    """Return whether the tensor may be many, for `torch.vmap` or for `is_grads_batched` of `torch.autograd.grad`.
+    """Return whether the tensor may be a batch, under `torch.vmap` or `is_grads_batched` of `torch.autograd.grad`.
 
-    A product with it then has no room in the memory of one.
+    A product with a batched tensor does not fit into the memory of a single one.
     """
     if torch.compiler.is_compiling():
         return False
@@ -24,17 +24,17 @@ def scaled(
     factor: Tensor,  # a scalar
     dtypes: Sequence[torch.dtype],
     *,
-    in_place: bool,  # where dtypes allow; otherwise what is given stays as it is
+    in_place: bool,  # whether a gradient may be overwritten; it is if its dtype is the right one already
 ) -> list[Tensor]:
-    """factor * gradient, in the dtype of what it is a gradient of."""
+    """Return factor * gradient for each gradient, in the given dtypes: those of the tensors that they are gradients of."""
     return [_scaled(gradient, factor, dtype, in_place) for gradient, dtype in zip(gradients, dtypes, strict=True)]
 
 
 def _scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype, in_place: bool) -> Tensor:
-    """Rounded once, a block of rows at a time."""
+    """Return factor * gradient, computed in blocks of rows and rounded once."""
     wide = torch.promote_types(gradient.dtype, torch.float32)
     factor = factor.to(wide)  # the product of a 16-bit tensor and a scalar would round the scalar first
-    if torch.compiler.is_compiling() or is_batched(factor):  # one loop, which a compiler places where it can
+    if torch.compiler.is_compiling() or is_batched(factor):  # a compiler fuses this into one loop
         return (gradient.to(wide) * factor).to(dtype)
     if gradient.dtype == dtype == wide:
         return gradient.mul_(factor) if in_place else gradient * factor
@@ -45,9 +45,9 @@ def _scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype, in_place: bool
 
 def _multiply(source: Tensor, factor: Tensor, target: Tensor) -> None:
     if source.dim() > 2:
-        for part, its_target in zip(source, target, strict=True):
-            _multiply(part, factor, its_target)
+        for part, result in zip(source, target, strict=True):
+            _multiply(part, factor, result)
         return
     block = max(1, BLOCK_ELEMENTS // max(1, math.prod(source.shape[1:])))
-    for part, its_target in zip(source.split(block), target.split(block), strict=True):
-        its_target.copy_(part.to(factor.dtype) * factor)
+    for part, result in zip(source.split(block), target.split(block), strict=True):
+        result.copy_(part.to(factor.dtype) * factor)

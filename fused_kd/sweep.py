@@ -1,163 +1,222 @@
-"""From logits to row losses and their gradient: statistics, merge, gradient, the three steps that every path takes."""
+"""The sweep: statistics, values, coefficients, gradient.  Whole logits and chunks of hidden states both go through it.
+
+The operator merges the statistics of the parts of a row that threads and programs have swept.  In a single pass the
+kernel takes the same four steps for each row while L2 holds the row.
+"""
 
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import launch as one_launch
-from . import operators as ops
-from . import statistics as stats
-from .backends.cpu import statistics_dtype
+from . import launching, operators
+from .divergences import DIVERGENCES, coefficients, cross_entropy
+from .launch import SinglePass
 from .logit_map import IDENTITY_MAP, LogitMap
 from .rows import weighted_values
+from .statistics import statistics_dtype
 
 
 class KDOptions(NamedTuple):
-    temperature: float | Tensor  # a tensor outside of the operators only, under a compiler; see `ops.TRACED`
-    vocab_size: int  # how many leading columns of the student are real
+    """The options of a loss that its sweeps depend on."""
+
+    temperature: float | Tensor  # a tensor only outside the operators and under a compiler; see `operators.TRACED`
+    vocab_size: int  # the number of leading columns that are real
     ce_in_loss: bool  # False: CE is computed for the caller's log only
-    kl_in_loss: bool
-    dtype: torch.dtype  # of the statistics: float32, or float64 for float64 logits
+    divergence_in_loss: bool  # False: the divergence is computed for the caller's log only
+    dtype: torch.dtype  # dtype of the statistics: float32, or float64 for float64 logits
     student_map: LogitMap = IDENTITY_MAP
     teacher_map: LogitMap = IDENTITY_MAP
+    # From here on as the user gives them, under the same names.
+    divergence: str = "forward_kl"
 
 
-class RowValues(NamedTuple):
-    """What a sweep over the logits of N rows gives; CE and KL are zeros where they were not computed."""
+GIVEN = KDOptions._fields[KDOptions._fields.index("teacher_map") + 1 :]
+KD_SCHEMA = (  # the fields as arguments of an operator
+    "float temperature, SymInt vocab_size, bool ce_in_loss, bool divergence_in_loss, ScalarType statistics_dtype, "
+    "float[] student_map, float[] teacher_map, str divergence"
+)
 
-    statistics: Tensor  # [6, N]
+
+class Logits(NamedTuple):
+    """The student's logits of N rows, and the teacher's logits and the labels that they are compared with."""
+
+    student: Tensor  # [outer, inner, V'], V' >= vocab_size
+    teacher: Tensor | None  # [outer', inner', vocab_size]; None leaves out the divergence
+    labels: Tensor | None  # [N]; None leaves out CE
+
+
+class Weights(NamedTuple):
+    """The weights of each row's two terms in the loss, `[N]`, float64.  A row with both weights 0 is not read."""
+
+    ce: Tensor
+    divergence: Tensor
+
+
+class Values(NamedTuple):
+    """The results of a sweep over N rows.  A term that is not computed is a tensor of zeros."""
+
+    statistics: Tensor  # [6, N], merged
     ce: Tensor  # [N], float64
-    kl: Tensor  # [N], float64
+    divergence: Tensor  # [N], float64
 
 
-def row_values(
-    student: Tensor,  # [outer, inner, V'], V' >= vocab_size
-    teacher: Tensor | None,  # [outer', inner', vocab_size]; None leaves out KL
-    labels: Tensor | None,  # [N]; None leaves out CE
-    ce_weight: Tensor,  # [N], float64
-    kl_weight: Tensor,  # [N], float64; a row with both weights 0 is not read
+class Buffers(NamedTuple):
+    """The memory that the gradients of the logits are written to.  It may be that of the logits themselves."""
+
+    student: Tensor  # [outer, inner, V']
+    teacher: Tensor | None = None  # [outer', inner', vocab_size]
+
+
+def sweep(
+    logits: Logits,
+    weights: Weights,
     options: KDOptions,
-) -> RowValues:
-    real, dtype = student[..., : options.vocab_size], options.dtype
-    # Whether a row counts, not how much: a weight of 1e-50 is 0 in float32, but the row has a value all the same.
-    counted = (ce_weight != 0).to(dtype), (kl_weight != 0).to(dtype)
-    statistics = ops.row_statistics(
-        real, teacher, *counted, options.temperature, labels is not None,
-        options.student_map, options.teacher_map,
-    )  # fmt: skip
-    return _values(
-        statistics, label_logits(student, labels, options), teacher is not None, ce_weight, options.temperature
+    gradients: Buffers | None,  # receives the gradients for an upstream gradient of 1; None: only values are computed
+    launch: SinglePass | None = None,  # a single pass, which writes the gradient over the student; None: two passes
+) -> Values:
+    """Return the values of the rows, and write the gradients of sum_i (w_ce CE + w_d D)."""
+    if gradients is not None and launch is not None:
+        return single_pass(logits, weights, options, launch, in_place=True)[0]
+    statistics = merged_statistics(logits, weights, options)
+    found = values(statistics, label_logits(logits, options), logits, options)
+    if gradients is not None:
+        row_coefficients = gradient_coefficients(
+            statistics, weights, options, teacher_grad=gradients.teacher is not None
+        )
+        operators.write_gradient(*gradients, *gradient_arguments(logits, row_coefficients, options))
+    return found
+
+
+def merged_statistics(logits: Logits, weights: Weights, options: KDOptions) -> Tensor:  # [6, N]
+    """Return the statistics of all real columns."""
+    student, teacher, labels = logits
+    # Compared in float64: a weight of 1e-50 is 0 in float32, and its row still has a value.
+    counted = torch.logical_or(weights.ce, weights.divergence)
+    statistics: Tensor = operators.row_statistics(
+        student[..., : options.vocab_size], teacher, counted, options.dtype, labels is not None, *_last(options)
     )
+    return statistics
 
 
-def label_logits(student: Tensor, labels: Tensor | None, options: KDOptions) -> Tensor | None:  # [N]
+def label_logits(logits: Logits, options: KDOptions) -> Tensor | None:  # [N]
+    """Return the student's logit of each row's label."""
+    student, _, labels = logits
     if labels is None:
         return None
     index = labels.clamp(0, options.vocab_size - 1).long().view(*student.shape[:2], 1)
     return options.student_map.of(student.gather(2, index).flatten().to(options.dtype))
 
 
-def _values(
+def values(
     statistics: Tensor,  # [6, N]
     label_logit: Tensor | None,  # [N]
-    has_teacher: bool,
-    like: Tensor,  # [N], float64
-    temperature: float | Tensor,
-) -> RowValues:
-    return RowValues(
+    logits: Logits,
+    options: KDOptions,
+) -> Values:
+    """Return CE and divergence of the rows."""
+    ce = None if label_logit is None else cross_entropy(statistics, label_logit)
+    divergence = None
+    if logits.teacher is not None:
+        divergence = DIVERGENCES[options.divergence].value(statistics, options.temperature)
+    zeros = torch.zeros_like(statistics[0], dtype=torch.float64) if ce is None or divergence is None else None
+    return Values(statistics, zeros if ce is None else ce, zeros if divergence is None else divergence)  # type: ignore[arg-type]
+
+
+def gradient_coefficients(
+    statistics: Tensor,  # [6, N]
+    weights: Weights,  # times the upstream gradient
+    options: KDOptions,
+    *,
+    teacher_grad: bool,
+) -> Tensor:  # [7, N]
+    """Return the coefficients of each row's gradient.  A term that is only logged adds nothing to them."""
+    return coefficients(
         statistics,
-        torch.zeros_like(like) if label_logit is None else stats.cross_entropy(statistics, label_logit),
-        stats.kl_divergence(statistics, temperature) if has_teacher else torch.zeros_like(like),
+        weights.ce if options.ce_in_loss else None,
+        weights.divergence if options.divergence_in_loss else None,
+        DIVERGENCES[options.divergence],
+        options.temperature,
+        teacher_grad=teacher_grad,
     )
 
 
-def fits_one_launch(
-    student: Tensor,  # [..., V']
-    teacher: Tensor | None,  # [outer', inner', vocab_size]
-    labels: Tensor | None,  # [N]
-    options: KDOptions,
-    *,
-    in_place: bool = False,
-) -> bool:
-    """For values and gradient of the same terms: one that is only logged has no gradient.
-
-    In the dtype of the logits' own: not in float64 for the sake of a teacher that is left out.  In place on every device:
-    when the logits are written over must not depend on it.
-    """
-    same_terms = (labels is None or options.ce_in_loss) and (teacher is None or options.kl_in_loss)
-    same_dtype = options.dtype == statistics_dtype(student, teacher)
-    if not (same_terms and same_dtype):
-        return False
-    if in_place:
-        return one_launch.requested() != one_launch.TWO
-    return one_launch.is_chosen(student, teacher, options.vocab_size)
-
-
-def row_values_and_gradient(
-    student: Tensor,  # [outer, inner, V'], V' >= vocab_size
-    teacher: Tensor | None,  # [outer', inner', vocab_size]; None leaves out KL
-    labels: Tensor | None,  # [N]; None leaves out CE
-    ce_weight: Tensor,  # [N], float64
-    kl_weight: Tensor,  # [N], float64; a row with both weights 0 is not read
-    options: KDOptions,
-    *,
-    in_place: bool,
-) -> tuple[RowValues, Tensor]:  # and the gradient of sum_i w_ce CE + w_kl KL, like the student; or in its memory
-    """`row_values`, and the gradient from the same launch."""
-    label_logit = label_logits(student, labels, options)  # while they are there
-    arguments = (
-        student, teacher, labels, ce_weight, kl_weight, options.temperature, options.vocab_size,
-        options.student_map, options.teacher_map,
-    )  # fmt: skip
-    if in_place:
-        statistics, gradient = ops.loss_and_gradient_(*arguments), student
-    else:
-        statistics, gradient = ops.loss_and_gradient(*arguments)
-    return _values(statistics, label_logit, teacher is not None, ce_weight, options.temperature), gradient
-
-
-def weighted_sum(
-    ce: Tensor,  # [N]
-    kl: Tensor,  # [N]
-    ce_weight: Tensor,  # [N]
-    kl_weight: Tensor,  # [N]
-    options: KDOptions,
-) -> Tensor:  # [N], float64: w_ce CE + w_kl KL
-    """Without the terms that are only logged."""
-    if not options.kl_in_loss:
-        return weighted_values(ce_weight, ce)
-    loss = weighted_values(kl_weight, kl)
-    return loss + weighted_values(ce_weight, ce) if options.ce_in_loss else loss
-
-
 def gradient_arguments(
-    student: Tensor,  # [outer, inner, V']
-    teacher: Tensor | None,  # [outer', inner', vocab_size]
-    statistics: Tensor,  # [6, N]
-    labels: Tensor | None,  # [N]
-    ce_weight: Tensor,  # [N], float64, with the upstream gradient multiplied in
-    kl_weight: Tensor,  # [N]
+    logits: Logits,
+    row_coefficients: Tensor,  # [7, N]
     options: KDOptions,
+    *teacher_grad: bool,  # passed for the operators that return gradients
 ) -> tuple[Any, ...]:
-    """What the gradient's operators take from the student on; terms that are only logged have no gradient."""
+    """Return the arguments of the gradient operators, from the student on.
+
+    The teacher, or the labels, are None where their term is only logged.
+    """
     return (
-        student, teacher if options.kl_in_loss else None, labels if options.ce_in_loss else None, statistics,
-        ce_weight.to(options.dtype), kl_weight.to(options.dtype), options.temperature, options.vocab_size,
-        options.student_map, options.teacher_map,
+        logits.student, logits.teacher if options.divergence_in_loss else None,
+        logits.labels if options.ce_in_loss else None, row_coefficients, options.vocab_size, *teacher_grad, *_last(options),
     )  # fmt: skip
+
+
+def single_pass(
+    logits: Logits, weights: Weights, options: KDOptions, launch: SinglePass, *, in_place: bool
+) -> tuple[Values, Tensor]:
+    """Return the values and the student's gradient from one launch.
+
+    The gradient is a new tensor; with `in_place` it overwrites the student.
+    """
+    label_logit = label_logits(logits, options)  # read now, since the launch may overwrite the logits
+    operator = operators.statistics_and_gradient_ if in_place else operators.statistics_and_gradient
+    found = operator(*logits, *weights, options.vocab_size, options.dtype, list(launch), *_last(options))
+    statistics, gradient = (found, logits.student) if in_place else found
+    return values(statistics, label_logit, logits, options), gradient
+
+
+def chosen_launch(
+    logits: Logits,
+    options: KDOptions,
+    *,
+    in_place: bool,  # the gradient overwrites the student
+    always: bool = False,  # a single pass even where it is slower: whether forward overwrites must not depend on the device
+) -> SinglePass | None:
+    """Return the launch of a single pass over the logits, or None where two passes are faster, needed or asked for.
+
+    A single pass gives the gradient of every term that it computes.  So it cannot be taken if a term is only logged.
+    Its statistics are float64 only if these logits are.  So it cannot be taken if `options.dtype` is float64 because of a
+    teacher that is left out here.
+    """
+    student, teacher, labels = logits
+    same_terms = (labels is None or options.ce_in_loss) and (teacher is None or options.divergence_in_loss)
+    if not same_terms or options.dtype != statistics_dtype(student, teacher):
+        return None
+    # Triton 3.8 and 3.9 cannot compile a cluster's kernel with both terms and a softcap: `PlanCTAPass` fails.
+    is_capped = options.student_map.is_capped or options.teacher_map.is_capped
+    return launching.single_pass(
+        student, teacher, options.vocab_size, in_place=in_place, clusters=not is_capped, always=always
+    )
+
+
+def _last(options: KDOptions) -> tuple[Any, ...]:
+    """Return the arguments that end every operator's schema; see `operators.Options`."""
+    return options.temperature, options.divergence, options.student_map, options.teacher_map
+
+
+def weighted_sum(ce: Tensor, divergence: Tensor, weights: Weights, options: KDOptions) -> Tensor:  # [N] each, float64
+    """Return w_ce CE + w_d D of each row.  A term that is only logged is left out."""
+    if not options.divergence_in_loss:
+        return weighted_values(weights.ce, ce)
+    loss = weighted_values(weights.divergence, divergence)
+    return loss + weighted_values(weights.ce, ce) if options.ce_in_loss else loss
 
 
 def weight_gradients(
-    needed: tuple[bool, bool],
+    needed: tuple[bool, bool],  # whether the CE weight, and the divergence weight, requires grad
     upstream: Tensor,  # [N], or a scalar
-    ce_weight: Tensor,  # [N]
-    kl_weight: Tensor,  # [N]
+    weights: Weights,
     ce: Tensor,  # [N]
-    kl: Tensor,  # [N]
+    divergence: Tensor,  # [N]
 ) -> tuple[Tensor | None, Tensor | None]:
-    """The gradients of the row losses with respect to the two weights of a row."""
-    counted = (ce_weight != 0) | (kl_weight != 0)
-    parts = zip(needed, (ce, kl), strict=True)
-    ce_gradient, kl_gradient = (torch.where(counted, upstream * value, 0.0) if need else None for need, value in parts)
-    return ce_gradient, kl_gradient
+    """Return the gradients of the row losses with respect to the two weights of each row."""
+    counted = torch.logical_or(weights.ce, weights.divergence)
+    parts = zip(needed, (ce, divergence), strict=True)
+    for_ce, for_divergence = (torch.where(counted, upstream * value, 0.0) if need else None for need, value in parts)
+    return for_ce, for_divergence

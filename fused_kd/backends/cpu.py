@@ -1,11 +1,11 @@
-"""The operators of `ops.py` for CPU tensors: blocks of rows that stay in cache, no [N, V] array besides the gradient.
+"""The operators of `operators.py` for CPU tensors: blocks of rows that stay in cache, no [N, V] array but the gradient.
 
-A block of rows is taken through the whole formula before the next one is touched, so memory is read once a sweep, as in
-the kernels; what lies between two elementary operations lives in three block-sized buffers.  Exponentials are taken in
-base 2, which PyTorch vectorises best on a CPU (0.15 ns an element on two cores against 0.42 ns for exp).
+A block of rows goes through the whole formula before the next block is touched.  So memory is read once per sweep, as in
+the kernels.  Intermediate results live in three or four buffers of the size of a block.  Exponentials are taken in base 2,
+which PyTorch computes faster on a CPU than base e.
 
-A block holds rows that count, and only those.  A long run of them is read and written where it is; rows that others lie
-between are gathered into the buffers, as many as these hold, and their gradients scattered.
+A block holds only rows that count.  A long run of such rows is read and written in place.  Scattered rows are gathered into
+the buffers, and their gradients are scattered back.
 """
 
 import math
@@ -15,23 +15,24 @@ import torch
 from torch import Tensor
 
 from .. import statistics as stats
+from ..divergences import DIVERGENCES, FORWARD_KL, Coefficient
+from ..divergences import coefficients as coefficients_of
 from ..logit_map import IDENTITY_MAP, LogitMap
 from ..rows import as_rows
 from ..scaling import scaled
 
-# Elements of a block: its three buffers take 12 MB in float32, within a last-level cache, and an elementary operation on
-# it takes 50 us, far more than its overhead.  Two cores, N = 256, V = 128 256, T = 3: both sweeps take 102 ms with 2^18,
-# 83 ms with 2^19, 74 ms with 2^20.
+# Elements per block.  Three buffers of this size take 12 MB in float32, which a last-level cache holds, and an elementary
+# operation on one of them takes far longer than its overhead.
 BLOCK_ELEMENTS = 2**20
 
-# Elements that are gathered at a time: fewer, which a core's own cache holds, since gathering adds passes over the buffers.
-# A run of rows that has as many is a block by itself.
+# Elements that are gathered at a time.  They fit a core's own cache, since gathering adds passes over the buffers.  A run
+# of at least so many elements is a block of its own.
 GATHERED_ELEMENTS = 2**17
 
 LOG2_E = math.log2(math.e)
 
-# How PyTorch cuts an elementwise operation: equal shares for the threads, but of so many elements at least, and within a
-# share two vectors of 512 bits at a time.
+# PyTorch cuts an elementwise operation into equal shares for its threads, of at least SHARE_ELEMENTS each.  Within a share
+# it takes two vectors of 512 bits at a time: VECTOR_ELEMENTS of float32.
 SHARE_ELEMENTS = 2**15
 VECTOR_ELEMENTS = 32
 
@@ -39,46 +40,50 @@ VECTOR_ELEMENTS = 32
 def row_statistics(
     student: Tensor,  # [outer, inner, V]
     teacher: Tensor | None,  # [outer', inner', V], as many rows
-    ce_weight: Tensor,  # [N]
-    kl_weight: Tensor,  # [N]; a row with both weights 0 is not read
-    temperature: float,
+    counted: Tensor,  # [N], bool; a row that is not counted is not read
+    dtype: torch.dtype,
     need_ce: bool,
+    temperature: float,
+    divergence: str = FORWARD_KL.name,
     student_map: LogitMap = IDENTITY_MAP,
     teacher_map: LogitMap = IDENTITY_MAP,
-) -> Tensor:  # [1, 6, N]: every row whole
-    counted = (ce_weight != 0) | (kl_weight != 0)
-    result = stats.identity(ce_weight.numel(), ce_weight.dtype)
-    buffers = _buffers(student, ce_weight.dtype)
-    of_block = stats.identity(buffers.shape[1], ce_weight.dtype)
+) -> Tensor:  # [1, 6, N]: one part, since no row is split
+    """Return the statistics of each row."""
+    kind = DIVERGENCES[divergence]
+    result = stats.identity(counted.numel(), dtype)
+    buffers = _buffers(student, dtype, count=4 if kind.is_over_student else 3)
+    block_statistics = stats.identity(buffers.shape[1], dtype)
     for rows in _blocks(counted, buffers.shape[1], student, teacher):
         n = _length(rows)
-        u, q, v = buffers[:, :n]
-        out = of_block[:, :n]
+        u, p, v, *others = buffers[:, :n]
+        q = others[0] if others else p  # forward KL no longer needs p when it takes q
+        out = block_statistics[:, :n]
         z = _load(student, rows, student_map, u)
         torch.amax(z, 1, out=out[stats.M_S])
         torch.sub(z, out[stats.M_S, :, None], out=u)
         if teacher is None:
-            out[stats.D_1] = _sum(_exponential(u, 1.0, out=q))
+            out[stats.D_1] = _sum(_exponential(u, 1.0, out=p))
             result[:, rows] = out
             continue
-        at_T = _exponential(u, temperature, out=q)
-        out[stats.D_T] = _sum(at_T)
+        _exponential(u, temperature, out=p)
+        out[stats.D_T] = _sum(p)
         if need_ce:
-            out[stats.D_1] = _sum(_exponential_at_1(u, at_T, temperature, out=v))
+            out[stats.D_1] = _sum(_exponential_at_1(u, p, temperature, out=v))
         y = _load(teacher, rows, teacher_map, v)
         torch.amax(y, 1, out=out[stats.M_T])
         torch.sub(y, out[stats.M_T, :, None], out=v)
         _exponential(v, temperature, out=q)
         out[stats.E] = _sum(q)
-        difference = v.sub_(u)
-        c = _sum(torch.mul(q, difference, out=u))
-        if c.isnan().any():  # masked tokens: without teacher mass an infinite difference counts for nothing
-            c = _sum(torch.mul(q, difference.masked_fill_(q == 0, 0.0), out=u))
+        mass, difference, spare = kind.term(u, v, p, q)
+        c = _sum(torch.mul(mass, difference, out=spare))
+        if c.isnan().any():  # masked tokens: a column without mass adds nothing, even if its difference is infinite
+            c = _sum(torch.mul(mass, difference.masked_fill_(mass == 0, 0.0), out=spare))
         out[stats.C] = c / stats.UNIT
-        if c.isinf().any():  # teacher mass where the student has none, or logits further apart than float32 reaches
+        if c.isinf().any():  # mass where the other distribution has none, or an overflow outside the unit
             u = _load(student, rows, student_map, u).div(stats.UNIT) - out[stats.M_S, :, None] / stats.UNIT
             v = _load(teacher, rows, teacher_map, v).div(stats.UNIT) - out[stats.M_T, :, None] / stats.UNIT
-            out[stats.C] = _sum(v.sub_(u).masked_fill_(q == 0, 0.0).mul_(q))
+            mass, difference, _ = kind.term(u, v, p, q)
+            out[stats.C] = _sum(difference.masked_fill_(mass == 0, 0.0).mul_(mass))
         result[:, rows] = out
     return result[None]
 
@@ -86,94 +91,80 @@ def row_statistics(
 def logit_gradient(
     student: Tensor,  # [outer, inner, V]
     teacher: Tensor | None,  # [outer', inner', V], as many rows
-    labels: Tensor | None,  # [N]; None leaves out the cross-entropy
-    statistics: Tensor,  # [6, N]
-    ce_weight: Tensor,  # [N]
-    kl_weight: Tensor,  # [N]; a row with both weights 0 is not read
-    temperature: float,
+    labels: Tensor | None,  # [N]; None: no CE
+    coefficients: Tensor,  # [7, N]; a row whose A, B, C and W are 0 is not read
     gradient: Tensor,  # [outer, inner, V], written; may be the student
-    teacher_gradient: Tensor | None = None,  # [outer', inner', V], written; may be the teacher
+    teacher_gradient: Tensor | None,  # [outer', inner', V], written; may be the teacher
+    temperature: float,
+    divergence: str = FORWARD_KL.name,
     student_map: LogitMap = IDENTITY_MAP,
     teacher_map: LogitMap = IDENTITY_MAP,
 ) -> None:
-    counted = (ce_weight != 0) | (kl_weight != 0)
+    """Write the gradients of both models' logits; the teacher's only if there is memory for it."""
+    kind = DIVERGENCES[divergence]
+    counted = (coefficients[Coefficient.A : Coefficient.R] != 0).any(0)
     gradient, teacher_gradient = as_rows(gradient), None if teacher_gradient is None else as_rows(teacher_gradient)
     for written in (gradient, teacher_gradient):
         if written is not None:
             for rows in _blocks(~counted, counted.numel(), written):
                 _zero(written, rows)
 
-    m_s, d_1, d_T, m_t, e, c = statistics  # [N] each, as what follows
-    w_kl = kl_weight / temperature
-    p_1_scale, p_T_scale, q_scale, mean_log_ratio = (
-        ce_weight / d_1,
-        w_kl / d_T,
-        w_kl / e,
-        c / e * (stats.UNIT / temperature),
-    )
-    if temperature == 1:
-        p_T_scale = p_T_scale + p_1_scale if labels is not None else p_T_scale
-    of_rows = torch.stack([m_s, m_t, p_1_scale, p_T_scale, q_scale, mean_log_ratio, -ce_weight], 1)  # [N, 7]
-    buffers = _buffers(student, statistics.dtype, count=3 if teacher_gradient is None else 4)
+    need_difference = teacher is not None and (teacher_gradient is not None or kind.is_over_student)
+    buffers = _buffers(student, coefficients.dtype, count=4 if need_difference else 3)
     for rows in _blocks(counted, buffers.shape[1], student, teacher, gradient, teacher_gradient):
-        block = of_rows[rows] if isinstance(rows, slice) else of_rows.index_select(0, rows)
-        m_s, m_t, p_1_scale, p_T_scale, q_scale, mean_log_ratio, minus_ce_weight = block.split(1, 1)  # [rows, 1] each
-        u, result, q, *spare = buffers[:, : _length(rows)]
+        block_coefficients = coefficients[:, rows] if isinstance(rows, slice) else coefficients.index_select(1, rows)
+        m_s, m_t, A, B, C, W, R = block_coefficients[:, :, None]  # [rows, 1] each
+        u, p, v, *others = buffers[:, : _length(rows)]
         torch.sub(_load(student, rows, student_map, u), m_s, out=u)
         if teacher is None:
-            _exponential(u, 1.0, out=result).mul_(p_1_scale)
+            result = _exponential(u, 1.0, out=p).mul_(A)
         else:
-            at_T = _exponential(u, temperature, out=result)
-            torch.sub(_load(teacher, rows, teacher_map, q), m_t, out=q)
-            if teacher_gradient is not None:
-                torch.sub(q, u, out=spare[0])
-            separate_ce = labels is not None and temperature != 1
-            at_1 = _exponential_at_1(u, at_T, temperature, out=u) if separate_ce else None
-            result.mul_(p_T_scale)
-            result.addcmul_(_exponential(q, temperature, out=q), q_scale, value=-1)
+            _exponential(u, temperature, out=p)
+            torch.sub(_load(teacher, rows, teacher_map, v), m_t, out=v)
+            difference = torch.sub(v, u, out=others[0]) if others else None
+            joins_ce = temperature == 1 and not kind.is_over_student  # both terms are multiples of e^u
+            separate_ce = labels is not None and not joins_ce
+            at_1 = _exponential_at_1(u, p, temperature, out=u) if separate_ce else None
+            q = _exponential(v, temperature, out=v)
+            p_coefficient = B + A if labels is not None and joins_ce else B
+            result = kind.student_gradient(p, q, difference, p_coefficient, C, R, temperature)
             if at_1 is not None:
-                result.addcmul_(at_1, p_1_scale)
+                result.addcmul_(at_1, A)
         if labels is not None:
-            # The weights of a row whose label names no class are NaN, and so are its gradients, wherever it is written.
+            # A label that names no class is clamped: the weights of its row are NaN, and so is the whole gradient.
             label = labels[rows].long().clamp(0, result.shape[1] - 1)
-            result.scatter_add_(1, label[:, None], minus_ce_weight)
+            result.scatter_add_(1, label[:, None], -W)
         _multiply_by_slope(result, student, rows, student_map, buffer=u)
         _write(gradient, rows, result)
         if teacher is not None and teacher_gradient is not None:
-            # The log-ratio less KL, which is its mean: the logarithms of the normalisers cancel.  Without teacher mass it
-            # counts for nothing, also where it is infinite or inf - inf (masked tokens).
-            (log_ratio,) = spare
-            log_ratio.div_(temperature).sub_(mean_log_ratio).masked_fill_(q == 0, 0.0)
-            result = log_ratio.mul_(q).mul_(q_scale)
+            result = kind.teacher_gradient(p, q, difference, B, C, R, temperature)
             _multiply_by_slope(result, teacher, rows, teacher_map, buffer=u)
             _write(teacher_gradient, rows, result)
 
 
-def statistics_dtype(student: Tensor, teacher: Tensor | None) -> torch.dtype:
-    """Float32, or float64 if an input is float64."""
-    return (
-        torch.float64 if torch.float64 in (student.dtype, None if teacher is None else teacher.dtype) else torch.float32
-    )
-
-
-def loss_and_gradient(
+def statistics_and_gradient(
     student: Tensor,  # [outer, inner, V]
     teacher: Tensor | None,  # [outer', inner', V], as many rows
-    labels: Tensor | None,  # [N]; None leaves out the cross-entropy
+    labels: Tensor | None,  # [N]; None: no CE
     ce_weight: Tensor,  # [N], float64
-    kl_weight: Tensor,  # [N]; a row with both weights 0 is not read
-    temperature: float,
+    divergence_weight: Tensor,  # [N]; a row with both weights 0 is not read
     gradient: Tensor,  # [outer, inner, V], written; may be the student
+    launch: object,  # not used: the launch of the kernel that does the same on a GPU
+    temperature: float,
+    divergence: str = FORWARD_KL.name,
     student_map: LogitMap = IDENTITY_MAP,
     teacher_map: LogitMap = IDENTITY_MAP,
 ) -> Tensor:  # [6, N]
-    """Both sweeps; what one launch gives on a GPU."""
-    dtype = statistics_dtype(student, teacher)
-    counted = (ce_weight != 0).to(dtype), (kl_weight != 0).to(dtype)
-    maps = student_map, teacher_map
-    statistics = row_statistics(student, teacher, *counted, temperature, labels is not None, *maps)[0]
-    weights = ce_weight.to(dtype), kl_weight.to(dtype)
-    logit_gradient(student, teacher, labels, statistics, *weights, temperature, gradient, None, *maps)
+    """Write the gradient and return the statistics, by both sweeps."""
+    options = temperature, divergence, student_map, teacher_map
+    counted = torch.logical_or(ce_weight, divergence_weight)
+    dtype = stats.statistics_dtype(student, teacher)
+    statistics = row_statistics(student, teacher, counted, dtype, labels is not None, *options)[0]
+    row_coefficients = coefficients_of(
+        statistics, None if labels is None else ce_weight, None if teacher is None else divergence_weight,
+        DIVERGENCES[divergence], temperature, teacher_grad=False,
+    )  # fmt: skip
+    logit_gradient(student, teacher, labels, row_coefficients, gradient, None, *options)
     return statistics
 
 
@@ -181,21 +172,22 @@ def scale_(
     tensor: Tensor,  # any shape
     factor: Tensor,  # a scalar
 ) -> None:
+    """Multiply in place."""
     if factor != 1:
         scaled([tensor], factor, [tensor.dtype], in_place=True)
 
 
 def _exponential(u: Tensor, temperature: float, out: Tensor) -> Tensor:
-    """e^{u / T}; of a value the same bits wherever it stands."""
+    """Return e^{u / T}.  Equal values of u give equal bits, whatever their positions."""
     return _exp2_(torch.mul(u, LOG2_E / temperature, out=out))
 
 
 def _exp2_(block: Tensor) -> Tensor:
-    """In place, by whole vectors only.
+    """Replace each x by 2^x, computed in whole vectors only.
 
-    What a thread's share has beyond its last whole vector goes to a scalar exp2, which rounds one value in about fifty
-    otherwise: results would depend on the number of threads and on a row's place.  So a part that threads can share in
-    whole vectors is left to them, and the rest is padded.
+    PyTorch gives the elements beyond the last whole vector of a thread's share to a scalar exp2, which rounds one value in
+    about fifty differently.  Then results would depend on the number of threads and on the position of a row.  So the
+    threads get a part that they can share in whole vectors, and the rest is padded to whole vectors.
     """
     flat, n = block.view(-1), block.numel()
     shares = min(torch.get_num_threads(), -(-n // SHARE_ELEMENTS))
@@ -208,12 +200,12 @@ def _exp2_(block: Tensor) -> Tensor:
 
 
 def _sum(block: Tensor) -> Tensor:  # [rows]
-    """Of each row, on one thread each: a single row PyTorch would cut into as many parts as there are threads."""
+    """Return the sum of each row, taken by one thread.  PyTorch would share a single row among its threads."""
     return block.sum(1) if block.shape[0] > 1 else block.expand(2, -1).sum(1)[:1]
 
 
 def _exponential_at_1(u: Tensor, at_T: Tensor, temperature: float, out: Tensor) -> Tensor:
-    """e^u, given e^{u/T}: itself for T = 1, its square for T = 2."""
+    """Return e^u, given e^{u/T}: for T = 1 the same tensor, for T = 2 its square."""
     if temperature == 1:
         return at_T
     if temperature == 2:
@@ -222,7 +214,7 @@ def _exponential_at_1(u: Tensor, at_T: Tensor, temperature: float, out: Tensor) 
 
 
 def _buffers(like: Tensor, dtype: torch.dtype, count: int = 3) -> Tensor:
-    """`[count, rows, V]`: buffers of a block's size."""
+    """Return buffers of a block's size, `[count, rows, V]`."""
     outer, inner, vocabulary = like.shape
     rows = BLOCK_ELEMENTS // vocabulary
     return torch.empty(count, max(1, min(rows, outer * inner)), vocabulary, dtype=dtype)
@@ -231,9 +223,13 @@ def _buffers(like: Tensor, dtype: torch.dtype, count: int = 3) -> Tensor:
 def _blocks(
     counted: Tensor,  # [N], bool
     size: int,
-    *tensors: Tensor | None,  # [outer, inner, V], the first one given
+    *tensors: Tensor | None,  # [outer, inner, V]; the first is not None
 ) -> Iterator[slice | Tensor]:
-    """The rows that count, at most `size` at a time: part of a long run, in one outer index, or the numbers of others."""
+    """Yield the rows that count, at most `size` at a time.
+
+    A slice is part of a long run, and lies within one outer index of every tensor.  A tensor holds the numbers of scattered
+    rows.
+    """
     given = [tensor for tensor in tensors if tensor is not None]
     inner = [tensor.shape[1] for tensor in given if tensor.shape[0] > 1]
     gathered = min(size, max(1, GATHERED_ELEMENTS // given[0].shape[2]))
@@ -242,7 +238,7 @@ def _blocks(
         return
     if not inner and counted.all():
         runs = [(0, counted.numel())]
-    elif min(inner, default=gathered) < gathered:  # which cuts the longest run short
+    elif min(inner, default=gathered) < gathered:  # outer indices are so short that no run can be long
         runs, others = [], counted.nonzero().flatten()
     else:
         runs, others = _long_runs(counted, gathered)
@@ -256,7 +252,7 @@ def _blocks(
 
 
 def _long_runs(counted: Tensor, shortest: int) -> tuple[list[tuple[int, int]], Tensor]:
-    """(first, end) of the runs of so many rows that count, and the numbers of the others that do."""
+    """Return (first, end) of each run of at least `shortest` rows that count, and the numbers of all other rows that do."""
     flags, lengths = torch.unique_consecutive(counted, return_counts=True)
     is_long = flags & (lengths >= shortest)
     ends = lengths.cumsum(0)
@@ -265,20 +261,21 @@ def _long_runs(counted: Tensor, shortest: int) -> tuple[list[tuple[int, int]], T
 
 
 def _length(rows: slice | Tensor) -> int:
+    """Return the number of rows."""
     return rows.stop - rows.start if isinstance(rows, slice) else rows.numel()
 
 
 def _view(tensor: Tensor, rows: slice) -> Tensor:
-    """Rows of an `[outer, inner, V]` tensor, which share an outer index."""
+    """Return a view of rows of an `[outer, inner, V]` tensor that share an outer index."""
     outer, start = divmod(rows.start, tensor.shape[1])
     return tensor[outer, start : start + rows.stop - rows.start]
 
 
 def _places(tensor: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:  # [places, V], [rows]
-    """A matrix that has the rows of an `[outer, inner, V]` tensor among its own, and where some of them are in it.
+    """Return a matrix that contains the rows of an `[outer, inner, V]` tensor, and the positions of the given rows in it.
 
-    Row o inner + i begins o s_o + i s_i elements after the first one.  All of these are multiples of both strides' common
-    divisor, which is the matrix's stride; nothing between the tensor's rows is touched.
+    Row number o inner + i begins o s_o + i s_i elements after row 0.  Each of these offsets is a multiple of the greatest
+    common divisor of s_o and s_i, which is the stride of the matrix.  Memory between the tensor's rows is not touched.
     """
     outer, inner, vocabulary = tensor.shape
     if outer == 1:
@@ -290,7 +287,7 @@ def _places(tensor: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:  # [places, 
 
 
 def _read(tensor: Tensor, rows: slice | Tensor, buffer: Tensor) -> Tensor:
-    """Rows in the tensor's dtype: where they are, or gathered; into the buffer if that has the dtype."""
+    """Return rows in the tensor's dtype: a view of a run, or gathered rows, in the buffer if that has the dtype."""
     if isinstance(rows, slice):
         return _view(tensor, rows)
     matrix, places = _places(tensor, rows)
@@ -316,7 +313,7 @@ def _zero(tensor: Tensor, rows: slice | Tensor) -> None:
 
 
 def _load(tensor: Tensor, rows: slice | Tensor, logit_map: LogitMap, buffer: Tensor) -> Tensor:
-    """The logits of rows in the buffer's dtype: the rows themselves, or gathered, converted, mapped into the buffer."""
+    """Return the logits of rows in the buffer's dtype: a view if possible, otherwise gathered, converted or mapped."""
     x = _read(tensor, rows, buffer)
     if logit_map.is_identity:
         return x if x.dtype == buffer.dtype else buffer.copy_(x)
@@ -327,7 +324,7 @@ def _load(tensor: Tensor, rows: slice | Tensor, logit_map: LogitMap, buffer: Ten
 def _multiply_by_slope(
     gradient: Tensor, tensor: Tensor, rows: slice | Tensor, logit_map: LogitMap, buffer: Tensor
 ) -> None:
-    """Turn the gradient for the logits, in place, into the one for the output of the head, the tensor."""
+    """Turn the gradient of the logits, in place, into the gradient of the head's output, which the tensor holds."""
     if logit_map.is_identity:
         return
     gradient.mul_(logit_map.scale)

@@ -10,9 +10,10 @@ from .help import HelpFormatter
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs a command line; returns the exit code.
+    """Run a command line and return the exit code.
 
-    0 is done, 1 a check that failed, 2 wrong use or something missing, 130 Ctrl-C, 143 SIGTERM.
+    The code is 0 for success, 1 for a check that failed, 2 for wrong use or something missing, 130 after Ctrl-C, and 143
+    after SIGTERM.
     """
     with streams.lasting() as failures:
         try:

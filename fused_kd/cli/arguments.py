@@ -1,4 +1,4 @@
-"""What several commands take on their command lines; a wrong value ends them with what was expected."""
+"""The types of arguments that several commands take.  A wrong value ends the command with a message of what is expected."""
 
 import argparse
 import math
@@ -11,7 +11,7 @@ from .errors import UserError
 if TYPE_CHECKING:
     import torch
 
-MOST = 2**63 - 1  # what PyTorch takes for a size
+MOST = 2**63 - 1  # the largest size that PyTorch takes
 
 
 def at_least_one(text: str) -> int:
@@ -35,12 +35,12 @@ def _whole(text: str, least: int) -> int:
 
 
 def quoted(text: str) -> str:
-    """Return the argument as it came, cut where it is long."""
+    """Return the argument in quotes, shortened if it is long."""
     return repr(text) if len(text) <= 40 else f"{text[:20]!r}... of {len(text)} characters"
 
 
 def number(text: str) -> float:
-    """NaN where it is none."""
+    """Return the text as a number; NaN if it is none."""
     try:
         return float(text)
     except ValueError:
@@ -62,7 +62,7 @@ def share(text: str) -> float:
 
 
 def new_file(text: str) -> Path:
-    """A path to write to, which is tried, so that it does not fail after the work is done."""
+    """Return a path to write to.  Writing is tried at once, so that it does not fail after the work is done."""
     path = Path(text)
     try:
         if not path.absolute().parent.is_dir() or path.is_dir():
@@ -70,13 +70,13 @@ def new_file(text: str) -> Path:
         outputs.try_file(path)
     except UserError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
-    except OSError as error:  # of a name that no file may have
+    except OSError as error:  # such as a name that no file may have
         raise argparse.ArgumentTypeError(f"cannot write {quoted(text)}: {error.strerror}") from error
     return path
 
 
 def device(name: str) -> "torch.device":
-    """The device that is named; auto is cuda where there is one."""
+    """Return the named device.  "auto" is cuda if PyTorch sees a CUDA device, otherwise cpu."""
     import torch
 
     if name == "auto":
@@ -93,7 +93,7 @@ def device(name: str) -> "torch.device":
 
 
 def folder(path: Path) -> Path:
-    """The output folder, made and tried before anything long, so that it cannot fail after it."""
+    """Make the output folder and try to write there, before any long work, and return it."""
     try:
         outputs.try_folder(path)
     except UserError as error:

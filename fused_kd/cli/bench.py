@@ -1,7 +1,6 @@
-"""`fused-kd bench`: what the loss costs on the machine at hand, beside everything a user would take instead."""
+"""`fused-kd bench`: the cost of the loss on this machine, beside the losses that a user could take instead."""
 
 import argparse
-import importlib
 import json
 import time
 from pathlib import Path
@@ -23,6 +22,9 @@ Shapes are those of models that are really distilled into one another, with as m
 reasonable time, then sweeps over V and N, which are drawn.  Times are medians and half the distance of the quartiles;
 memory is the peak beyond inputs and gradients; "floor/copy" is what the step would take if it only read both logits and
 wrote the gradient at the bandwidth of a copy, over what it took.
+
+The machine code of the kernels, for GPUs that need not be here, is read by `python -m benchmarks.static_profile` in a
+checkout of the project.
 
 Ctrl-C or SIGTERM leaves the shape at hand; those before it are printed, drawn and written.  A second one ends at once.
 
@@ -52,12 +54,11 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         "logits; from hidden states all on a GPU, the small ones on a CPU)",
     )  # fmt: skip
     parser.add_argument(
-        "--part", choices=("all", "models", "sweeps", "compiled"), default="all",
-        help="models: the shapes of models; sweeps: growing V and N; compiled: what the kernels' machine code does, for "
-        "four GPUs of which none need be here (default: all)",
+        "--part", choices=("all", "models", "sweeps"), default="all",
+        help="models: the shapes of models; sweeps: growing V and N (default: all)",
     )  # fmt: skip
     parser.add_argument(
-        "--seconds", type=positive, default=6.0, help="of timed runs a shape, about; more is less noise (default: 6)"
+        "--seconds", type=positive, default=6.0, help="of timed runs per shape, about; more is less noise (default: 6)"
     )
     parser.add_argument("--output", metavar="FOLDER", type=Path, default=Path("benchmarked"), help="where plots go")
     parser.add_argument("--json", type=new_file, metavar="FILE", help="write every figure to FILE")
@@ -72,9 +73,10 @@ def run(options: argparse.Namespace) -> int:
 def _bench(options: argparse.Namespace) -> int:
     import torch
 
-    from . import record
-    from .benchmarking import comparison, measure, plots, shapes, tables
+    from ..testing import record, shapes
+    from .benchmarking import comparison, measure, plots, tables
     from .layout import console, print_table
+    from .outputs import write_json
 
     begin = time.perf_counter()
     device = arguments.device(options.device)
@@ -94,22 +96,13 @@ def _bench(options: argparse.Namespace) -> int:
     machine = record.machine(device)
     where = machine["gpu"] or f"{machine['processor']}, {machine['torch_threads']} threads"
     results: list[Any] = []
-    compiled: list[dict[str, Any]] | str = []
     with interruptible() as interruption:
         copy = measure.copy_bandwidth(device)
         out.print(f"{where}; a copy moves {copy / 1e9:.1f} GB/s", markup=False, highlight=False)
         done = _measure(work, device, options.seconds, results, interruption)
-        if options.part in ("all", "compiled") and not interruption:
-            compiled = "interrupted"
-            with interruption.may_leave():
-                compiled = _compiled_profiles()
-    for of_shape in tables.by_shape(results):
-        if any(result.both for result in of_shape):
-            print_table(out, tables.time_table(of_shape, copy))
-    if isinstance(compiled, str):
-        out.print(f"The kernels as compiled: {compiled}", markup=False, highlight=False)
-    elif compiled:
-        print_table(out, tables.compiled_table(compiled))
+    for group in tables.by_shape(results):
+        if any(result.both for result in group):
+            print_table(out, tables.time_table(group, copy))
     for reason, names in tables.skipped(results).items():
         out.print(f"Skipped, {reason}: {', '.join(names)}", markup=False, highlight=False)
     if before is not None:
@@ -129,21 +122,19 @@ def _bench(options: argparse.Namespace) -> int:
             "seconds": time.perf_counter() - begin,
             "interrupted": bool(interruption),
             "results": [result.as_dict() for result in results],
-            "compiled": compiled,
         }
-        record.write_json(options.json, figures)
+        write_json(options.json, figures)
     pictures = plots.draw(options.output, results, where)
     if pictures:
         out.print(f"Drawn: {', '.join(map(str, pictures))}", markup=False, highlight=False)
-    shapes_done = f" after {done} of {len(work)} configurations" if work else ""
-    end = f"; interrupted{shapes_done}" if interruption else ""
+    end = f"; interrupted after {done} of {len(work)} configurations" if interruption else ""
     out.print(f"{time.perf_counter() - begin:.0f} s in all{end}", markup=False, highlight=False)
     wrong = any(result.agrees is False and result.peer == "fused_kd" for result in results)
     return interruption.exit_code or (1 if wrong else 0)
 
 
 def _measure(work: list[Any], device: Any, seconds: float, results: list[Any], interruption: Interruption) -> int:
-    """Add to the results those of each shape; returns how many shapes there was time for."""
+    """Append the results of each shape, and return the number of shapes that were measured."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -162,32 +153,6 @@ def _measure(work: list[Any], device: Any, seconds: float, results: list[Any], i
                 done += 1
             progress.advance(task)
     return done
-
-
-def _compiled_profiles() -> list[dict[str, Any]] | str:
-    """Of both kernels on every target, or why there are none."""
-    try:
-        importlib.import_module("triton")
-    except ModuleNotFoundError:
-        return "Triton is not installed"
-    from .compiled.variants import KERNELS, TARGETS, Variant, measure
-    from .compiled.workers import in_workers
-
-    variants = [
-        Variant(kernel, target, "bf16", "bf16", 2.0, "ce+kl", "dense") for kernel in KERNELS for target in TARGETS
-    ]
-    found = []
-    for variant, profile in in_workers(measure, variants, 2).items():
-        if isinstance(profile, BaseException):
-            return f"{variant.name}: {profile}"
-        found.append(
-            {
-                "kernel": variant.kernel, "target": variant.target, "instructions": profile.instructions,
-                "mufu": profile.kinds["mufu"], "bytes": profile.bytes, "registers": profile.registers,
-                "spill": profile.spill, "resident_warps": profile.resident_warps,
-            }
-        )  # fmt: skip
-    return found
 
 
 def _read(path: Path) -> list[Any]:

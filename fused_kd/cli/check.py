@@ -1,4 +1,4 @@
-"""`fused-kd check`: the loss on the machine at hand, beside eager PyTorch, both against a float64 oracle."""
+"""`fused-kd check`: the errors of the loss and of eager PyTorch on this machine, against a float64 oracle."""
 
 import argparse
 import os
@@ -104,7 +104,7 @@ def _check(options: argparse.Namespace) -> int:
     end = f"; interrupted after {len(measured)} of {len(work)} configurations" if interruption else ""
     print(f"{len(measured) - len(failed)} of {len(measured)} configurations within their bounds on {backend}{end}")
     if options.json:
-        from .record import write_json
+        from .outputs import write_json
 
         write_json(options.json, _record(measured, backend) | {"interrupted": bool(interruption)})
     return interruption.exit_code or (1 if failed else 0)
@@ -120,7 +120,7 @@ def _table(measured: list[Any], backend: str, verbose: bool) -> Any:
     from ..testing import accuracy
 
     table = Table(title=f"Errors against float64 on {backend}" + ("" if verbose else ", the worst of each group"))
-    for heading in ("N", "V", "student / teacher", "T, alpha, logits, rows, reduction, plan" if verbose else "cases"):
+    for heading in ("N", "V", "student / teacher", "T, alpha, logits, rows, reduction, launch" if verbose else "cases"):
         table.add_column(heading, justify="left" if "/" in heading else "right")
     for heading in ("loss error", "eager's", "ratio", "gradient error", "eager's", "ratio", "misrounded", ""):
         table.add_column(heading, justify="right")
@@ -145,7 +145,7 @@ def _table(measured: list[Any], backend: str, verbose: bool) -> Any:
 def _record(measured: list[Any], backend: str) -> dict[str, Any]:
     import torch
 
-    from . import record
+    from ..testing import record
 
     return {
         "command": "fused-kd check",

@@ -1,4 +1,4 @@
-"""`fused-kd distill`: a real distillation of one language model into a smaller one."""
+"""`fused-kd distill`: the distillation of a language model into a smaller one."""
 
 import argparse
 import re
@@ -79,9 +79,9 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         help="linear: from hidden states and heads, a chunk of logits at a time; logits: from whole logits",
     )  # fmt: skip
     training.add_argument("--steps", type=at_least_one, default=120, help="optimiser steps (AdamW)")
-    training.add_argument("--batch-size", type=at_least_one, default=2, help="sequences a step")
+    training.add_argument("--batch-size", type=at_least_one, default=2, help="sequences per step")
     training.add_argument(
-        "--sequence-length", type=at_least_two, default=128, help="tokens a sequence, a BOS among them"
+        "--sequence-length", type=at_least_two, default=128, help="tokens per sequence, a BOS among them"
     )
     training.add_argument("--lr", type=positive, default=1e-3, help="peak learning rate, after a warmup, then a cosine")
     training.add_argument("--held-out-tokens", type=at_least_one, default=4096, help="tokens to evaluate on, at most")
@@ -117,8 +117,8 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _layers(text: str) -> Fraction:
-    """A number of layers, or below 1 a share of the teacher's."""
-    # Not what else Fraction takes: 1e999999999 would keep it busy for hours.
+    """Return a number of layers; a number below 1 is a share of the teacher's layers."""
+    # Fraction alone would take hours for 1e999999999.
     plain = re.fullmatch(r"\d{1,9}(/\d{1,9})?|\d?\.\d{1,9}", text.strip())
     try:
         value = Fraction(text if plain else 0)
@@ -137,7 +137,7 @@ def _temperature(text: str) -> float:
 
 
 def _seed(text: str) -> int:
-    """A seed that PyTorch takes."""
+    """Return a seed in the range that PyTorch takes."""
     try:
         value = int(text)
     except ValueError:

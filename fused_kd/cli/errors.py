@@ -1,4 +1,4 @@
-"""What the user can put right, said in one line."""
+"""Errors that the user can correct, reported in one line."""
 
 import importlib
 import sys
@@ -10,7 +10,7 @@ class UserError(Exception):
 
 
 def reporting(command: str, packages: Sequence[str], extra: str, work: Callable[[], int]) -> int:
-    """The exit code of a command's work, which needs these packages of an extra; 2 for what the user can put right."""
+    """Run a command's work, which needs these packages of an extra, and return its exit code; 2 for a `UserError`."""
     try:
         for package in packages:
             _require(package, extra)

@@ -1,4 +1,4 @@
-"""`--help` as wide as the terminal."""
+"""The formatter of `--help`, which fills lines to the width of the terminal."""
 
 import argparse
 import textwrap
@@ -6,7 +6,7 @@ from typing import Any
 
 
 class HelpFormatter(argparse.HelpFormatter):
-    """Fills each paragraph of a description; what is indented (an example, a formula) stays as it is."""
+    """A formatter that fills each paragraph of a description, and leaves indented paragraphs (examples, formulas) alone."""
 
     def _fill_text(self, text: str, width: int, indent: str) -> str:
         blocks = text.strip("\n").split("\n\n")

@@ -1,4 +1,4 @@
-"""Models by their names on the Hugging Face hub; from the local cache alone where the hub is out of reach."""
+"""Access to models on the Hugging Face hub by name, from the local cache alone if the hub is out of reach."""
 
 import contextlib
 import functools
@@ -6,14 +6,15 @@ import os
 import threading
 from collections.abc import Iterator
 
-SECONDS = 2.0  # to wait for the hub's answer, where HF_HUB_ETAG_TIMEOUT does not say
+SECONDS = 2.0  # how long to wait for the hub's answer if HF_HUB_ETAG_TIMEOUT is not set
 
 
 @contextlib.contextmanager
 def cached_if_out_of_reach(source: str) -> Iterator[None]:
-    """Let the block look up a hub name in the local cache alone if the hub does not answer.
+    """Let the block look up a hub name only in the local cache if the hub does not answer.
 
-    The hub's client would try for half a minute first.  A folder, a file and HF_HUB_OFFLINE are left as they are.
+    Otherwise the hub's client would try for half a minute first.  Nothing changes for a folder or a file, or if
+    HF_HUB_OFFLINE is set.
     """
     from huggingface_hub import constants
 
@@ -27,7 +28,7 @@ def cached_if_out_of_reach(source: str) -> Iterator[None]:
 
 @functools.cache
 def answers() -> bool:
-    """Whether the hub (HF_ENDPOINT, by way of the proxies that are set) answers in time, and with no server error."""
+    """Return whether the hub answers in time and without a server error.  HF_ENDPOINT and proxies are respected."""
     from huggingface_hub import constants, get_session
 
     seconds = float(constants.HF_HUB_ETAG_TIMEOUT) if "HF_HUB_ETAG_TIMEOUT" in os.environ else SECONDS

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: the first one asks a long command to stop and to keep what it has, the second one ends it."""
+"""Ctrl-C and SIGTERM: the first signal asks a long command to stop and to keep its results, the second one ends it."""
 
 import contextlib
 import signal
@@ -8,7 +8,7 @@ from types import FrameType
 
 
 class Interrupted(KeyboardInterrupt):
-    """A second signal: the command ends."""
+    """The exception of a second signal, which ends the command."""
 
     def __init__(self, number: int) -> None:
         super().__init__()
@@ -16,11 +16,11 @@ class Interrupted(KeyboardInterrupt):
 
 
 class _Left(KeyboardInterrupt):
-    """A first signal, in a block that may be left."""
+    """The exception of a first signal, in a block that may be left."""
 
 
 class Interruption:
-    """Whether the user, or the system, has asked the command to stop."""
+    """A request to stop, by the user or the system.  It is true once a signal has come."""
 
     signal: int | None = None
     _may_leave = False
@@ -30,12 +30,12 @@ class Interruption:
 
     @property
     def exit_code(self) -> int:
-        """128 and the signal's number, as shells have it: 130 after Ctrl-C, 143 after SIGTERM; 0 if none came."""
+        """Return 128 plus the signal's number, as shells do: 130 after Ctrl-C, 143 after SIGTERM; 0 without a signal."""
         return 0 if self.signal is None else 128 + self.signal
 
     @contextlib.contextmanager
     def may_leave(self) -> Iterator[None]:
-        """A block that the request ends where it is, instead of waiting for its end."""
+        """Let a signal end the block at once, instead of after its last statement."""
         try:
             self._may_leave = True
             yield
@@ -47,12 +47,12 @@ class Interruption:
 
 @contextlib.contextmanager
 def interruptible() -> Iterator[Interruption]:
-    """Take the block's first Ctrl-C or SIGTERM as a request, true from then on; the second one ends the command.
+    """Take the first Ctrl-C or SIGTERM during the block as a request; the second one ends the command.
 
-    A signal that the command was started to ignore is left ignored (`nohup`, a shell's background jobs).
+    A signal stays ignored if the command was started so (`nohup`, background jobs of a shell).
     """
     request = Interruption()
-    if threading.current_thread() is not threading.main_thread():  # only that one may handle signals
+    if threading.current_thread() is not threading.main_thread():  # only the main thread may handle signals
         yield request
         return
 
@@ -65,7 +65,7 @@ def interruptible() -> Iterator[Interruption]:
 
     def end(number: int, frame: FrameType | None) -> None:
         for each in before:
-            signal.signal(each, signal.SIG_DFL)  # a third one need not wait for Python
+            signal.signal(each, signal.SIG_DFL)  # a third signal ends the process without waiting for Python
         raise Interrupted(number)
 
     found = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -80,5 +80,5 @@ def interruptible() -> Iterator[Interruption]:
 
 
 def exit_code(end: KeyboardInterrupt) -> int:
-    """The exit code of a command that this ended."""
+    """Return the exit code of a command that this exception has ended."""
     return 128 + (end.signal if isinstance(end, Interrupted) else signal.SIGINT)

@@ -1,4 +1,4 @@
-"""Tables as wide as the terminal: no word of them is cut, and a table too wide for that is printed as records."""
+"""Tables that fit the terminal without cutting a word.  A table that is too wide for that is printed as records."""
 
 import re
 import shutil
@@ -14,12 +14,15 @@ NO_BREAK = "\N{NO-BREAK SPACE}"
 
 
 def console(width: int, *, highlight: bool = True) -> Console:
-    """On stdout: as wide as COLUMNS says or as the terminal is, or `width` where there is neither."""
+    """Return a console on stdout, as wide as COLUMNS or the terminal, or `width` if there is neither."""
     return Console(width=shutil.get_terminal_size((width, 25)).columns, highlight=highlight)
 
 
 def print_table(console: Console, table: Table) -> None:
-    """Print a table of text whose columns hold all of their words, or else a record per row, "heading: cell" per line."""
+    """Print a table whose columns are wide enough for their longest words.
+
+    If the terminal is too narrow for that, print one record per row, with a line "heading: cell" for each cell.
+    """
     texts = [[_plain(console, text) for text in (column.header, *column.cells)] for column in table.columns]
     natural = [max(cell_len(line) for text in column for line in text.split("\n")) for column in texts]
     words = [max((cell_len(word) for text in column for word in text.split()), default=0) for column in texts]
@@ -52,7 +55,7 @@ def _print_records(console: Console, table: Table, texts: list[list[str]]) -> No
 
 
 def _print_wrapped(console: Console, text: str, indent: str, style: str) -> None:
-    """A word that is wider than the terminal is left to it; a number is not cut between its digits."""
+    """Print wrapped text.  A word that is wider than the terminal is not cut, nor is a number at its spaces."""
     lines = textwrap.wrap(
         re.sub(r"(?<=\d) (?=\d{3})", NO_BREAK, text), console.width, initial_indent=indent, subsequent_indent=indent + "  ",
         break_long_words=False, break_on_hyphens=False,

@@ -1,4 +1,4 @@
-"""Files and folders that a command writes: tried before the work, written beside their place and renamed into it."""
+"""The files and folders that a command writes: tried before the work, written beside their place, then renamed into it."""
 
 import contextlib
 import errno
@@ -6,44 +6,52 @@ import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from .errors import UserError
 
-TRIAL = b" " * 4096  # on a full disk an empty file may still be made
+TRIAL = b" " * 4096  # not empty: on a full disk an empty file can still be made
 
 
 @contextlib.contextmanager
 def written_beside(path: Path) -> Iterator[Path]:
-    """Give a free path beside `path`; the file or folder that the block writes there takes the place of `path`.
+    """Yield a free path beside `path`.  The file or folder that the block writes there replaces `path`.
 
-    If the block raises, `path` keeps what it held.  Devices and pipes, such as /dev/stdout, are given themselves.
+    If the block raises, `path` is unchanged.  For a device or a pipe, such as /dev/stdout, `path` itself is yielded.
 
     Raises:
-        UserError: it cannot be written; the message says why.
+        UserError: the path cannot be written.  The message says why.
     """
     with _refused(path):
         if _is_special(path):
             yield path
             return
-        path = Path(os.path.realpath(path))  # what a link points to
+        path = Path(os.path.realpath(path))  # the target of a link
         beside, before = _beside(path, "new"), _beside(path, "old")
         try:
             yield beside
-            if path.is_dir():  # a folder cannot be renamed over one that holds files
+            if path.is_dir():  # a folder cannot be renamed over a folder with files
                 path.rename(before)
             beside.replace(path)
         finally:
-            if before.exists() and not path.exists():  # nothing came to take its place
+            if before.exists() and not path.exists():  # the replacement has failed
                 before.rename(path)
             for left_over in (beside, before):
                 _remove(left_over)
 
 
+def write_json(path: Path, figures: dict[str, Any]) -> None:
+    from ..testing import record  # imports PyTorch
+
+    with written_beside(path) as place:
+        record.write_json(place, figures)
+
+
 def try_file(path: Path) -> None:
-    """Write a file beside `path` and remove it, so that a command need not work first to find that it cannot.
+    """Write a file beside `path` and remove it, so that a command finds out before its work whether it can write.
 
     Raises:
-        UserError: it cannot be written; the message says why.
+        UserError: the file cannot be written.  The message says why.
     """
     with _refused(path):
         if _is_special(path):
@@ -58,10 +66,10 @@ def try_file(path: Path) -> None:
 
 
 def try_folder(path: Path) -> None:
-    """Make the folder, where it is not there yet, and try a file in it.
+    """Make the folder if there is none, and try a file in it.
 
     Raises:
-        UserError: it cannot be made, or nothing be written there; the message says why.
+        UserError: the folder cannot be made, or no file can be written there.  The message says why.
     """
     try:
         path.mkdir(parents=True, exist_ok=True)

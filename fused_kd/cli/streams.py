@@ -1,4 +1,4 @@
-"""Standard output and error that outlast their readers: what nobody reads any more goes nowhere, and the work goes on."""
+"""Standard output and error that outlast their readers: text that nobody reads is dropped, and the work goes on."""
 
 import contextlib
 import errno
@@ -8,14 +8,14 @@ import sys
 from collections.abc import Iterator
 from typing import TextIO
 
-# The pipe's reader has gone, the descriptor is closed, the terminal or the connection is gone.
+# These errors mean: the pipe has no reader, the descriptor is closed, the terminal is gone, the connection is gone.
 UNREAD = (errno.EPIPE, errno.EBADF, errno.EIO, errno.ECONNRESET)
 
 
 class _Descriptor(io.FileIO):
-    """The descriptor under a stream.  At the first write that fails it becomes that of /dev/null."""
+    """The descriptor under a stream.  After the first write that fails, it leads to /dev/null."""
 
-    failure: OSError | None = None  # of a write that somebody wanted to read: a disk is full
+    failure: OSError | None = None  # a failed write of text that has a reader, such as on a full disk
 
     def write(self, data) -> int:  # type: ignore[no-untyped-def, override]
         try:
@@ -29,9 +29,9 @@ class _Descriptor(io.FileIO):
 
 @contextlib.contextmanager
 def lasting() -> Iterator[list[OSError]]:
-    """Within it neither sys.stdout nor sys.stderr raises; either may be None when it begins.
+    """Replace sys.stdout and sys.stderr, each of which may be None, by streams that do not raise.
 
-    The list that it gives has, at the end, what else than a missing reader kept stdout from being written.
+    After the block the list that it yields holds the error of writing to stdout, unless only the reader was missing.
     """
     before = sys.stdout, sys.stderr
     out, err = sys.stdout, sys.stderr = _lasting(sys.stdout, 1), _lasting(sys.stderr, 2)
@@ -48,18 +48,18 @@ def lasting() -> Iterator[list[OSError]]:
 
 
 def _lasting(stream: TextIO | None, descriptor: int) -> TextIO:
-    """Leave alone what is no plain descriptor: the streams of tests, of notebooks, of a Windows console."""
+    """Return a lasting stream.  A stream without a plain descriptor (tests, notebooks, Windows consoles) is unchanged."""
     if stream is None:  # it was closed when Python started
         try:
             os.fstat(descriptor)
-        except OSError:  # the next file that is opened would be it, and get what C code prints
+        except OSError:  # the next file to be opened would get this descriptor, and the output of C code
             _point_nowhere(descriptor)
         return open(os.devnull, "w")
     buffer = getattr(stream, "buffer", None)
     if type(getattr(buffer, "raw", buffer)) is not io.FileIO or stream.fileno() != descriptor:
         return stream
     assert isinstance(stream, io.TextIOWrapper)
-    errors = "backslashreplace" if stream.errors == "strict" else stream.errors  # a letter must not end the work either
+    errors = "backslashreplace" if stream.errors == "strict" else stream.errors  # an unencodable letter must not raise
     return io.TextIOWrapper(
         io.BufferedWriter(_Descriptor(descriptor, "w", closefd=False)), stream.encoding, errors,
         line_buffering=stream.line_buffering, write_through=stream.write_through,

@@ -1,4 +1,4 @@
-"""How `linear_kd_loss` cuts its tokens into chunks, and the memory that a step takes, before anything runs."""
+"""The plan of `linear_kd_loss`: the chunks that it cuts its tokens into, and the memory that a step takes."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -6,37 +6,38 @@ from typing import NamedTuple
 
 import torch
 
-# A chunk writes the float32 weight gradient anew, which costs about as much as the products of a few hundred tokens; a
-# frozen head has no such term, and some hundred tokens keep the products efficient.
-TRAINED_CHUNK = 1024
-TRAINED_WORKSPACE = 512_000_000  # bytes, or as much as the weight gradient's sum takes
-FROZEN_CHUNK = 256
-FROZEN_WORKSPACE = 240_000_000  # bytes; with the operators' own buffers under 300 MB for any vocabulary
-MIN_CHUNK = 64
+# Each chunk reads and writes the whole float32 weight gradient, which costs about as much as the products of a few hundred
+# tokens.  Under a frozen head there is no weight gradient, and a few hundred tokens keep the products efficient.
+TRAINED_CHUNK = 1024  # tokens
+TRAINED_WORKSPACE = 512_000_000  # bytes, or the bytes of the float32 weight gradient if these are more
+FROZEN_CHUNK = 256  # tokens
+FROZEN_WORKSPACE = 240_000_000  # bytes; together with the operators' own buffers below 300 MB for any vocabulary
+MIN_CHUNK = 64  # tokens
 CHUNK_MULTIPLE = 16  # tokens
-ROW_MULTIPLE = 64  # elements from one row of a chunk to the next, so that rows of any vocabulary are aligned
+ROW_MULTIPLE = 64  # the elements from one row to the next are a multiple of this, so that all rows are aligned
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How `linear_kd_loss` cuts N tokens into chunks, and the memory that it takes beyond its inputs.
+    """The chunks that `linear_kd_loss` cuts N tokens into, and the memory that it takes beyond its inputs.
 
-    Besides these there are a few hundred bytes a token, on a CPU the operators' own buffers of 12 MB, and with
-    `retain_graph=True` the gradients twice, since backward then leaves what it multiplies as it was.
+    The plan leaves out a few hundred bytes per token, and on a CPU the operators' own buffers of 12 MB.  With
+    `retain_graph=True` the gradients take twice the memory, since backward then keeps those that it multiplies.
     """
 
-    chunk_rows: int  # tokens of a chunk
+    chunk_rows: int  # tokens per chunk
     chunks: int
-    buffers: Mapping[str, int]  # bytes of each, by name; the gradients among them
-    workspace_bytes: int  # of the buffers that grow with a chunk, which `workspace_bytes` bounds
-    peak_bytes: int  # the most that is held at once, gradients included
+    buffers: Mapping[str, int]  # the bytes of each buffer by its name; gradients are included
+    workspace_bytes: int  # bytes of the buffers that grow with a chunk; the option `workspace_bytes` bounds them
+    peak_bytes: int  # the most bytes that are held at once, gradients included
 
     @property
     def peak_bytes_beyond_gradients(self) -> int:
+        """Return the peak without the gradients that are returned."""
         return self.peak_bytes - sum(size for name, size in self.buffers.items() if name.endswith("gradient"))
 
 
-def plan(
+def plan_chunks(
     rows: int,
     vocab_size: int,
     student_hidden_size: int,
@@ -56,25 +57,30 @@ def plan(
     teacher_bias_grad: bool = False,
     workspace_bytes: int | None = None,
 ) -> Plan:
-    """The chunks and the memory of a step, before anything runs.
+    """Return the chunks and the memory of a step of `linear_kd_loss`, without running it.
 
     Args:
-        rows: N, tokens that count.
-        vocab_size: V.
-        student_hidden_size, teacher_hidden_size: H_s and H_t; None without a teacher.
-        dtype: of the student's hidden states and head, and so of their gradients.
-        teacher_dtype: of the teacher's.  Default: dtype.
-        weight_dtype, teacher_weight_dtype: of the heads, where autocast lets it be another one than the hidden states'.
-        autocast_dtype: what torch.autocast runs the products in.  Default: None, no autocast.
-        logits_dtype: of a chunk's logits.  Default: that of the products.
-        hidden_grad, weight_grad, bias_grad: which gradients of the student are asked for.  None of them: the loss only.
-        teacher_hidden_grad, teacher_weight_grad, teacher_bias_grad: which of the teacher (`teacher_grad=True`).
-        workspace_bytes: bound of the buffers that grow with a chunk.  By default a chunk has 256 tokens under a frozen
-            head, or what 240 MB hold; under a trained one 1 024, or what 512 MB hold or as much as the float32 weight
-            gradient takes.
+        rows: N, the number of tokens that count.
+        vocab_size: V, the number of real columns.
+        student_hidden_size, teacher_hidden_size: H_s and H_t.  The teacher's is None if there is no teacher.
+        dtype: the dtype of the student's hidden states and their gradient, and of its head.
+        teacher_dtype: the same for the teacher.  Default: dtype.
+        weight_dtype, teacher_weight_dtype: the dtypes of the heads, if autocast lets them differ from the hidden states'.
+            Default: the dtype of the hidden states.
+        autocast_dtype: the dtype of the products under torch.autocast.  Default: None, no autocast.
+        logits_dtype: the dtype of a chunk's logits.  Default: the dtype of the products.
+        hidden_grad, weight_grad, bias_grad: whether the student's hidden states, weight and bias get gradients.  If all
+            three are False, only the loss is computed.
+        teacher_hidden_grad, teacher_weight_grad, teacher_bias_grad: the same for the teacher (`teacher_grad=True`).
+        workspace_bytes: bound of the buffers that grow with a chunk.  By default a chunk has at most 256 tokens and 240 MB
+            under a frozen head.  Under a trained head it has at most 1 024 tokens, and at most 512 MB or as many bytes as
+            the float32 weight gradient, whichever is more.  It never has fewer than 64 tokens.
+
+    Returns:
+        A `Plan`: tokens per chunk, number of chunks, bytes of each buffer, and the peak.
 
     Raises:
-        ValueError: workspace_bytes is too small for one token; the message names what one takes.
+        ValueError: workspace_bytes is too small for one token.  The message says how many bytes one token takes.
     """
     student_grads = hidden_grad, weight_grad, bias_grad
     dtypes = dtype, weight_dtype or dtype, autocast_dtype or dtype
@@ -107,7 +113,7 @@ def plan(
         }
     hidden = sum(size for name, size in gradients.items() if name.endswith("hidden gradient"))
     forward = sum((*workspace.values(), *weights.values(), *sum_bytes, hidden))
-    if rows <= chunk_rows and not sides[-1].any_grad:  # the teacher's logits make room for what comes after them
+    if rows <= chunk_rows and not sides[-1].any_grad:  # a single chunk frees the teacher's logits before it multiplies
         after = sum_bytes[0] + workspace.get("student logits' gradient, rounded", 0)
         forward -= min(after, workspace.get("teacher logits", 0))
     backward = sum((*sums.values(), *gradients.values()))
@@ -121,20 +127,20 @@ def plan(
 
 
 class _Side(NamedTuple):
-    """Student or teacher, for the plan."""
+    """One of the two models, as far as the plan depends on it."""
 
-    model: str
+    model: str  # "student" or "teacher"
     hidden_size: int
-    dtype: torch.dtype  # of the hidden states
+    dtype: torch.dtype  # dtype of the hidden states
     weight_dtype: torch.dtype
-    products: torch.dtype  # what its products run in
+    products: torch.dtype  # dtype of the products
     hidden_grad: bool
     weight_grad: bool
     bias_grad: bool
 
     @property
     def prefix(self) -> str:
-        """Of the names of its gradients: the student's are those that one expects."""
+        """Return the prefix of the names of this model's gradients; the student has none."""
         return "" if self.model == "student" else f"{self.model} "
 
     @property
@@ -145,11 +151,11 @@ class _Side(NamedTuple):
 def _chunk_rows(
     rows: int,
     vocabulary: int,
-    row_bytes: int,  # of a chunk's buffers, for one row
-    sum_bytes: int,  # of the float32 weight gradients; 0 under frozen heads
+    row_bytes: int,  # bytes of a chunk's buffers, per row
+    sum_bytes: int,  # bytes of the float32 weight gradients; 0 under frozen heads
     workspace_bytes: int | None,
 ) -> int:
-    """Chunks of equal size, as near as `CHUNK_MULTIPLE` lets them be."""
+    """Return the tokens per chunk: chunks of about equal size, a multiple of CHUNK_MULTIPLE if there are several."""
     if workspace_bytes is not None:
         limit = workspace_bytes // row_bytes
         if limit < 1:
@@ -168,6 +174,9 @@ def _chunk_rows(
 
 
 def row_stride(vocabulary: int) -> int:
-    """Elements from one row of a chunk's logits to the next: aligned, and not at one place of the caches for every row."""
+    """Return the elements from one row of a chunk's logits to the next.
+
+    Rows are aligned.  The stride is no multiple of 1024, at which all rows would map to the same cache sets.
+    """
     stride = -(-vocabulary // ROW_MULTIPLE) * ROW_MULTIPLE
     return stride + ROW_MULTIPLE if stride % 1024 == 0 else stride

@@ -1,7 +1,7 @@
-"""The operator `fused_kd::linear_row_losses`: the sweep of `linear.py` as one node of a graph.
+"""The operator `fused_kd::linear_row_losses`: the sweep over chunks of hidden states as one node of a graph.
 
-To `torch.compile`, `torch.export`, fake tensors and flop counters it is opaque, as a product is: they see its arguments,
-its results and its cost.
+It is opaque to `torch.compile`, `torch.export`, fake tensors and flop counters: they see its arguments, its results and
+its cost, as they do of a matrix product.
 """
 
 import sys
@@ -11,45 +11,48 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import operators as ops
+from .. import operators
 from ..logit_map import LogitMap
-from ..sweep import KDOptions
-from . import sweep as linear
-from .sweep import Gradients, Head, LinearOptions
+from ..sweep import KD_SCHEMA, KDOptions, Weights
+from .sweep import Gradients, Head, LinearOptions, gradient_unit, sweep
 
-LINEAR_ROW_LOSSES = ops.define(
+# The schema has the tensors first, then the fields of KDOptions and of LinearOptions, in their order.
+LINEAR_ROW_LOSSES = operators.define(
     "linear_row_losses",
     "(Tensor student_hidden, Tensor student_weight, Tensor? student_bias, Tensor? teacher_hidden, Tensor? teacher_weight, "
-    "Tensor? teacher_bias, Tensor? labels, Tensor ce_weight, Tensor kl_weight, float temperature, SymInt vocab_size, "
-    "bool ce_in_loss, bool kl_in_loss, ScalarType statistics_dtype, float[] student_map, float[] teacher_map, "
-    "bool[] needed, ScalarType dtype, ScalarType teacher_dtype, ScalarType? logits_dtype, int? workspace_bytes) "
-    # A fixed number, since a list of results has no fallback under `is_grads_batched`; empty where not needed.
+    f"Tensor? teacher_bias, Tensor? labels, Tensor ce_weight, Tensor divergence_weight, {KD_SCHEMA}, bool[] needed, "
+    "ScalarType dtype, ScalarType teacher_dtype, ScalarType? logits_dtype, int? workspace_bytes) "
+    # The number of results is fixed, since a list has no fallback under `is_grads_batched`.  A gradient that is not needed
+    # is an empty tensor.
     f"-> ({', '.join(['Tensor'] * 9)})",
 )
-_operator = ops.operator(LINEAR_ROW_LOSSES)
+_operator = operators.operator(LINEAR_ROW_LOSSES)
 
 
 def linear_row_losses(
-    *tensors: Tensor | None,  # those of the heads; labels or None, row weights: [N], the weights in float64
+    *tensors: Tensor | None,  # the six of the heads; labels [N] or None; the two weights of each row, [N] float64
     options: LinearOptions,
 ) -> list[Tensor]:
-    """CE and KL, `[N]` float64; a scalar; in units of it the gradients of sum_i w_ce CE + w_kl KL that are needed."""
+    """Return CE and divergence, `[N]` float64; a scalar unit; and the needed gradients, divided by the unit.
+
+    The gradients are those of sum_i (w_ce CE + w_d D).  `gradient_unit` says why there is a unit.
+    """
     if not torch.compiler.is_compiling():
         _register_flops()
     kd, *rest = options
-    ce, kl, unit, *gradients = _operator(*tensors, *kd, *rest)
-    return [ce, kl, unit, *(gradient for gradient, need in zip(gradients, options.needed, strict=True) if need)]
+    ce, divergence, unit, *gradients = _operator(*tensors, *kd, *rest)
+    return [ce, divergence, unit, *(gradient for gradient, need in zip(gradients, options.needed, strict=True) if need)]
 
 
 def _options(arguments: Sequence[Any]) -> LinearOptions:
-    """Of what follows the tensors in the schema."""
-    temperature, V, ce_in_loss, kl_in_loss, dtype, student_map, teacher_map, *rest = arguments
-    maps = LogitMap(*student_map), LogitMap(*teacher_map)
-    return LinearOptions(KDOptions(temperature, V, ce_in_loss, kl_in_loss, dtype, *maps), *rest)
+    """Return the options from the arguments that follow the tensors in the schema."""
+    kd = KDOptions(*arguments[: len(KDOptions._fields)])
+    kd = kd._replace(student_map=LogitMap(*kd.student_map), teacher_map=LogitMap(*kd.teacher_map))
+    return LinearOptions(kd, *arguments[len(KDOptions._fields) :])
 
 
 def _new_gradients(heads: Sequence[Tensor | None], options: LinearOptions) -> list[Gradients]:
-    """Of the student, or of student and teacher; none where none is needed."""
+    """Return accumulators for the student, or for student and teacher; an empty list if no gradient is needed."""
     count = 0 if not any(options.needed) else 2 if any(options.needed[3:]) else 1
     return [
         Gradients(Head(*heads[i : i + 3]), options.needed[i : i + 3], options.kd.dtype, options.kd.vocab_size)  # type: ignore[arg-type]
@@ -57,23 +60,23 @@ def _new_gradients(heads: Sequence[Tensor | None], options: LinearOptions) -> li
     ]
 
 
-@ops.implements(LINEAR_ROW_LOSSES)
+@operators.implements(LINEAR_ROW_LOSSES)
 def _linear_row_losses(*arguments) -> tuple[Tensor, ...]:  # type: ignore[no-untyped-def]
-    heads, (labels, ce_weight, kl_weight), options = arguments[:6], arguments[6:9], _options(arguments[9:])
+    heads, (labels, *row_weights), options = arguments[:6], arguments[6:9], _options(arguments[9:])
     student, teacher = Head(*heads[:3]), None if heads[3] is None else Head(*heads[3:])
-    gradients = _new_gradients(heads, options)
-    unit = ce_weight.new_ones(())
+    weights, gradients = Weights(*row_weights), _new_gradients(heads, options)
+    unit = weights.ce.new_ones(())
     if gradients:
-        unit = linear.gradient_unit(ce_weight, kl_weight, options.kd)
-        ce_weight, kl_weight = ce_weight / unit, kl_weight / unit
-    ce, kl = linear.sweep(student, teacher, labels, ce_weight, kl_weight, options, gradients)
-    found = iter([tensor for of_head in gradients for tensor in of_head])
-    return ce, kl, unit, *(next(found) if need else ce.new_empty(0) for need in options.needed)
+        unit = gradient_unit(weights, options.kd)
+        weights = Weights(weights.ce / unit, weights.divergence / unit)
+    ce, divergence = sweep(student, teacher, labels, weights, options, gradients)
+    found = iter([tensor for head_gradients in gradients for tensor in head_gradients])
+    return ce, divergence, unit, *(next(found) if need else ce.new_empty(0) for need in options.needed)
 
 
-@ops.fakes(LINEAR_ROW_LOSSES)
+@operators.fakes(LINEAR_ROW_LOSSES)
 def _(*arguments):  # type: ignore[no-untyped-def]
-    heads, (_, ce_weight, kl_weight), options = arguments[:6], arguments[6:9], _options(arguments[9:])
+    heads, (_, ce_weight, divergence_weight), options = arguments[:6], arguments[6:9], _options(arguments[9:])
     gradients = [
         torch.empty_like(
             tensor, dtype=tensor.dtype if i % 3 == 0 else options.kd.dtype, memory_format=torch.contiguous_format
@@ -82,16 +85,17 @@ def _(*arguments):  # type: ignore[no-untyped-def]
         else ce_weight.new_empty(0)
         for i, tensor in enumerate(heads)
     ]
-    return torch.empty_like(ce_weight), torch.empty_like(kl_weight), ce_weight.new_empty(()), *gradients
+    return torch.empty_like(ce_weight), torch.empty_like(divergence_weight), ce_weight.new_empty(()), *gradients
 
 
-ops.complete(LINEAR_ROW_LOSSES)
+operators.register_transforms(LINEAR_ROW_LOSSES)
 
 
 def _register_flops() -> None:
-    """At the first call that may be counted: PyTorch's flop counter imports Triton, which then could not be interpreted.
+    """Register the formula of the operator's flops, once PyTorch's flop counter has been imported.
 
-    A counter that is active already has taken its copy of the formulas.
+    Importing the flop counter here would import Triton, which could then no longer be interpreted.  A counter that is
+    already active has its own copy of the formulas, so the formula is added to that too.
     """
     module = sys.modules.get("torch.utils.flop_counter")
     if module is None or _operator in module.flop_registry:
@@ -107,7 +111,7 @@ def _register_flops() -> None:
 def _flops(  # type: ignore[no-untyped-def]
     hidden, weight, bias, teacher_hidden, teacher_weight, *arguments, out_shape=None, **kwargs
 ) -> int:
-    """Two a multiplication: the logits, and as many again for the gradient of hidden states and for that of the weight."""
+    """Return the flops: 2 N V H for each model's logits, and as many for each gradient of hidden states or of a weight."""
     options = _options(arguments[4:])
     V, needed = options.kd.vocab_size, options.needed
     flops = 2 * hidden[0] * V * hidden[1] * (1 + needed[0] + needed[1])

@@ -1,8 +1,8 @@
-"""Products with a head's weight where operands and result may differ in dtype.
+"""Products with a head's weight whose operands and result may differ in dtype.
 
-A 16-bit product with a float32 result rounds once.  PyTorch has it for CUDA tensors: `mm` with `out_dtype` since 2.8,
-`addmm` that adds to a float32 matrix since 2.10.  Elsewhere a slab of the vocabulary at a time is converted to float32.
-docs/versions.md says how that was found.
+A product of 16-bit operands with a float32 result is rounded once.  PyTorch has such products for CUDA tensors: `mm` with
+`out_dtype` since 2.8, and `addmm` that adds to a float32 matrix since 2.10.  Elsewhere the operands are converted to
+float32, a slab of the vocabulary at a time.  docs/versions.md has the tests of these releases.
 """
 
 from collections.abc import Iterator
@@ -10,19 +10,22 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-SLAB_ELEMENTS = 2**21  # of what is converted to float32: 8 MB
+SLAB_ELEMENTS = 2**21  # elements that are converted to float32 at once: 8 MB
 
 
 RELEASE = tuple(int(part) for part in torch.__version__.split(".")[:2])
 
 
 def _since(release: tuple[int, int], operand: Tensor) -> bool:
-    """Whether PyTorch is at least of this release and gives a float32 product of such 16-bit operands."""
+    """Return whether PyTorch is this release or newer, and has products of such operands with a float32 result."""
     return release <= RELEASE and _has_float32_products(operand)
 
 
 def _has_float32_products(operand: Tensor) -> bool:
-    """Whether the tensor is on a CUDA device, with settings under which PyTorch does not refuse such a product."""
+    """Return whether PyTorch multiplies tensors on this device with a float32 result: on CUDA, not on ROCm.
+
+    PyTorch refuses it for float16 under `allow_fp16_accumulation`.
+    """
     in_float16 = operand.dtype == torch.float16 and torch.backends.cuda.matmul.allow_fp16_accumulation
     return operand.is_cuda and torch.version.hip is None and not in_float16
 
@@ -33,13 +36,13 @@ def project(
     bias: Tensor | None,  # [V]
     out: Tensor,  # [C, V], written; in the dtype of hidden or float32
 ) -> None:
-    """out = hidden weight^T + bias."""
+    """Compute out = hidden weight^T + bias."""
     if out.dtype == hidden.dtype:
         _ = torch.mm(hidden, weight.T, out=out) if bias is None else torch.addmm(bias, hidden, weight.T, out=out)
     elif _since((2, 10), hidden):
         if bias is None:
             torch.mm(hidden, weight.T, out_dtype=out.dtype, out=out)
-        else:  # as a matrix: PyTorch's comments say that cuBLASLt's own sum with a vector is wrong for these dtypes
+        else:  # the bias as a matrix: PyTorch's comments say that cuBLASLt adds a vector wrongly for these dtypes
             torch.addmm(out.copy_(bias), hidden, weight.T, out_dtype=out.dtype, out=out)
     else:
         for slab in _slabs(weight, hidden):
@@ -53,9 +56,9 @@ def accumulate(
     gradient: Tensor,  # [C, V]
     hidden: Tensor,  # [C, H]
     *,
-    first: bool,  # the total has no value yet
+    first: bool,  # True: the total has no value yet, and is overwritten
 ) -> None:
-    """total += gradient^T hidden."""
+    """Compute total += gradient^T hidden."""
     if total.dtype == gradient.dtype:
         torch.addmm(total, gradient.T, hidden, beta=0 if first else 1, out=total)
     elif _since((2, 10), gradient):
@@ -67,13 +70,16 @@ def accumulate(
 
 
 def _slabs(matrix: Tensor, hidden: Tensor) -> Iterator[slice]:
-    """Slabs of a `[V, H]` matrix, of which neither they nor their logits, `[C, slab]`, have more than `SLAB_ELEMENTS`."""
+    """Yield slices of the rows of a `[V, H]` matrix.
+
+    Neither a slab, `[slab, H]`, nor its logits, `[C, slab]`, have more than SLAB_ELEMENTS elements.
+    """
     size = max(1, SLAB_ELEMENTS // max(1, *hidden.shape))
     return (slice(first, first + size) for first in range(0, matrix.shape[0], size))
 
 
 def _widened_mm(a: Tensor, b: Tensor) -> Tensor:
-    """The product of 16-bit matrices in float32."""
+    """Return the product of 16-bit matrices in float32."""
     if _since((2, 8), a):
         return torch.mm(a, b, out_dtype=torch.float32)
     return torch.mm(a.float(), b.float())

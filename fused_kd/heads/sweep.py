@@ -1,8 +1,8 @@
-"""The loss from hidden states: chunks of tokens whose logits exist one chunk at a time.
+"""The loss from hidden states: the logits exist for one chunk of tokens at a time.
 
-With F = 2 N V H flops, the student's F_s and the teacher's F_t, a step takes F_s + F_t for the logits, F_s for the
-gradient of the hidden states and F_s for that of the weight: the gradient of a chunk's logits is taken while they are
-there, over them, so nothing is projected twice.
+Let F_s = 2 N V H_s and F_t = 2 N V H_t be the flops of projecting the student's and the teacher's hidden states.  A step
+takes F_s + F_t for the logits, F_s for the gradient of the student's hidden states and F_s for that of its weight.  The
+gradient of a chunk's logits overwrites them at once, so that no chunk is projected twice.
 """
 
 from collections.abc import Iterator, Sequence
@@ -11,13 +11,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .. import operators as ops
+from ..divergences import DIVERGENCES
 from ..rows import NEGLIGIBLE
-from ..sweep import KDOptions, fits_one_launch, gradient_arguments, row_values, row_values_and_gradient
-from .chunks import Plan, plan, row_stride
+from ..sweep import Buffers, KDOptions, Logits, Weights, chosen_launch
+from ..sweep import sweep as sweep_logits
+from .chunks import plan_chunks, row_stride
 from .products import accumulate, project
 
-__all__ = ["Gradients", "Head", "LinearOptions", "Plan", "gradient_unit", "plan", "planned_chunk", "sweep"]
+__all__ = ["Gradients", "Head", "LinearOptions", "gradient_unit", "planned_chunk", "sweep"]
 
 
 class Head(NamedTuple):
@@ -28,20 +29,23 @@ class Head(NamedTuple):
     bias: Tensor | None  # [V']
 
     def cast(self, dtype: torch.dtype, vocab_size: int) -> "Head":
-        """The real columns, in the dtype of the products; views where that is the dtype they have."""
+        """Return the head for the real columns, with weight and bias in that dtype; views if they have it already."""
         bias = None if self.bias is None else self.bias[:vocab_size].to(dtype)
         return Head(self.hidden, self.weight[:vocab_size].to(dtype), bias)
 
     def logits_buffer(self, rows: int, dtype: torch.dtype | None) -> Tensor:  # [C, V]
-        """In the dtype of the products, if not in another one."""
+        """Return memory for the logits of C rows; dtype None: in the dtype of the products."""
         V = self.weight.shape[0]
-        buffer = self.weight.new_empty(rows, row_stride(V), dtype=dtype or self.weight.dtype)
+        # If there is room between the rows, PyTorch adds a bias through cuBLAS's beta, and a product of few rows is rounded
+        # both before and after the addition.
+        stride = V if self.bias is not None and self.weight.is_cuda else row_stride(V)
+        buffer = self.weight.new_empty(rows, stride, dtype=dtype or self.weight.dtype)
         if not buffer.is_cuda:
-            buffer[:, V:].zero_()  # oneDNN multiplies what follows a row of bfloat16 by 0, and 0 times NaN is NaN
+            buffer[:, V:].zero_()  # oneDNN multiplies the padding of a bfloat16 row by 0, and 0 times NaN is NaN
         return buffer[:, :V]
 
     def logits(self, rows: slice, out: Tensor) -> Tensor:  # [1, C, V]
-        """Of some rows, written over `out`."""
+        """Write the logits of a chunk's rows to `out`, and return them."""
         hidden = self.hidden[rows].to(self.weight.dtype)
         project(hidden, self.weight, self.bias, out[: hidden.shape[0]])
         return out[None, : hidden.shape[0]]
@@ -50,14 +54,14 @@ class Head(NamedTuple):
 class Gradients:
     """Accumulates the requested gradients of one head; weight and bias in float32.
 
-    The bias's is a sum of the logits' gradients as they were written.  Beside 16-bit logits these are rounded, as those of
-    eager heads are, and so is each term of the sum; float32 logits spare it that.
+    The gradient of the bias is the sum of the logits' gradients as they were written.  With 16-bit logits each term of that
+    sum has been rounded to 16 bits, as in an eager head; with float32 logits it has not.
     """
 
     def __init__(self, head: Head, needed: Sequence[bool], dtype: torch.dtype, vocab_size: int) -> None:
         hidden, self._need_weight, bias = needed
         self.hidden = torch.empty_like(head.hidden, memory_format=torch.contiguous_format) if hidden else None  # [N, H]
-        self.weight: Tensor | None = None  # [V', H]; not before it is needed
+        self.weight: Tensor | None = None  # [V', H]; allocated when the first chunk is added
         self.bias = head.weight.new_zeros(head.weight.shape[0], dtype=dtype) if bias else None  # [V']
         if self._need_weight and not head.hidden.shape[0]:
             self.weight = torch.zeros_like(head.weight, dtype=dtype)
@@ -68,8 +72,9 @@ class Gradients:
         rows: slice,
         logit_gradient: Tensor,  # [C, V], in the dtype of the logits
         head: Head,  # in the dtype of the products
-        counted: Tensor,  # [C]
+        counted: Tensor,  # [C], bool: whether each row counts
     ) -> None:
+        """Add the gradients of one chunk."""
         V = self._vocab_size
         if self.bias is not None:
             self.bias[:V] += logit_gradient.sum(0, dtype=self.bias.dtype)
@@ -94,28 +99,31 @@ class Gradients:
 
 
 class LinearOptions(NamedTuple):
+    """The options of a loss from hidden states that its sweep depends on."""
+
     kd: KDOptions
-    needed: tuple[bool, ...]  # gradients of hidden states, weight and bias of the student, then of the teacher
-    dtype: torch.dtype  # of the student's products
-    teacher_dtype: torch.dtype  # of the teacher's
+    needed: tuple[
+        bool, ...
+    ]  # gradients that are needed: hidden states, weight, bias; the student's, then the teacher's
+    dtype: torch.dtype  # dtype of the student's products
+    teacher_dtype: torch.dtype  # dtype of the teacher's products
     logits_dtype: torch.dtype | None  # None: the dtype of the products
-    workspace_bytes: int | None  # None: what `plan` chooses
+    workspace_bytes: int | None  # None: as `plan_chunks` chooses
 
 
 def sweep(
     student: Head,
-    teacher: Head | None,  # None leaves out KL
-    labels: Tensor | None,  # [N]; None leaves out CE
-    ce_weight: Tensor,  # [N], float64
-    kl_weight: Tensor,  # [N], float64; a row with both weights 0 counts for nothing, whatever it holds
+    teacher: Head | None,  # None: no divergence
+    labels: Tensor | None,  # [N]; None: no CE
+    weights: Weights,  # a row with both weights 0 adds nothing, whatever it holds
     options: LinearOptions,
-    gradients: Sequence[Gradients],  # those of sum_i w_ce CE + w_kl KL, added to: of the student, or of both
-) -> tuple[Tensor, Tensor]:  # CE and KL, [N] float64
-    """Every chunk's logits, values and gradients, one chunk after another in the same buffers."""
-    N, V = ce_weight.numel(), options.kd.vocab_size
+    gradients: Sequence[Gradients],  # accumulate those of sum_i (w_ce CE + w_d D): the student's, or both models'
+) -> tuple[Tensor, Tensor]:  # CE and divergence, [N] float64
+    """Return the values of all rows and add up the gradients, one chunk after another in the same buffers."""
+    N, V = weights.ce.numel(), options.kd.vocab_size
     chunk_rows = planned_chunk(student, teacher, options)
-    ce, kl = torch.zeros_like(ce_weight), torch.zeros_like(kl_weight)
-    with torch.autocast(student.hidden.device.type, enabled=False):  # the dtypes are chosen already
+    ce, divergence = torch.zeros_like(weights.ce), torch.zeros_like(weights.divergence)
+    with torch.autocast(student.hidden.device.type, enabled=False):  # the options hold the dtypes of the products
         student = student.cast(options.dtype, V)
         student_logits = student.logits_buffer(chunk_rows, options.logits_dtype)
         teacher_logits = None
@@ -126,31 +134,34 @@ def sweep(
             rows = slice(first, first + chunk_rows)
             z = student.logits(rows, student_logits)
             y = None if teacher is None or teacher_logits is None else teacher.logits(rows, teacher_logits)
-            of_chunk = None if labels is None else labels[rows]
-            arguments = of_chunk, ce_weight[rows], kl_weight[rows], options.kd
-            of_logits = (z, y) if len(gradients) > 1 else (z, None)  # written over the logits
-            if len(gradients) == 1 and fits_one_launch(z, y, of_chunk, options.kd):
-                values, _ = row_values_and_gradient(z, y, *arguments, in_place=True)
-            else:
-                values = row_values(z, y, *arguments)
-                if gradients:
-                    ops.write_gradient(*of_logits, *gradient_arguments(z, y, values.statistics, *arguments))
-            ce[rows], kl[rows] = values.ce, values.kl
-            if not gradients:
+            logits = Logits(z, y, None if labels is None else labels[rows])
+            chunk_weights = Weights(weights.ce[rows], weights.divergence[rows])
+            buffers = launch = None
+            if gradients:  # they overwrite the logits
+                buffers = Buffers(z, y if len(gradients) > 1 else None)
+                launch = chosen_launch(logits, options.kd, in_place=True) if len(gradients) == 1 else None
+            found = sweep_logits(logits, chunk_weights, options.kd, buffers, launch)
+            ce[rows], divergence[rows] = found.ce, found.divergence
+            if buffers is None:
                 continue
-            if rows.stop >= N and of_logits[1] is None:  # make room for the weight gradient, if this is the only chunk
-                y = teacher_logits = None
-            counted = torch.hypot(ce_weight[rows], kl_weight[rows]) > NEGLIGIBLE
-            for sums, gradient, head in zip(gradients, of_logits, (student, teacher), strict=False):
+            if rows.stop >= N and buffers.teacher is None:
+                # In the last chunk: if it is the only one, the weight gradient is allocated next, and this makes room.
+                y = logits = teacher_logits = None  # type: ignore[assignment]
+            counted = torch.hypot(*chunk_weights) > NEGLIGIBLE
+            for sums, gradient, head in zip(gradients, buffers, (student, teacher), strict=False):
                 if gradient is not None and head is not None:
                     sums.add(rows, gradient[0], head, counted)
-    return ce, kl
+    return ce, divergence
 
 
 def planned_chunk(student: Head, teacher: Head | None, options: LinearOptions) -> int:
-    """Tokens of a chunk.  Raises ValueError where workspace_bytes is too small for one."""
+    """Return the tokens per chunk.
+
+    Raises:
+        ValueError: workspace_bytes is too small for one token.
+    """
     hidden, weight, bias, teacher_hidden, teacher_weight, teacher_bias = options.needed
-    return plan(
+    return plan_chunks(
         student.hidden.shape[0], options.kd.vocab_size, student.hidden.shape[1],
         None if teacher is None else teacher.hidden.shape[1],
         dtype=options.dtype, teacher_dtype=options.teacher_dtype, logits_dtype=options.logits_dtype,
@@ -159,17 +170,19 @@ def planned_chunk(student: Head, teacher: Head | None, options: LinearOptions) -
     ).chunk_rows  # fmt: skip
 
 
-LARGEST_GRADIENT = 2**8  # of a logit; summed over a vocabulary against weights up to 127 it is still a float16
+# The largest gradient of a logit, in units.  Its sum over a vocabulary against head weights up to 127 still fits float16.
+LARGEST_GRADIENT = 2**8
 
 
-def gradient_unit(ce_weight: Tensor, kl_weight: Tensor, options: KDOptions) -> Tensor:
-    """A scalar on the device, 2^k, in which no gradient of a logit is above 2^8 and the largest possible one near it.
+def gradient_unit(weights: Weights, options: KDOptions) -> Tensor:
+    """Return the unit of the gradients in the forward pass: a power of two, a scalar on the device.
 
-    The forward pass takes the gradients of a mean over thousands of rows, 1e-9 where a probability is 1e-6, and a loss
-    scale, which comes with the upstream gradient, comes too late: float16 would lose them.  A power of two, so that
-    counting in it rounds nothing.
+    In this unit the largest possible gradient of a logit is from 2^8 to 2^9.  The forward pass takes the gradients of a
+    mean over thousands of rows: about 1e-9 where a probability is 1e-6, which float16 cannot hold.  A loss scale comes with
+    the upstream gradient, too late.  Division by a power of two is exact.
     """
     scale = max(options.student_map.scale, options.teacher_map.scale)
-    largest = scale * (ce_weight.abs() + kl_weight.abs() / options.temperature)
-    largest = torch.cat([largest.nan_to_num(0.0, 0.0), largest.new_zeros(1)]).amax()  # 0 of no rows
+    slope = DIVERGENCES[options.divergence].largest_slope
+    largest = scale * (weights.ce.abs() + slope * weights.divergence.abs() / options.temperature)
+    largest = torch.cat([largest.nan_to_num(0.0, 0.0), largest.new_zeros(1)]).amax()  # 0 if there are no rows
     return torch.where(largest > NEGLIGIBLE, torch.exp2(largest.log2().floor()) / LARGEST_GRADIENT, 1.0)

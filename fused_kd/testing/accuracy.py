@@ -1,23 +1,22 @@
-"""The configurations of `fused-kd check`, and the error of a loss against the float64 oracle on one of them."""
+"""The configurations of `fused-kd check`, and the errors of a loss against the float64 oracle in each of them."""
 
 import itertools
-import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from torch import Tensor
 
 from .. import kd_loss, reference
-from ..cli.words import dtype_name
-from ..launch import ONE, PLAN, TWO
+from ..launching import ONE, TWO, launching
+from .replacing import replaced_in
+from .words import dtype_name
 
 EPSILON = torch.finfo(torch.float32).eps
-RATIO_BOUND = 2.0  # the error may be twice eager's, or one float32 epsilon, which no float32 result can promise to beat
-MISROUNDED_BOUND = 0.01  # of 16-bit gradient elements, one unit in the last place off
+RATIO_BOUND = 2.0  # an error may be twice eager PyTorch's, or one float32 epsilon if that is more
+MISROUNDED_BOUND = 0.01  # share of 16-bit gradient elements that may be off by one unit in the last place
 
 SHAPES = [(1, 1000), (1, 151_936), (2, 32_003), (2, 262_144), (3, 50_257), (7, 128_256), (33, 4_099), (129, 1_023)]
 DTYPES = [
@@ -31,41 +30,43 @@ TEMPERATURES = [0.5, 1.0, 2.0, 4.0, 10.0]
 ALPHAS = [0.0, 0.3, 1.0]
 LOGITS = ["flat", "peaked", "heavy-tailed"]
 ROWS = ["all", "ignored", "weighted"]
-# A case is repeated until it has as many rows and elements: the error of a few numbers, eager's or ours, may be small by
-# luck, and the ratio of two such errors says nothing.
+# A case is repeated until it has so many rows and elements.  The error of a few numbers may be small by luck, and then the
+# ratio of two errors says nothing.
 SAMPLE_ROWS = 16
 SAMPLE_ELEMENTS = 2**18
 
 
 @dataclass(frozen=True)
 class Case:
+    """A configuration of `kd_loss` to check."""
+
     rows: int
     vocabulary: int
     student_dtype: torch.dtype
     teacher_dtype: torch.dtype
     temperature: float
     alpha: float
-    logits: str  # of LOGITS
-    counted: str  # of ROWS: which rows count
+    logits: str  # one of LOGITS
+    counted: str  # one of ROWS: the rows that count
     reduction: str
     seed: int
-    plan: str = TWO  # ONE: the gradient comes with the loss, and is multiplied by the upstream gradient when that comes
+    launch: str = TWO  # ONE: the gradient comes with the loss, and backward multiplies it by the upstream gradient
 
     def __str__(self) -> str:
         return (
             f"[{self.rows}, {self.vocabulary}] {self.dtypes}, T={self.temperature}, alpha={self.alpha}, {self.logits} "
-            f"logits, rows {self.counted}, {self.reduction}, {self.plan}"
+            f"logits, rows {self.counted}, {self.reduction}, {self.launch}"
         )
 
     @property
     def options(self) -> tuple[float | str, ...]:
-        return self.temperature, self.alpha, self.logits, self.counted, self.reduction, self.plan
+        return self.temperature, self.alpha, self.logits, self.counted, self.reduction, self.launch
 
     @property
     def has_right_values(self) -> bool:
-        """Whether there is one right value of a gradient's element: the exact one, rounded to 16 bits.
+        """Return whether each element of the gradient has one right value: the exact one, rounded to 16 bits.
 
-        In one launch: that of an upstream gradient of 1, rounded, times the upstream gradient, rounded.
+        In one launch the gradient for an upstream gradient of 1 is rounded, then multiplied, and rounded again.
         """
         return self.student_dtype.itemsize == 2
 
@@ -76,6 +77,8 @@ class Case:
 
 @dataclass(frozen=True)
 class Inputs:
+    """The tensors of a case."""
+
     student: Tensor  # [N, V]
     teacher: Tensor  # [N, V]
     labels: Tensor  # [N]
@@ -85,15 +88,17 @@ class Inputs:
 
 @dataclass(frozen=True)
 class Errors:
-    """Norm-relative errors against the float64 oracle, ours and eager PyTorch's in float32 on the same inputs."""
+    """Norm-relative errors against the float64 oracle: ours, and eager PyTorch's in float32 on the same inputs."""
 
     loss: float
     loss_eager: float
     gradient: float
     gradient_eager: float
-    misrounded: float  # share of 16-bit gradient elements that are not the oracle's, as often rounded; 0 for float32
-    nan: bool  # a NaN where the oracle has none
-    off: bool  # a 16-bit gradient element off by more than a unit in the last place each time, and float32's own error
+    misrounded: (
+        float  # share of 16-bit gradient elements that differ from the oracle's, rounded as often; 0 for float32
+    )
+    nan: bool  # whether there is a NaN where the oracle has none
+    off: bool  # whether an element of a 16-bit gradient is further off than `_rounding` allows
 
     @property
     def loss_ratio(self) -> float:
@@ -104,6 +109,7 @@ class Errors:
         return _ratio(self.gradient, self.gradient_eager)
 
     def failures(self, has_right_values: bool) -> list[str]:
+        """Return a message for each bound that is exceeded."""
         found = []
         if self.nan:
             found.append("NaN where the oracle has none")
@@ -120,16 +126,16 @@ class Errors:
 
 
 def cases(quick: bool = False) -> list[Case]:
-    """Every shape with every dtype pair; within these every temperature and kind of logits, and in turn the rest."""
+    """Return the cases: all combinations of shape, dtypes, temperature and logits, with the other options in turns."""
     alphas, counted = itertools.cycle(ALPHAS), itertools.cycle(ROWS)
-    reductions = itertools.cycle(["mean", "none", "sum", "mean", "none"])  # 5: out of step with the cycles of 3
-    plans = itertools.cycle([TWO, ONE])
+    reductions = itertools.cycle(["mean", "none", "sum", "mean", "none"])  # a cycle of 5, out of step with those of 3
+    launches = itertools.cycle([TWO, ONE])
     result: list[Case] = []
     for (rows, vocabulary), dtypes, logits, temperature in itertools.product(SHAPES, DTYPES, LOGITS, TEMPERATURES):
         everything = rows * vocabulary < 200_000 and dtypes[0] == dtypes[1]
         for _ in range(len(ALPHAS) if everything else 1):
             if len(result) % 9 == 0:
-                next(counted)  # so that every pair of alpha and rows comes up
+                next(counted)  # this makes every pair of alpha and rows come up
             alpha, rows_counted, reduction = next(alphas), next(counted), next(reductions)
             has_choice = reduction != "none" and dtypes[0] != torch.float16
             result.append(
@@ -143,13 +149,14 @@ def cases(quick: bool = False) -> list[Case]:
                     rows_counted,
                     reduction,
                     seed=len(result),
-                    plan=next(plans) if has_choice else TWO,
+                    launch=next(launches) if has_choice else TWO,
                 )
             )
     return result[::17] if quick else result
 
 
 def inputs(case: Case, device: torch.device, seed: int) -> Inputs:
+    """Return random tensors for a case."""
     generator = torch.Generator().manual_seed(seed)
     N, V = case.rows, case.vocabulary
 
@@ -175,14 +182,10 @@ def inputs(case: Case, device: torch.device, seed: int) -> Inputs:
     return Inputs(student.to(device), teacher.to(device), labels.to(device), token_weights, upstream.to(device))
 
 
-def planned(plan: str) -> AbstractContextManager[object]:
-    return patch.dict(os.environ, {PLAN: plan})
-
-
-def loss_and_gradient(
+def row_losses_and_gradient(
     function: Callable[..., Any], case: Case, given: Inputs, dtype: torch.dtype | None
 ) -> tuple[Tensor, Tensor]:
-    """Row losses `[N]` and the gradient of the reduced loss `[N, V]`, with the inputs cast to dtype."""
+    """Return row losses `[N]` and the gradient of the reduced loss `[N, V]`, with the inputs cast to dtype if given."""
     student = (given.student if dtype is None else given.student.to(dtype)).detach().requires_grad_()
     teacher = given.teacher if dtype is None else given.teacher.to(dtype)
     options = {"alpha": case.alpha, "temperature": case.temperature, "token_weights": given.token_weights}
@@ -195,27 +198,30 @@ def loss_and_gradient(
 
 
 def fused(case: Case, given: Inputs) -> list[Tensor]:
-    """Row losses and the gradient of the fused loss."""
-    with planned(case.plan):
-        return list(loss_and_gradient(kd_loss, case, given, None))
+    """Return row losses and the gradient of the fused loss."""
+    with launching(case.launch):
+        return list(row_losses_and_gradient(kd_loss, case, given, None))
 
 
-def measure(case: Case, device: torch.device) -> Errors:
-    """Runs a case, as often as it takes for a sample."""
-    found: dict[str, list[Tensor]] = {name: [] for name in ("ours", "eager", "oracle")}
+def measure(case: Case, device: torch.device, loss: Callable[..., Any] = kd_loss) -> Errors:
+    """Return the errors of a loss in a case, over enough repeats for a sample."""
+    functions: dict[str, tuple[Callable[..., Any], torch.dtype | None]] = {
+        "ours": (loss, None),
+        "eager": (reference.kd_loss, torch.float32),
+        "oracle": (reference.kd_loss, torch.float64),
+    }
+    found: dict[str, list[Tensor]] = {name: [] for name in functions}
     gradients: dict[str, list[Tensor]] = {name: [] for name in found}
     scales, factors = [], []
     for repeat in range(max(1, SAMPLE_ROWS // case.rows, SAMPLE_ELEMENTS // (case.rows * case.vocabulary))):
         given = inputs(case, device, seed=1000 * case.seed + repeat)
         scales.append(_term_scale(case, given))
-        factors.append(given.upstream.sum().expand(case.rows) if case.plan == ONE else torch.ones_like(given.upstream))
-        for name, (function, dtype) in {
-            "ours": (kd_loss, None),
-            "eager": (reference.kd_loss, torch.float32),
-            "oracle": (reference.kd_loss, torch.float64),
-        }.items():
-            with planned(case.plan):
-                rows, gradient = loss_and_gradient(function, case, given, dtype)
+        factors.append(
+            given.upstream.sum().expand(case.rows) if case.launch == ONE else torch.ones_like(given.upstream)
+        )
+        for name, (function, dtype) in functions.items():
+            with launching(case.launch):
+                rows, gradient = row_losses_and_gradient(function, case, given, dtype)
             found[name].append(rows)
             gradients[name].append(gradient)
     losses = {name: torch.cat(parts) for name, parts in found.items()}
@@ -235,12 +241,12 @@ def measure(case: Case, device: torch.device) -> Errors:
 
 
 def relative_error(value: Tensor, oracle: Tensor) -> float:
-    """|value - oracle| / |oracle|, Euclidean norms in float64."""
+    """Return |value - oracle| / |oracle|, with Euclidean norms in float64."""
     return float((value.detach().double() - oracle).norm() / oracle.norm())
 
 
 def _term_scale(case: Case, given: Inputs) -> Tensor:
-    """`[N]`: what multiplies the probabilities in a row's gradient, the largest size of the terms that cancel there."""
+    """Return the factor of the probabilities in each row's gradient, `[N]`: the largest size of its cancelling terms."""
     weight = torch.ones_like(given.upstream) if given.token_weights is None else given.token_weights
     scale = weight * (given.upstream if case.reduction == "none" else given.upstream.sum())
     if case.reduction == "mean":
@@ -253,13 +259,13 @@ def _rounding(
     oracle: Tensor,  # [N, V]
     eager_error: Tensor,  # [N, V]
     term_scale: Tensor,  # [N]
-    factor: Tensor,  # [N], by which a gradient was multiplied once it was rounded
+    factor: Tensor,  # [N], the factor of each row's gradient after it was rounded
 ) -> tuple[float, bool]:
-    """The share of misrounded elements, and whether one is further off than rounding explains.
+    """Return the share of misrounded elements, and whether an element is further off than rounding explains.
 
-    An element may be one unit in its last place off, and beyond that as far as float32 is before it is rounded: by twice
-    eager's largest error in the row, or twice one float32 epsilon of the terms that cancel.  If it was multiplied then,
-    that holds for it before, and its product may be another unit off.
+    An element may be off by one unit in its last place, plus the error of float32 before rounding: twice eager's largest
+    error in the row, or twice one float32 epsilon of the terms that cancel.  If it was multiplied after rounding, the
+    product may be off by one more unit.
     """
     factor = factor[:, None]
     first = oracle / factor
@@ -271,7 +277,7 @@ def _rounding(
 
 
 def unit_in_last_place(value: Tensor, dtype: torch.dtype) -> Tensor:
-    """The distance between neighbours in dtype at a value's size."""
+    """Return the distance between neighbouring numbers of that dtype at each value."""
     info = torch.finfo(dtype)
     return torch.exp2(value.abs().clamp_min(info.tiny).log2().floor()) * info.eps
 
@@ -285,10 +291,15 @@ def _ratio(error: float, eager: float) -> float:
 
 
 def by_group(measured: list[tuple[Case, Errors]]) -> Iterator[tuple[tuple[int, int, str], list[tuple[Case, Errors]]]]:
-    """The cases of each shape and dtype pair."""
+    """Group the cases by shape and dtype pair."""
     yield from (
         (key, list(group))
         for key, group in itertools.groupby(
             measured, key=lambda pair: (pair[0].rows, pair[0].vocabulary, pair[0].dtypes)
         )
     )
+
+
+def checking(cases: Sequence[Case], by: Callable[..., Errors] = measure) -> AbstractContextManager[None]:
+    """Let `fused-kd check` run these cases of `kd_loss` with this function, while the context lasts."""
+    return replaced_in(__name__, cases=lambda quick: list(cases), measure=by)

@@ -1,22 +1,32 @@
-"""Repairs of Triton's interpreter: a search that it need not repeat, and an index that new releases of numpy refuse.
+"""Repairs of Triton's interpreter: less repeated work, and an index that new releases of numpy refuse.
 
-To run a kernel it replaces the functions of `triton.language`, and to call a device function it looks through them all
-again, though they are replaced until the launch ends.  Without that it is 2.8 times as fast here.
+The interpreter replaces the functions of `triton.language` to run a kernel.  It looks through them all again at each call
+of a device function, although they stay replaced until the launch ends.  It computes sums and products of integers once
+more in 64 bits, for an assertion that only runs in debug mode.  It computes the shape and numpy type of every tensor anew.
 
-Before Triton 3.7 it makes an index of `int(array)` for an array of one element, which numpy from 2.4 on refuses.
+Before Triton 3.7 it turns an array of one element into an index by `int(array)`, which numpy from 2.4 on refuses.
 """
 
+import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 
 def hasten() -> None:
-    """Repair the interpreter for this process.  Does nothing where it is not as expected."""
+    """Repair the interpreter for this process.  A part of it that is not as expected is left as it is."""
     try:
         from triton.runtime import interpreter
     except ImportError:
         return
     _take_indices_from_arrays(interpreter)
+    _call_device_functions_at_once(interpreter)
+    _leave_out_overflow_checks(interpreter)
+    _remember_types(interpreter)
+    _remember_shapes(interpreter)
+
+
+def _call_device_functions_at_once(interpreter: Any) -> None:
     function = getattr(interpreter, "InterpretedFunction", None)
     if not (hasattr(interpreter, "_patch_lang") and hasattr(interpreter, "InterpreterError") and function):
         return
@@ -33,6 +43,64 @@ def hasten() -> None:
             raise interpreter.InterpreterError(repr(error)) from error
 
     function.__call__ = call
+
+
+def _leave_out_overflow_checks(interpreter: Any) -> None:
+    """Leave out the overflow checks, whose assertions run only in debug mode."""
+    builder: Any = getattr(interpreter, "interpreter_builder", None)
+    options: Any = getattr(builder, "options", None)
+    if getattr(options, "sanitize_overflow", False) and getattr(options, "debug", None) is False:
+        builder.options = dataclasses.replace(options, sanitize_overflow=False)
+
+
+def _remember_types(interpreter: Any) -> None:
+    """Remember types by their names, since types with one name are equal."""
+    _remember(interpreter, "_get_np_dtype", lambda dtype: dtype.name)
+    _remember(interpreter.tl.core.block_type, "with_element_ty", lambda block, scalar: (block.name, scalar.name))
+    _remember(
+        getattr(interpreter, "InterpreterBuilder", None),
+        "get_block_ty",
+        lambda builder, dtype, shape: (dtype.name, *shape),
+    )
+
+
+def _remember(owner: Any, name: str, key: Callable[..., Any]) -> None:
+    """Make a function remember its results by `key(*arguments)`."""
+    function = getattr(owner, name, None)
+    if function is None or hasattr(function, "__wrapped__"):
+        return
+    known: dict[Any, Any] = {}
+
+    @functools.wraps(function)
+    def remembered(*arguments: Any) -> Any:
+        found = known.get(key(*arguments))
+        if found is None:
+            found = known[key(*arguments)] = function(*arguments)
+        return found
+
+    setattr(owner, name, remembered)
+
+
+def _remember_shapes(interpreter: Any) -> None:
+    """Remember the shape and size that the constructor of a tensor computes from its type."""
+    tensor, a_type = interpreter.tl.tensor, interpreter.tl.float32
+    create = tensor.__init__
+    expected = {"handle", "shape", "numel", "type", "dtype"}
+    if hasattr(create, "__wrapped__") or set(vars(tensor(None, a_type))) != expected:
+        return
+    known: dict[str, tuple[Any, Any]] = {}
+
+    @functools.wraps(create)
+    def initialise(self: Any, handle: Any, type: Any) -> None:
+        found = known.get(type.name)
+        if found is None:
+            create(self, handle, type)
+            known[type.name] = self.shape, self.numel
+        else:
+            self.handle, self.type, self.dtype = handle, type, type.scalar
+            self.shape, self.numel = found
+
+    tensor.__init__ = initialise
 
 
 def _take_indices_from_arrays(interpreter: Any) -> None:

@@ -1,43 +1,40 @@
-"""What a call would launch on a GPU, without one: kernels of Triton and operators of PyTorch, by name.
+"""A fake GPU that counts the launches of a call: kernels of Triton and operators of PyTorch, by name.
 
-Tensors are fake there: they have shapes and dtypes, no values and no memory, so any size is free.  They say that they are
-on the CPU, since PyTorch records no graph of CUDA tensors without a build for CUDA; what the package chooses by device is
-chosen as for a GPU.
+Its tensors are fake: they have shapes and dtypes, but no values and no memory, so any size is free.  Their device is the
+CPU, because PyTorch records no graph of CUDA tensors without a build for CUDA.  Still the package plans as for a GPU.
 """
 
 import contextlib
 import importlib
+import pkgutil
 from collections import Counter
 from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import Any
-from unittest.mock import patch
 
 from torch import Tensor
+from torch._ops import OpOverloadPacket
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from .. import launch as one_launch
+from .. import launch as planning
 from .. import operators as ops
 from ..devices import DEVICES
 from ..heads import operator as linear_operator
 from ..heads import products as matmul
+from ..launching import launching
+from .replacing import replaced
 
-GPU = "H100"  # that launches are planned for
-KERNELS = {  # by module
-    "row_statistics": ("row_statistics_kernel",),
-    "logit_gradient": ("logit_gradient_kernel",),
-    "loss_and_gradient": ("whole_kernel", "shared_kernel"),
-    "scale": ("scale_kernel",),
-}
+GPU = "H100"  # the device that launches are planned for
 ALLOCATIONS = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}
 FLOAT32_PRODUCTS = {f"aten.{name}.{overload}" for name in ("mm", "addmm") for overload in ("dtype", "dtype_out")}
-RELABELLED = {"_unsafe_view", "_reshape_alias"}  # views that do not say so
+Replacement = tuple[ModuleType, str, Any]  # module, name of its attribute, value
+RELABELLED = {"_unsafe_view", "_reshape_alias"}  # views that PyTorch does not mark as views
 
 
 class Launches(TorchDispatchMode):
-    """Counts while it is active; `kernels` and `operators` stay afterwards."""
+    """A mode that counts launches while it is active.  `kernels` and `operators` keep the counts."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -54,7 +51,7 @@ class Launches(TorchDispatchMode):
 
 
 class Float32Products(TorchDispatchMode):
-    """Results of 16-bit products in float32 for fake and meta tensors: PyTorch has right ones for all since 2.13."""
+    """A mode that gives 16-bit products of fake tensors their float32 results; before 2.13 some of PyTorch's are wrong."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -66,45 +63,41 @@ class Float32Products(TorchDispatchMode):
 
 @contextlib.contextmanager
 def opened_operators() -> Iterator[None]:
-    """The package's operators as the functions behind them: modes see what they do, and fake tensors run it."""
-    with contextlib.ExitStack() as patches:
-        for name in ("row_statistics", "logit_gradient", "logit_gradient_", "loss_and_gradient", "loss_and_gradient_"):
-            patches.enter_context(patch.object(ops, name, getattr(ops, f"_{name}")))
-        patches.enter_context(patch.object(linear_operator, "_operator", linear_operator._linear_row_losses))
-        # It reads the operator that is replaced.
-        patches.enter_context(patch.object(linear_operator, "_register_flops", lambda: None))
+    """Replace the package's operators by the functions behind them, so that modes and fake tensors see each step."""
+    opened: list[Replacement] = [
+        (ops, name, getattr(ops, f"_{name}"))
+        for name, value in vars(ops).items()
+        if isinstance(value, OpOverloadPacket) and hasattr(ops, f"_{name}")
+    ]
+    opened.append((linear_operator, "_operator", linear_operator._linear_row_losses))
+    opened.append((linear_operator, "_register_flops", lambda: None))  # it reads the operator that is replaced
+    with replaced(opened):
         yield
 
 
 @contextlib.contextmanager
 def fake_gpu() -> Iterator[Launches]:
-    """Tensors made here are fake, and run down to the kernels' launch.  `with` what it gives, launches are counted."""
+    """Make tensors fake, and run calls down to the launch of each kernel.  The context's value counts launches."""
     launches = Launches()
-    with contextlib.ExitStack() as contexts:
-        contexts.enter_context(opened_operators())
-        for module, name, replacement in _as_on_a_gpu(launches):
-            contexts.enter_context(patch.object(module, name, replacement))
-        contexts.enter_context(FakeTensorMode())
-        contexts.enter_context(Float32Products())
+    replacements = list(_as_on_a_gpu(launches))
+    with opened_operators(), launching(device=GPU), replaced(replacements), FakeTensorMode(), Float32Products():
         yield launches
 
 
-def _as_on_a_gpu(launches: Launches) -> Iterator[tuple[ModuleType, str, Any]]:
-    from ..backends.triton.launch import Launch, plan  # with Triton
+def _as_on_a_gpu(launches: Launches) -> Iterator[Replacement]:
+    from ..launch import Launch, two_passes
 
     def default_launch(student: Tensor, itemsize: int) -> Launch:
         outer, inner, vocabulary = student.shape
-        return plan(max(1, outer * inner), vocabulary, itemsize, DEVICES[GPU].processors)
+        return two_passes(max(1, outer * inner), vocabulary, itemsize, DEVICES[GPU].processors)
 
-    kernels = ops._kernels()
-    yield ops, "_backend", lambda *_: kernels
+    backend = ops._kernels()
+    yield ops, "_backend", lambda *_: backend
     yield matmul, "_has_float32_products", lambda _: True
-    yield one_launch, "device_of", lambda _: DEVICES[GPU]
-    for name, kernel_names in KERNELS.items():
-        module = importlib.import_module(f"fused_kd.backends.triton.{name}")
-        for kernel_name in kernel_names:
-            yield module, kernel_name, _Kernel(launches.kernels, name)
-        # They ask for addresses; the interpreter, under which kernels may be imported, does not round to bfloat16.
+    for name, (module, _) in kernels().items():
+        yield module, name, _Kernel(launches.kernels, name)
+    for module in (*_modules(), planning):
+        # These functions need addresses, or allocate under the interpreter.
         for function, replacement in (
             ("default_launch", default_launch),
             ("is_wide", lambda *_: True),
@@ -112,6 +105,23 @@ def _as_on_a_gpu(launches: Launches) -> Iterator[tuple[ModuleType, str, Any]]:
         ):
             if hasattr(module, function):
                 yield module, function, replacement
+
+
+def kernels() -> dict[str, tuple[ModuleType, Any]]:
+    """Return every kernel of the Triton backend by its name, which ends in "_kernel", and the module that defines it."""
+    return {
+        name: (module, kernel)
+        for module in _modules()
+        for name, kernel in vars(module).items()
+        if name.endswith("_kernel") and kernel.fn.__module__ == module.__name__
+    }
+
+
+def _modules() -> list[ModuleType]:
+    package = ops._kernels()
+    return [
+        importlib.import_module(f"{package.__name__}.{found.name}") for found in pkgutil.iter_modules(package.__path__)
+    ]
 
 
 class _Kernel:

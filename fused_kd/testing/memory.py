@@ -13,7 +13,7 @@ from torch.profiler import ProfilerActivity, profile
 
 
 def peak_bytes(function: Callable[[], None], device: torch.device) -> int:
-    """The most bytes that PyTorch's allocator held at once during `function()`, beyond what it held before."""
+    """Return the most bytes that PyTorch's allocator held at once during `function()`, beyond what it held before."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
@@ -24,7 +24,7 @@ def peak_bytes(function: Callable[[], None], device: torch.device) -> int:
 
 
 def allocations(function: Callable[[], None]) -> list[int]:
-    """Bytes of every allocation on a CPU, and of every release, negative, in order; those inside an operator included."""
+    """Return the bytes of every allocation on a CPU in order, also inside operators.  Releases are negative."""
     with _silent_stderr(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
         function()
     with tempfile.TemporaryDirectory() as folder:
@@ -36,7 +36,7 @@ def allocations(function: Callable[[], None]) -> list[int]:
 
 @contextlib.contextmanager
 def _silent_stderr() -> Iterator[None]:
-    """Without the two lines that the profiler's C++ code prints each time."""
+    """Hide the two lines that the profiler's C++ code prints each time."""
     saved = os.dup(2)
     try:
         with open(os.devnull, "w") as nowhere:

@@ -1,285 +1,208 @@
-"""Row statistics: one sweep over the logits gives the six numbers a row that the loss and its gradient need.
+"""Row statistics: one sweep over the logits gives the six numbers per row that the loss and its gradient need.
 
-For a set of columns, with z and y the logits of student and teacher:
+Let z and y be the logits of student and teacher.  For a set of columns:
 
     m_s = max z    d_1 = sum e^{z - m_s}    d_T = sum e^{(z - m_s)/T}
-    m_t = max y    e   = sum e^{(y - m_t)/T}    c = sum e^{(y - m_t)/T} ((y - m_t) - (z - m_s)) / UNIT
+    m_t = max y    e   = sum e^{(y - m_t)/T}
 
-Every thread keeps a tuple of its own for the columns that it loads and moves it to the new maxima once a tile, so the
-loop has neither a barrier nor a shuffle; the threads' tuples merge once, after the loop.  A row may be split over
-several programs, whose tuples `statistics.merge` joins in a fixed order.
+    forward KL     c   = sum e^{(y - m_t)/T} ((y - m_t) - (z - m_s)) / UNIT
+    reverse KL     c   = sum e^{(z - m_s)/T} ((z - m_s) - (y - m_t)) / UNIT
 
-The loop counts differences of logits in 1, everything after it in UNIT, in which all of them are finite.  Where T is not
-1, 2, 3 or 4, so where it may be below 1 and the loss finite all the same, a row whose c overflows in the loop is swept
-once more, for c alone, in UNIT.  That takes 72 registers instead of 64 in programs that share a row on sm_80 and in one
-program a row on sm_100, and 48 instead of 40 in the statistics alone; T = 1 to 4 are spared it.
+Every thread keeps a tuple of its own for the columns that it loads, and rescales it to the new maxima once per tile.  So
+the loop has neither a barrier nor a shuffle.  The threads' tuples merge once, after the loop.  A row may be split over
+several programs, whose tuples `fused_kd.statistics.merge` merges in a fixed order.
 
-Traffic, bf16: 4 bytes a (student, teacher) pair, the floor.  Special-function work a pair: 3 exponentials, 2 where T is
-1, 2, 3 or 4, plus one K-th of that for the move to new maxima.
+The loop takes differences of logits without a unit, so they may overflow.  Everything after the loop is in UNIT, in which
+every difference is finite.  If T is below 1, the loss may be finite although c has overflowed in the loop.  So a row whose
+c has overflowed is swept once more, for c alone, in UNIT.  The kernels for T = 1, 2, 3 and 4 leave this sweep out, since
+it costs registers.
+
+Traffic in bf16: 4 bytes per (student, teacher) pair, the floor.  Special-function work per pair: 3 exponentials, or 2 if
+T is 1, 2, 3 or 4, plus one K-th of that for the move to new maxima.
 """
 
 import torch
 import triton
 import triton.language as tl
 
+from ...launch import Launch
+from ...launching import default_launch, is_wide
 from ...logit_map import IDENTITY_MAP, LogitMap
-from .launch import Launch, default_launch, is_wide, map_arguments, temperature_arguments
-from .tiles import (
+from .arguments import divergence_number, map_arguments, temperature_arguments
+from .elements import (
     IN_UNITS,
-    INTERPRETED,
     OF_UNITS,
-    by_lane,
+    Pair,
     exponentials,
+    factors_to,
+    merged,
+    pair_of,
+    rescaled_c,
+    term,
+)
+from .tiles import (
+    Statistics,
+    Stream,
+    by_lane,
     for_every_column,
     load_pair,
     max_of_lane,
     row_offset,
+    store_statistics,
     sum_of_lane,
     tile_columns,
 )
 
-LOWEST = tl.constexpr(-3.4028234663852886e38)  # the maximum of no columns; finite, so that LOWEST - LOWEST is 0
-
-
-@triton.jit
-def scaled(value, factor):
-    """value * factor, and 0 where the factor has underflowed, whatever the value.
-
-    An infinite c (teacher mass where the student has none) must not meet a factor of 0.  And a choice, unlike a product,
-    is not fused into the addition that follows: in the sum over threads two partners would each fuse their own product,
-    round differently, and store different bits to the same place.
-    """
-    return tl.where(factor == 0, 0.0, value * factor)
-
-
-@triton.jit
-def factors_to(M_s, M_t, m_s, m_t, exp2_scale, POWER: tl.constexpr, COUNTED_IN: tl.constexpr = 1.0):
-    """Of d_1, of d_T, and of e and c, to count from the maxima (M_s, M_t) instead of (m_s, m_t)."""
-    a_1, a_T = exponentials(m_s - M_s, exp2_scale, POWER, COUNTED_IN)
-    return a_1, a_T, tl.exp2((m_t - M_t) * exp2_scale)
-
-
-@triton.jit
-def shifted(m_s, m_t, e, c, M_s, M_t):
-    """c with its differences from the new maxima, its exponentials still from the old ones.
-
-    No teacher mass adds nothing, also where the maxima are so far apart that their difference is infinite.
-    """
-    return c + e * tl.where(e == 0, 0.0, (m_t - M_t) - (m_s - M_s))
-
-
-@triton.jit
-def rescale(m_s, d_1, d_T, m_t, e, c, M_s, M_t, exp2_scale, POWER: tl.constexpr):
-    """The sums of a tuple against the maxima (M_s, M_t) instead of (m_s, m_t); on common maxima, tuples merge by `+`."""
-    a_1, a_T, b = factors_to(M_s, M_t, m_s, m_t, exp2_scale, POWER, OF_UNITS)
-    c = shifted(m_s, m_t, e, c, M_s, M_t)
-    return scaled(d_1, a_1), scaled(d_T, a_T), scaled(e, b), scaled(c, b)
-
-
-@triton.jit
-def larger(m_s, m_t, other_m_s, other_m_t):
-    return tl.maximum(m_s, other_m_s), tl.maximum(m_t, other_m_t)
-
-
-@triton.jit
-def added(d_1, d_T, e, c, other_d_1, other_d_T, other_e, other_c):
-    return d_1 + other_d_1, d_T + other_d_T, e + other_e, c + other_c
-
-
-@triton.jit
-def merged(m_s, d_1, d_T, m_t, e, c, exp2_scale, POWER: tl.constexpr):  # [parts] each
-    """The tuple of the union of several parts, threads or programs; scalars.
-
-    Two reductions, not six: each waits for all threads of the program.  The interpreter, which waits for nobody, adds one
-    part after another in a reduction of its own, and by halves in a sum.
-    """
-    m_s *= IN_UNITS
-    m_t *= IN_UNITS
-    exp2_scale *= OF_UNITS
-    if INTERPRETED:
-        M_s, M_t = tl.max(m_s, 0), tl.max(m_t, 0)
-        d_1, d_T, e, c = rescale(m_s, d_1, d_T, m_t, e, c, M_s, M_t, exp2_scale, POWER)
-        d_1, d_T, e, c = tl.sum(d_1, 0), tl.sum(d_T, 0), tl.sum(e, 0), tl.sum(c, 0)
-    else:
-        M_s, M_t = tl.reduce((m_s, m_t), 0, larger)
-        d_1, d_T, e, c = rescale(m_s, d_1, d_T, m_t, e, c, M_s, M_t, exp2_scale, POWER)
-        d_1, d_T, e, c = tl.reduce((d_1, d_T, e, c), 0, added)
-    return M_s * OF_UNITS, d_1, d_T, M_t * OF_UNITS, e, c
+LOWEST = tl.constexpr(-3.4028234663852886e38)  # the maximum of no columns: finite, so that LOWEST - LOWEST is 0
 
 
 @triton.jit
 def add_tile(
-    m_s, d_1, d_T, m_t, e, c,  # [LANES] each: a tuple a thread
+    s,  # Statistics, [LANES] each: one tuple per thread
     z, y,  # tiles
     exp2_scale,
-    NEED_CE: tl.constexpr, NEED_KL: tl.constexpr, POWER: tl.constexpr, WIDE: tl.constexpr,
+    NEED_CE: tl.constexpr, NEED_KL: tl.constexpr, DIVERGENCE: tl.constexpr, POWER: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """The tuples with the columns of one tile added; c is counted in 1.
+    """Return the tuples with the columns of one tile added.  Here c has no unit.
 
-    No choice as in `scaled` but for c: the other sums are finite, and are no partner's in another thread.
+    Only c is rescaled by `scaled`.  The other sums are finite, and no other thread computes the same sum.
     """
-    M_s = tl.maximum(m_s, max_of_lane(z, WIDE))
-    M_t = m_t
+    M_s = tl.maximum(s.m_s, max_of_lane(z, WIDE))
+    M_t = s.m_t
     if NEED_KL:
-        M_t = tl.maximum(m_t, max_of_lane(y, WIDE))
-    a_1, a_T, b = factors_to(M_s, M_t, m_s, m_t, exp2_scale, POWER)
+        M_t = tl.maximum(s.m_t, max_of_lane(y, WIDE))
+    a_1, a_T, b = factors_to(M_s, M_t, s, exp2_scale, POWER)
+    # The order matters: if the sum of e^u came after the teacher's exponentials, as with `pair_of`,
+    # `single_pass.shared_kernel` would take 72 registers on sm_80 instead of 64 (`python -m benchmarks.static_profile`).
     u = z - for_every_column(M_s, WIDE)
-    at_1, at_T = exponentials(u, exp2_scale, POWER)
+    at_1, p = exponentials(u, exp2_scale, POWER)
+    d_1, d_T, e, c = s.d_1, s.d_T, s.e, s.c
     if NEED_CE:
         d_1 = d_1 * a_1 + sum_of_lane(at_1, WIDE)
     if NEED_KL:
         v = y - for_every_column(M_t, WIDE)
         q = tl.exp2(v * exp2_scale)
-        c = scaled(shifted(m_s, m_t, e, c, M_s, M_t), b)
-        d_T = d_T * a_T + sum_of_lane(at_T, WIDE)
-        e = e * b + sum_of_lane(q, WIDE)
-        # No teacher mass adds nothing, also where v - u is infinite or inf - inf (masked tokens).
-        c += sum_of_lane(q * tl.where(q > 0, v - u, 0.0), WIDE)
-    return M_s, d_1, d_T, M_t, e, c
+        x = Pair(u, v, at_1, p, q)
+        c = rescaled_c(s, M_s, M_t, a_T, b, DIVERGENCE)
+        d_T = d_T * a_T + sum_of_lane(x.p, WIDE)
+        e = e * b + sum_of_lane(x.q, WIDE)
+        c += sum_of_lane(term(x, DIVERGENCE), WIDE)
+    return Statistics(M_s, d_1, d_T, M_t, e, c)
 
 
 @triton.jit
 def sweep_statistics(
-    student_row, teacher_row,  # pointers to the rows' first columns
-    student_stride_column, teacher_stride_column,
+    student, teacher,  # Streams
     low, high,  # the columns to sweep
     exp2_scale,
-    student_factor, student_cap, teacher_factor, teacher_cap,
-    NEED_CE: tl.constexpr, NEED_KL: tl.constexpr, POWER: tl.constexpr, LANES: tl.constexpr, K: tl.constexpr,
-    WIDE: tl.constexpr, STUDENT_MAP: tl.constexpr, TEACHER_MAP: tl.constexpr,
+    NEED_CE: tl.constexpr, NEED_KL: tl.constexpr, DIVERGENCE: tl.constexpr, POWER: tl.constexpr,
+    LANES: tl.constexpr, K: tl.constexpr, WIDE: tl.constexpr, STUDENT_MAP: tl.constexpr, TEACHER_MAP: tl.constexpr,
 ):  # fmt: skip
-    """The tuple (m_s, d_1, d_T, m_t, e, c) of columns low to high of one row; scalars."""
+    """Return the Statistics of columns low to high of one row; scalars."""
     TILE: tl.constexpr = LANES * K
     column = tile_columns(LANES, K, WIDE)
-    m_s = tl.full([LANES], LOWEST, tl.float32)
-    d_1 = tl.zeros([LANES], tl.float32)
-    d_T = tl.zeros([LANES], tl.float32)
-    m_t = tl.full([LANES], LOWEST, tl.float32)
-    e = tl.zeros([LANES], tl.float32)
-    c = tl.zeros([LANES], tl.float32)
+    lowest = tl.full([LANES], LOWEST, tl.float32)
+    zeros = tl.zeros([LANES], tl.float32)
+    s = Statistics(lowest, zeros, zeros, lowest, zeros, zeros)
     whole = low + (high - low) // TILE * TILE
-    # Two stages: the next tile is loaded while this one is used.  Of two loads a thread ptxas puts the teacher's behind the
-    # student's arithmetic, so that a tile waits for memory twice.  1.25 instructions a pair.
+    # With two stages the next tile is loaded while this one is used.  With one stage and two loads per thread, ptxas puts
+    # the teacher's loads after the student's arithmetic, and each tile waits for memory twice.
     for start in tl.range(low, whole, TILE, num_stages=2 if WIDE > 1 else 1):
-        z, y = load_pair(
-            student_row, teacher_row, start + column, high, student_stride_column, student_factor, student_cap,
-            teacher_stride_column, teacher_factor, teacher_cap, NEED_KL, STUDENT_MAP, TEACHER_MAP, False, WIDE > 1,
-        )  # fmt: skip
-        m_s, d_1, d_T, m_t, e, c = add_tile(
-            m_s, d_1, d_T, m_t, e, c, by_lane(z, LANES, K, WIDE), by_lane(y, LANES, K, WIDE), exp2_scale,
-            NEED_CE, NEED_KL, POWER, WIDE,
-        )  # fmt: skip
+        z, y = load_pair(student, teacher, start + column, high, NEED_KL, STUDENT_MAP, TEACHER_MAP, False, WIDE > 1)
+        z, y = by_lane(z, LANES, K, WIDE), by_lane(y, LANES, K, WIDE)
+        s = add_tile(s, z, y, exp2_scale, NEED_CE, NEED_KL, DIVERGENCE, POWER, WIDE)
     if whole < high:
-        z, y = load_pair(
-            student_row, teacher_row, whole + column, high, student_stride_column, student_factor, student_cap,
-            teacher_stride_column, teacher_factor, teacher_cap, NEED_KL, STUDENT_MAP, TEACHER_MAP, True, WIDE > 1,
-        )  # fmt: skip
-        m_s, d_1, d_T, m_t, e, c = add_tile(
-            m_s, d_1, d_T, m_t, e, c, by_lane(z, LANES, K, WIDE), by_lane(y, LANES, K, WIDE), exp2_scale,
-            NEED_CE, NEED_KL, POWER, WIDE,
-        )  # fmt: skip
-    return merged(m_s, d_1, d_T, m_t, e, c * IN_UNITS, exp2_scale, POWER)
+        z, y = load_pair(student, teacher, whole + column, high, NEED_KL, STUDENT_MAP, TEACHER_MAP, True, WIDE > 1)
+        z, y = by_lane(z, LANES, K, WIDE), by_lane(y, LANES, K, WIDE)
+        s = add_tile(s, z, y, exp2_scale, NEED_CE, NEED_KL, DIVERGENCE, POWER, WIDE)
+    in_units = Statistics(s.m_s, s.d_1, s.d_T, s.m_t, s.e, s.c * IN_UNITS)
+    return merged(in_units, exp2_scale, DIVERGENCE, POWER)
 
 
 @triton.jit
-def store_statistics(out, stride, m_s, d_1, d_T, m_t, e, c):
-    """The six numbers of a tuple, `stride` elements apart."""
-    tl.store(out, m_s)
-    tl.store(out + 1 * stride, d_1)
-    tl.store(out + 2 * stride, d_T)
-    tl.store(out + 3 * stride, m_t)
-    tl.store(out + 4 * stride, e)
-    tl.store(out + 5 * stride, c)
-
-
-@triton.jit
-def store_far_differences(
-    c_ptr,  # to c of the tuple
-    student_row, teacher_row,  # pointers to the rows' first columns
-    student_stride_column, teacher_stride_column,
-    low, high, m_s, m_t,
+def far_differences(
+    student, teacher,  # Streams
+    low, high,  # the columns to sweep
+    s,  # their Statistics
     exp2_scale,
-    student_factor, student_cap, teacher_factor, teacher_cap,
-    LANES: tl.constexpr, STUDENT_MAP: tl.constexpr, TEACHER_MAP: tl.constexpr,
+    DIVERGENCE: tl.constexpr, LANES: tl.constexpr, STUDENT_MAP: tl.constexpr, TEACHER_MAP: tl.constexpr,
 ):  # fmt: skip
-    """Stores c of columns low to high of one row where the differences, or their sum, have overflown; or infinity again.
+    """Return c of columns low to high of one row, computed in UNIT, after it has overflowed; it may be infinite again.
 
-    One column a thread, and a barrier against unrolling, for the registers: this is rare.
+    This is rare, so it saves registers instead of time: each thread has one column, and a barrier keeps the loop from being
+    unrolled.
     """
     column = tl.arange(0, LANES)
+    m_s, m_t = s.m_s * IN_UNITS, s.m_t * IN_UNITS
     c = tl.zeros([LANES], tl.float32)
     for start in range(low, high, LANES):
-        z, y = load_pair(
-            student_row, teacher_row, start + column, high, student_stride_column, student_factor, student_cap,
-            teacher_stride_column, teacher_factor, teacher_cap, True, STUDENT_MAP, TEACHER_MAP, True, False,
-        )  # fmt: skip
-        u = z * IN_UNITS - m_s * IN_UNITS
-        v = y * IN_UNITS - m_t * IN_UNITS
-        q = tl.exp2(v * (exp2_scale * OF_UNITS))
-        c += q * tl.where(q > 0, v - u, 0.0)
+        z, y = load_pair(student, teacher, start + column, high, True, STUDENT_MAP, TEACHER_MAP, True, False)
+        x = pair_of(z * IN_UNITS, y * IN_UNITS, m_s, m_t, exp2_scale * OF_UNITS, True, 0, OF_UNITS)
+        c += term(x, DIVERGENCE)
         tl.debug_barrier()
-    tl.store(c_ptr, tl.sum(c, 0))
+    return tl.sum(c, 0)
 
 
 @triton.jit(do_not_specialize=["student_rows_inner", "teacher_rows_inner", "N"])
 def row_statistics_kernel(
     student_ptr, teacher_ptr,  # [outer, inner, V]
-    ce_weight_ptr, kl_weight_ptr,  # [N]; a row with both 0 is not read
+    counted_ptr,  # [N], bool; a row that is not counted is not read
     statistics_ptr,  # [S, 6, N]
     student_rows_inner, student_stride_outer, student_stride_inner, student_stride_column,
     teacher_rows_inner, teacher_stride_outer, teacher_stride_inner, teacher_stride_column,
     N, V, columns_per_split,
     exp2_scale,
     student_factor, student_cap, teacher_factor, teacher_cap,  # see `logits_of`
-    NEED_CE: tl.constexpr, NEED_KL: tl.constexpr, POWER: tl.constexpr, LANES: tl.constexpr, K: tl.constexpr,
-    WIDE: tl.constexpr, STUDENT_MAP: tl.constexpr, TEACHER_MAP: tl.constexpr,
+    NEED_CE: tl.constexpr, NEED_KL: tl.constexpr, DIVERGENCE: tl.constexpr, POWER: tl.constexpr,
+    LANES: tl.constexpr, K: tl.constexpr, WIDE: tl.constexpr, STUDENT_MAP: tl.constexpr, TEACHER_MAP: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
     split = tl.program_id(1)
     low = split * columns_per_split
     high = tl.minimum(low + columns_per_split, V)
-    if (tl.load(ce_weight_ptr + row) == 0) & (tl.load(kl_weight_ptr + row) == 0):
+    if tl.load(counted_ptr + row) == 0:
         high = low
     student_row = student_ptr + row_offset(row, student_rows_inner, student_stride_outer, student_stride_inner)
     teacher_row = teacher_ptr + row_offset(row, teacher_rows_inner, teacher_stride_outer, teacher_stride_inner)
-    m_s, d_1, d_T, m_t, e, c = sweep_statistics(
-        student_row, teacher_row, student_stride_column, teacher_stride_column, low, high, exp2_scale,
-        student_factor, student_cap, teacher_factor, teacher_cap,
-        NEED_CE, NEED_KL, POWER, LANES, K, WIDE, STUDENT_MAP, TEACHER_MAP,
+    student = Stream(student_row, student_stride_column, student_factor, student_cap)
+    teacher = Stream(teacher_row, teacher_stride_column, teacher_factor, teacher_cap)
+    s = sweep_statistics(
+        student, teacher, low, high, exp2_scale,
+        NEED_CE, NEED_KL, DIVERGENCE, POWER, LANES, K, WIDE, STUDENT_MAP, TEACHER_MAP,
     )  # fmt: skip
-    out = statistics_ptr + split.to(tl.int64) * 6 * N + row
-    store_statistics(out, N, m_s, d_1, d_T, m_t, e, c)
+    statistics = statistics_ptr + split.to(tl.int64) * 6 * N + row
+    store_statistics(statistics, N, s)
     if NEED_KL and POWER == 0:  # noqa: SIM102
-        if c == float("inf"):
-            store_far_differences(
-                out + 5 * N, student_row, teacher_row, student_stride_column, teacher_stride_column, low, high, m_s, m_t,
-                exp2_scale, student_factor, student_cap, teacher_factor, teacher_cap, LANES, STUDENT_MAP, TEACHER_MAP,
-            )  # fmt: skip
+        if s.c == float("inf"):
+            c = far_differences(student, teacher, low, high, s, exp2_scale, DIVERGENCE, LANES, STUDENT_MAP, TEACHER_MAP)
+            tl.store(statistics + 5 * N, c)
 
 
 def row_statistics(
     student: torch.Tensor,  # [outer, inner, V]
     teacher: torch.Tensor | None,  # [outer', inner', V], as many rows
-    ce_weight: torch.Tensor,  # [N], float32
-    kl_weight: torch.Tensor,  # [N], float32
-    temperature: float,
+    counted: torch.Tensor,  # [N], bool; a row that is not counted is not read
+    dtype: torch.dtype,  # dtype of the statistics; the kernel has only float32
     need_ce: bool,
+    temperature: float,
+    divergence: str = "forward_kl",
     student_map: LogitMap = IDENTITY_MAP,
     teacher_map: LogitMap = IDENTITY_MAP,
     launch: Launch | None = None,
 ) -> torch.Tensor:  # [S, 6, N], float32
-    """Launches the kernel; the tuples of a row's S splits are left for `statistics.merge`."""
+    """Return the statistics of each row's S splits, which `fused_kd.statistics.merge` merges."""
     second = student if teacher is None else teacher
     launch = launch or default_launch(student, min(student.element_size(), second.element_size()))
     outer, inner, V = student.shape
     N = outer * inner
     T, s, t = temperature_arguments(temperature), map_arguments(student_map), map_arguments(teacher_map)
-    statistics = torch.empty(launch.splits, 6, N, dtype=torch.float32, device=student.device)
+    statistics = torch.empty(launch.splits, 6, N, dtype=dtype, device=student.device)
     row_statistics_kernel[(N, launch.splits)](
-        student, second, ce_weight, kl_weight, statistics,
-        student.shape[1], *student.stride(), second.shape[1], *second.stride(),
+        student, second, counted, statistics,
+        inner, *student.stride(), second.shape[1], *second.stride(),
         N, V, launch.columns_per_split, T.exp2_scale, s.factor, s.cap, t.factor, t.cap,
-        NEED_CE=need_ce, NEED_KL=teacher is not None, POWER=T.power, LANES=launch.lanes, K=launch.columns,
+        NEED_CE=need_ce, NEED_KL=teacher is not None, DIVERGENCE=divergence_number(divergence),
+        POWER=T.power, LANES=launch.lanes, K=launch.columns,
         WIDE=is_wide(student, second), STUDENT_MAP=s.kind, TEACHER_MAP=t.kind, **launch.options,
     )  # fmt: skip
     return statistics

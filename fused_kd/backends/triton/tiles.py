@@ -1,62 +1,91 @@
-"""What the kernels share: addresses of a row and of a tile, the map from a head's output to logits, exponentials.
+"""Rows in memory: NamedTuples of kernel values, addresses, layouts of a tile, loads of logits, stores.
 
-Letters: N rows, V vocabulary, S splits of a row, K columns a thread; z, y student and teacher logits,
-m_s, m_t their maxima, u = z - m_s, v = y - m_t.  Arithmetic is float32.  Exponentials are taken in base 2, which is what
-the hardware computes: `exp2_scale` is log2(e) / T.
+Letters: N rows, V vocabulary, S splits of a row, K columns per thread.  z and y are the logits of student and teacher,
+m_s and m_t their maxima, u = z - m_s, v = y - m_t.  Arithmetic is float32.  Exponentials are taken in base 2, as the
+hardware computes them; `exp2_scale` is log2(e) / T.
+
+Values that travel together are one NamedTuple.  A kernel must never put a constexpr into one: it would become a run-time
+value.  With the kind of a map in a NamedTuple, the loop of the statistics takes three times the instructions.  So
+constexprs stay parameters, in upper case.
 """
+
+from typing import NamedTuple
 
 import triton
 import triton.language as tl
 
-from ...statistics import UNIT
-
 LOG2_E = tl.constexpr(1.4426950408889634)
-IN_UNITS = tl.constexpr(1 / UNIT)  # times a logit: a difference of logits that float32 does not hold is finite then
-OF_UNITS = tl.constexpr(float(UNIT))
 
 
-@triton.jit
-def exponentials(
-    u,  # differences to a maximum, <= 0, any shape
-    exp2_scale,
-    POWER: tl.constexpr,  # T if it is 1, 2, 3 or 4, else 0
-    COUNTED_IN: tl.constexpr = 1.0,  # the unit of u, which exp2_scale has as a factor
-):
-    """(e^u, e^{u/T}): one exponential where T is a small whole number, since e^u is then a power of the other."""
-    at_T = tl.exp2(u * exp2_scale)
-    if POWER == 0:
-        at_1 = tl.exp2(u * (LOG2_E * COUNTED_IN))
-    elif POWER == 1:
-        at_1 = at_T
-    else:
-        square = at_T * at_T
-        at_1 = square if POWER == 2 else square * (at_T if POWER == 3 else square)
-    return at_1, at_T
+class Stream(NamedTuple):
+    """One row of one model: the head's outputs in memory, and the map from them to logits; see `logits_of`."""
+
+    row: tl.tensor  # pointer to the first column
+    stride: tl.tensor  # from column to column
+    factor: tl.tensor
+    cap: tl.tensor
+
+
+class Output(NamedTuple):
+    """One row of memory that is written."""
+
+    row: tl.tensor  # pointer to the first column
+    stride: tl.tensor  # from column to column
+
+
+class Statistics(NamedTuple):
+    """The six numbers of `fused_kd.statistics`, for one row, or for the part that each thread or program has of it."""
+
+    m_s: tl.tensor
+    d_1: tl.tensor
+    d_T: tl.tensor  # noqa: N815
+    m_t: tl.tensor
+    e: tl.tensor
+    c: tl.tensor
+
+
+class Coefficients(NamedTuple):
+    """The seven numbers of one row that its gradients need; `fused_kd.divergences` defines them, in this order."""
+
+    m_s: tl.tensor
+    m_t: tl.tensor
+    A: tl.tensor  # coefficient of e^u
+    B: tl.tensor  # coefficient of e^{u/T}
+    C: tl.tensor  # coefficient of e^{v/T}
+    W: tl.tensor  # subtracted at the label
+    R: tl.tensor  # mean log-ratio
+
+
+class Temperature(NamedTuple):
+    """The two forms in which kernels use T."""
+
+    exp2_scale: tl.tensor  # log2(e) / T
+    inverse: tl.tensor  # 1 / T
 
 
 @triton.jit
 def row_offset(row, rows_inner, stride_outer, stride_inner):
-    """Elements from the start of an [outer, inner, V] tensor to a row; 64-bit, since N * V passes 2^31."""
+    """Return the elements from the start of an [outer, inner, V] tensor to a row, in 64 bits, since N * V may pass 2^31."""
     outer = (row // rows_inner).to(tl.int64)
     inner = (row % rows_inner).to(tl.int64)
     return outer * stride_outer + inner * stride_inner
 
 
-INTERPRETED = tl.constexpr(not isinstance(row_offset, triton.JITFunction))  # in Python, by Triton's interpreter
+INTERPRETED = tl.constexpr(not isinstance(row_offset, triton.JITFunction))  # whether Triton's interpreter runs kernels
 
 
 @triton.jit
 def tile_columns(LANES: tl.constexpr, K: tl.constexpr, WIDE: tl.constexpr):
-    """Column numbers of a tile as it is loaded and stored; `by_lane` gives each lane its K columns.
+    """Return the column numbers of a tile in the shape in which it is loaded and stored; `by_lane` regroups it by thread.
 
-    WIDE = 1: [LANES, K]; a thread loads K neighbours as 16 bytes at once.  WIDE = 2 and more: [WIDE * LANES, K / WIDE]; a
-    thread has so many such loads.  WIDE = 0, where rows start anywhere: [K * LANES]; neighbouring threads load neighbouring
-    columns, so that narrow loads coalesce.  There the hint keeps Triton from giving a thread neighbours where one of two
-    tensors is aligned.
+    WIDE = 1: [LANES, K].  Each thread loads K neighbouring columns as 16 bytes.
+    WIDE > 1: [WIDE * LANES, K / WIDE].  Each thread has WIDE loads of 16 bytes.
+    WIDE = 0: [K * LANES], for rows that start at any address.  Neighbouring threads load neighbouring columns, so that
+    narrow loads coalesce.  The hint keeps Triton from giving a thread neighbouring columns if only one tensor is aligned.
 
-    Lanes and loads are one dimension.  As two without contiguous elements, [K, LANES] and [WIDE, LANES, K / WIDE], they are
-    ordered another way by Triton before 3.7: a thread's columns lie in several threads, and every sum over them shuffles.
-    Only WIDE = 1 suits a cluster, to whose blocks Triton deals out the first dimension.
+    Lanes and loads share a dimension.  As separate dimensions, [K, LANES] or [WIDE, LANES, K / WIDE], Triton before 3.7
+    would order them differently: the columns of one lane would lie in several threads, and every sum over them would need
+    shuffles.  Only WIDE = 1 works for a cluster, since Triton distributes the first dimension over its blocks.
     """
     if WIDE:
         return tl.arange(0, WIDE * LANES)[:, None] * (K // WIDE) + tl.arange(0, K // WIDE)[None, :]
@@ -66,7 +95,7 @@ def tile_columns(LANES: tl.constexpr, K: tl.constexpr, WIDE: tl.constexpr):
 
 @triton.jit
 def by_lane(tile, LANES: tl.constexpr, K: tl.constexpr, WIDE: tl.constexpr):
-    """The loaded tile as [LANES, K], [WIDE, LANES, K / WIDE] or [K, LANES], where sums over a lane's K need no shuffle."""
+    """Return a loaded tile as [LANES, K], [WIDE, LANES, K / WIDE] or [K, LANES], so that sums per lane need no shuffle."""
     if WIDE > 1:
         return tl.reshape(tile, [WIDE, LANES, K // WIDE])
     elif WIDE:
@@ -77,32 +106,33 @@ def by_lane(tile, LANES: tl.constexpr, K: tl.constexpr, WIDE: tl.constexpr):
 
 @triton.jit
 def sum_of_lane(tile, WIDE: tl.constexpr):  # [LANES]
-    """Over the K columns of every thread."""
+    """Return the sum of the K columns of each thread."""
     return tl.sum(tl.sum(tile, 0), 1) if WIDE > 1 else tl.sum(tile, 1 if WIDE else 0)
 
 
 @triton.jit
 def max_of_lane(tile, WIDE: tl.constexpr):  # [LANES]
+    """Return the maximum of the K columns of each thread."""
     return tl.max(tl.max(tile, 0), 1) if WIDE > 1 else tl.max(tile, 1 if WIDE else 0)
 
 
 @triton.jit
-def for_every_column(of_lane, WIDE: tl.constexpr):
-    """[LANES], to be broadcast to a tile."""
+def for_every_column(lane_values, WIDE: tl.constexpr):  # [LANES]
+    """Return one value per lane in a shape that broadcasts to a tile of `by_lane`."""
     if WIDE > 1:
-        return of_lane[None, :, None]
+        return lane_values[None, :, None]
     elif WIDE:
-        return of_lane[:, None]
+        return lane_values[:, None]
     else:
-        return of_lane[None, :]
+        return lane_values[None, :]
 
 
 @triton.jit
 def tanh(x):
-    """To 1.5 units in the last place, from operations that every target and the interpreter have.
+    """Return tanh to 1.5 units in the last place, with operations that every target and the interpreter have.
 
-    Near 0 an odd polynomial, the minimax fit of degree 11 on [0, 0.625] (relative error 4e-9): 1 - 2 / (e^{2x} + 1) would
-    cancel there, and small logits with it.
+    Near 0 it is an odd polynomial, the minimax fit of degree 11 on [0, 0.625] (relative error 4e-9).  The formula
+    1 - 2 / (e^{2x} + 1) would cancel there and lose the digits of small logits.
     """
     size = tl.abs(x)
     square = x * x
@@ -115,39 +145,41 @@ def tanh(x):
     return tl.where(size < 0.625, near, tl.where(x < 0, -far, far))
 
 
-# What a model does to the output of its head, as a constexpr; `factor` and `cap` are its numbers.
+# The kinds of map from a head's output x to the logits z, as a constexpr; a Stream holds `factor` and `cap`.
 IDENTITY = tl.constexpr(0)
 SCALED = tl.constexpr(1)  # z = factor x
 CAPPED = tl.constexpr(2)  # z = cap tanh(factor x)
 
 
 @triton.jit
-def logits_of(x, factor, cap, MAP: tl.constexpr):
+def logits_of(x, stream, MAP: tl.constexpr):
+    """Return the logits of the head's output x."""
     if MAP == CAPPED:
-        return cap * tanh(factor * x)
+        return stream.cap * tanh(stream.factor * x)
     elif MAP == SCALED:
-        return factor * x
+        return stream.factor * x
     else:
         return x
 
 
 @triton.jit
-def slope_at(z, factor, cap, MAP: tl.constexpr):
-    """dz/dx, from z: for z = cap tanh(factor x) it is factor cap (1 - (z / cap)^2)."""
+def slope_at(z, stream, MAP: tl.constexpr):
+    """Return dz/dx, computed from z: for z = cap tanh(factor x) it is factor cap (1 - (z / cap)^2)."""
     if MAP == CAPPED:
-        t = z * (1.0 / cap)
-        return factor * cap * (1.0 - t * t)
+        t = z * (1.0 / stream.cap)
+        return stream.factor * stream.cap * (1.0 - t * t)
     else:
-        return factor
+        return stream.factor
 
 
 @triton.jit
 def in_float32(x, BY_BITS: tl.constexpr):
-    """BY_BITS: a bfloat16 as the upper half of a float32, exactly; sm_100 then subtracts maxima two at a time.
+    """Return x in float32.  With BY_BITS a bfloat16 is moved to the upper half of a float32, which is exact.
 
-    That is 18.5 instead of 20.3 instructions per pair in the statistics of the shared form.  Not in the gradient: sm_100
-    fuses the conversion into the subtraction of the maximum there, which leaves none.  Nor in the statistics where a thread
-    has one load: at T = 3 and 4 sm_100 then takes 50 registers, not 47, for a tenth of the threads that wait for memory.
+    With BY_BITS sm_100 subtracts maxima two at a time, which saves instructions in the statistics of
+    `single_pass.shared_kernel`.  The gradient does not use it, since there sm_100 fuses the conversion into the subtraction
+    of the maximum.  Statistics with one load per thread do not use it either: at T = 3 and 4 sm_100 would take more
+    registers, and fewer threads would be resident.  `python -m benchmarks.static_profile` has the counts.
     """
     if BY_BITS and x.dtype == tl.bfloat16:
         return (x.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
@@ -156,35 +188,59 @@ def in_float32(x, BY_BITS: tl.constexpr):
 
 
 @triton.jit
-def load_tile(
-    row_ptr, column, stride_column, high, factor, cap, MAP: tl.constexpr, MASKED: tl.constexpr, BY_BITS: tl.constexpr
-):
-    """Logits of the columns in float32; columns from `high` on are minus infinity, which adds nothing to any sum."""
-    pointers = row_ptr + column.to(tl.int64) * stride_column
+def load_logits(stream, column, high, MAP: tl.constexpr, MASKED: tl.constexpr, BY_BITS: tl.constexpr):
+    """Return the logits of the columns in float32.  Columns from `high` on are minus infinity: they add nothing to sums."""
+    pointers = stream.row + column.to(tl.int64) * stream.stride
     if MASKED:
         inside = column < high
         x = in_float32(tl.load(pointers, mask=inside, other=0.0), BY_BITS)
-        return tl.where(inside, logits_of(x, factor, cap, MAP), float("-inf"))
+        return tl.where(inside, logits_of(x, stream, MAP), float("-inf"))
     else:
-        return logits_of(in_float32(tl.load(pointers), BY_BITS), factor, cap, MAP)
+        return logits_of(in_float32(tl.load(pointers), BY_BITS), stream, MAP)
 
 
 @triton.jit
 def load_pair(
-    student_row, teacher_row,  # pointers to the rows' first columns
+    student, teacher,  # Streams
     column, high,
-    student_stride_column, student_factor, student_cap,
-    teacher_stride_column, teacher_factor, teacher_cap,
     NEED_KL: tl.constexpr, STUDENT_MAP: tl.constexpr, TEACHER_MAP: tl.constexpr, MASKED: tl.constexpr,
     BY_BITS: tl.constexpr,  # see `in_float32`
 ):  # fmt: skip
-    """(z, y) of the columns; without KL the teacher is not read."""
-    z = load_tile(
-        student_row, column, student_stride_column, high, student_factor, student_cap, STUDENT_MAP, MASKED, BY_BITS
-    )
+    """Return (z, y) of the columns.  Without a divergence the teacher is not read, and y is z."""
+    z = load_logits(student, column, high, STUDENT_MAP, MASKED, BY_BITS)
     y = z
     if NEED_KL:
-        y = load_tile(
-            teacher_row, column, teacher_stride_column, high, teacher_factor, teacher_cap, TEACHER_MAP, MASKED, BY_BITS
-        )
+        y = load_logits(teacher, column, high, TEACHER_MAP, MASKED, BY_BITS)
     return z, y
+
+
+@triton.jit
+def store_tile(output, column, high, values, MASKED: tl.constexpr):
+    """Write values to the columns below `high`, in the dtype of the output."""
+    pointers = output.row + column.to(tl.int64) * output.stride
+    values = values.to(output.row.dtype.element_ty)
+    if MASKED:
+        tl.store(pointers, values, mask=column < high)
+    else:
+        tl.store(pointers, values)
+
+
+@triton.jit
+def store_zeros(output, low, high, LANES: tl.constexpr, K: tl.constexpr, WIDE: tl.constexpr):
+    """Write zeros to columns low to high of one row."""
+    column = tile_columns(LANES, K, WIDE)
+    zeros = tl.zeros(column.shape, output.row.dtype.element_ty)
+    for start in range(low, high, LANES * K):
+        pointers = output.row + (start + column).to(tl.int64) * output.stride
+        tl.store(pointers, zeros, mask=start + column < high)
+
+
+@triton.jit
+def store_statistics(pointer, stride, s):
+    """Store the six numbers, `stride` elements apart."""
+    tl.store(pointer, s.m_s)
+    tl.store(pointer + 1 * stride, s.d_1)
+    tl.store(pointer + 2 * stride, s.d_T)
+    tl.store(pointer + 3 * stride, s.m_t)
+    tl.store(pointer + 4 * stride, s.e)
+    tl.store(pointer + 5 * stride, s.c)

@@ -1,1 +1,1 @@
-"""What the loss costs beside what a user would take instead: shapes, peers, measures, tables, plots, comparisons."""
+"""The parts of `fused-kd bench`: measurement, results, tables, plots, comparison with an earlier run."""

@@ -1,11 +1,12 @@
-"""What moved between two runs, beyond noise."""
+"""Changes between two runs, beyond noise."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 from rich.table import Table
 
-from .measure import PASSES, Spread
+from ...testing.steps import PASSES
+from .measure import Spread
 from .suite import Result
 
 LEAST = 1.05  # a smaller change of the median is noise, however narrow the quartiles are
@@ -25,7 +26,7 @@ class Change:
 
 
 def changes(before: Iterable[Result], after: Iterable[Result]) -> tuple[list[Change], int]:
-    """What moved, and how many figures were compared."""
+    """Return the figures that moved, and how many were compared."""
     known = {result.key: result for result in before}
     found: list[Change] = []
     compared = 0
@@ -47,7 +48,7 @@ def changes(before: Iterable[Result], after: Iterable[Result]) -> tuple[list[Cha
 
 
 def _moved(a: Spread, b: Spread) -> bool:
-    """Medians differ by 5% at least, and the quartiles of one run lie wholly outside of the other's."""
+    """Return whether the medians differ by at least 5%, and the quartile ranges of the two runs do not overlap."""
     apart = a.high < b.low or b.high < a.low
     return apart and not 1 / LEAST < b.median / a.median < LEAST
 

@@ -9,9 +9,9 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.ticker import NullLocator, StrMethodFormatter
 
+from ...testing.peers import OURS
+from ...testing.shapes import INPUTS
 from ..outputs import written_beside
-from .peers import OURS
-from .shapes import INPUTS
 from .suite import Result
 
 AXES = {"V": ("vocab_size", "vocabulary V"), "N": ("rows", "tokens N")}
@@ -20,7 +20,7 @@ MARKERS = "sD^vP*"
 
 
 def draw(folder: Path, results: list[Result], where: str) -> list[Path]:
-    """One picture a swept size and kind of inputs: time and memory side by side."""
+    """Draw one picture per swept size and kind of inputs: time and memory side by side."""
     written = []
     for inputs, group in itertools.product(INPUTS, AXES):
         points = [r for r in results if (r.inputs, r.group) == (inputs, group) and r.both is not None]

@@ -1,23 +1,23 @@
-"""All that is measured, shape by shape, as plain records: what the tables, the plots and the JSON file are made of."""
+"""The results of every shape and peer as plain records, from which tables, plots and the JSON file are made."""
 
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 
-from ..words import dtype_name
-from . import agreement, measure, peers, problems
-from .peers import Peer
-from .shapes import Shape
+from ...testing import agreement, peers, problems, steps
+from ...testing.peers import Peer
+from ...testing.shapes import Shape
+from ...testing.words import dtype_name
+from . import measure
 
-TEMPERATURE = 2.0
-# Of an [N, V] array, the least that a step moves: both logits read, the gradient written.
+# Passes over an [N, V] array, the least that a step moves: both logits read, the gradient written.
 FLOOR_PASSES = 3
 
 
 @dataclass(frozen=True)
 class Result:
-    """What came of a peer at a shape; `reason` says why there are no figures, where there are none."""
+    """The figures of a peer at a shape, or the reason why there are none."""
 
     group: str
     shape: str
@@ -50,7 +50,7 @@ class Result:
 
     @property
     def key(self) -> tuple[Any, ...]:
-        """What must be equal for two results to be comparable."""
+        """The fields that are equal in two results that can be compared."""
         return (
             self.inputs, self.rows, self.vocab_size, self.student_hidden, self.teacher_hidden, self.dtype, self.peer,
         )  # fmt: skip
@@ -60,53 +60,43 @@ class Result:
 
 
 def from_dict(record: dict[str, Any]) -> Result:
-    passes = {which: measure.Spread(**record[which]) for which in measure.PASSES if record.get(which)}
+    passes = {which: measure.Spread(**record[which]) for which in steps.PASSES if record.get(which)}
     return Result(**{**record, **passes})
 
 
-def prepared(
-    peer: Peer, shape: Shape, buffers: list[problems.Inputs], device: torch.device
-) -> tuple[measure.Step, agreement.Agreement]:
-    """A peer's step on these buffers, or on copies where it overwrites them, and whether it computes what it says."""
-    loss = peer.build()
-    agreed = agreement.check(peer, loss, shape, device, TEMPERATURE)
-    own = [buffer.copy() for buffer in buffers] if peer.overwrites else buffers
-    return measure.Step(loss, own, peer.temperature or TEMPERATURE), agreed
-
-
 def measured(shape: Shape, device: torch.device, budget: float) -> list[Result]:
-    """Every peer at a shape, in about `budget` seconds of timed runs."""
+    """Measure every peer at a shape, in about `budget` seconds of timed runs."""
     torch._dynamo.reset()  # compiled peers are compiled for each shape: one that has seen several makes slower code
-    buffers = measure.rotation(problems.make(shape, device), device)
+    buffers = steps.rotation(problems.make(shape, device), device)
     results: list[Result] = []
-    steps: dict[Peer, measure.Step] = {}
+    prepared: dict[Peer, steps.Step] = {}
     found: dict[Peer, dict[str, Any]] = {}
     for peer in peers.of(shape):
         reason = peer.missing(device)
         if reason is None:
             try:
-                steps[peer], agreed = prepared(peer, shape, buffers, device)
-                found[peer] = asdict(agreed) | {"peak_bytes": measure.peak_beyond(steps[peer], device)}
+                prepared[peer], agreed = agreement.prepared(peer, shape, buffers, device)
+                found[peer] = asdict(agreed) | {"peak_bytes": steps.peak_beyond(prepared[peer], device)}
             except Exception as error:  # another's package, which must not end the measurement of the rest
                 if peer.name == peers.OURS:
                     raise
-                steps.pop(peer, None)
+                prepared.pop(peer, None)
                 reason = _one_line(error)
-                measure.released(device)
+                steps.released(device)
         if reason is not None:
             results.append(Result.of(shape, peer, reason=reason))
-    for which in measure.PASSES:
-        for peer, spread in measure.times(steps, which, device, budget / len(measure.PASSES)).items():
+    for which in steps.PASSES:
+        for peer, spread in measure.times(prepared, which, device, budget / len(steps.PASSES)).items():
             found[peer][which] = spread
-    for peer, step in steps.items():
+    for peer, step in prepared.items():
         seconds = found[peer]["both"].median
         floor = FLOOR_PASSES * shape.logits * shape.dtype.itemsize
         found[peer]["bandwidth"] = floor / seconds if shape.inputs == "logits" else None
-        found[peer]["launches"] = measure.launches(step, device)
+        found[peer]["launches"] = steps.launches(step, device)
         found[peer]["joules"] = measure.joules(step, device, seconds)
         step.next()
         results.append(Result.of(shape, peer, **found[peer]))
-    measure.released(device)
+    steps.released(device)
     return results
 
 

@@ -1,4 +1,4 @@
-"""The results as tables for a person."""
+"""The results as tables for the terminal."""
 
 from collections.abc import Iterable, Iterator
 from itertools import groupby
@@ -6,9 +6,9 @@ from typing import Any
 
 from rich.table import Table
 
-from ..words import spaced
+from ...testing.peers import OURS
+from ...testing.words import spaced
 from .measure import Spread
-from .peers import OURS
 from .suite import Result
 
 INPUTS = {"logits": "from logits (kd_loss)", "hidden": "from hidden states (linear_kd_loss)"}
@@ -29,11 +29,11 @@ def title(result: Result) -> str:
 
 
 def time_table(results: list[Result], copy_bandwidth: float) -> Table:
-    """Of the results of one shape, fastest first; what computes less than the loss is set apart."""
+    """Make the table of one shape, fastest first; peers that compute less than the loss come last."""
     table = Table(title=title(results[0]), title_justify="left")
     for heading in ("", "computes", "forward", "backward", "both, ms", "times ours", "memory, MB", "floor/copy"):
         table.add_column(heading, justify="left" if heading in ("", "computes") else "right", no_wrap=heading == "")
-    extra = [("launches", "launches", "{:d}"), ("joules", "J a step", "{:.2f}")]
+    extra = [("launches", "launches", "{:d}"), ("joules", "J per step", "{:.2f}")]
     extra = [column for column in extra if any(getattr(result, column[0]) is not None for result in results)]
     for _, heading, _ in extra:
         table.add_column(heading, justify="right")
@@ -66,7 +66,7 @@ def wrong(result: Result) -> str:
 
 
 def milliseconds(seconds: Spread | None, *, spread: bool = False) -> str:
-    """The median, and half the distance of the quartiles."""
+    """Write the median, and half the distance of the quartiles."""
     if seconds is None:
         return ""
     digits = 0 if seconds.median >= 0.1 else 1 if seconds.median >= 0.01 else 3
@@ -75,26 +75,9 @@ def milliseconds(seconds: Spread | None, *, spread: bool = False) -> str:
 
 
 def skipped(results: Iterable[Result]) -> dict[str, list[str]]:
-    """Peers that did not run, by the reason."""
+    """Return the peers that did not run, by the reason."""
     reasons: dict[str, dict[str, None]] = {}
     for result in results:
         if result.reason is not None:
             reasons.setdefault(result.reason, {})[result.peer] = None
     return {reason: list(names) for reason, names in reasons.items()}
-
-
-def compiled_table(profiles: list[dict[str, Any]]) -> Table:
-    """Of what the kernels' machine code does for a pair; no GPU is needed to know it."""
-    table = Table(title="The kernels as compiled, bfloat16, T = 2: a pair is one (student, teacher) element")
-    table.title_justify = "left"
-    for heading in ("kernel", "target"):
-        table.add_column(heading)
-    for heading in ("instructions", "MUFU", "bytes", "registers", "spilled", "resident warps"):
-        table.add_column(heading, justify="right")
-    for profile in profiles:
-        table.add_row(
-            profile["kernel"], profile["target"], f"{profile['instructions']:.1f}", f"{profile['mufu']:.2f}",
-            f"{profile['bytes']:.2f}", str(profile["registers"]), str(profile["spill"]),
-            str(profile["resident_warps"]),
-        )  # fmt: skip
-    return table

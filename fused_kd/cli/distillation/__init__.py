@@ -1,1 +1,1 @@
-"""What `fused-kd distill` does, a file for each part of it; `experiment.py` runs them in order."""
+"""The parts of `fused-kd distill`, one per file; `experiment.py` runs them in order."""

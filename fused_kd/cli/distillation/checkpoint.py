@@ -1,4 +1,4 @@
-"""A training that is kept in the output folder while it runs, so that it can be gone on with after an interruption."""
+"""The checkpoint of a training in the output folder, from which the training can be resumed after an interruption."""
 
 import argparse
 import hashlib
@@ -23,7 +23,7 @@ MAY_DIFFER = (
 
 
 class Checkpoint:
-    """One file, replaced as a whole; loading it runs no code of it."""
+    """One file that is replaced as a whole.  Loading it runs no code from it."""
 
     def __init__(
         self,
@@ -83,7 +83,7 @@ class Checkpoint:
             raise UserError(f"--resume: {self.path} does not fit these models: {reason}") from error
 
     def remove(self) -> None:
-        """Remove it, and what a crash left of one that was being written."""
+        """Remove the checkpoint, and a partly written one that a crash has left."""
         for path in (self.path, *self.path.parent.glob(f".{NAME}.*.new")):
             path.unlink(missing_ok=True)
 
@@ -93,7 +93,7 @@ def _with(option: str, value: str | None) -> str:
 
 
 def made_with(options: argparse.Namespace, text: str, device: torch.device) -> dict[str, str]:
-    """The options that a training depends on; the text by its content, the device by its kind."""
+    """Return the options that a training depends on, with the content of the text and the kind of the device."""
     given = {name: str(value) for name, value in vars(options).items() if name not in MAY_DIFFER}
     digest = hashlib.sha256(text.encode()).hexdigest()[:16]
     return {**given, "device": device.type, "text": f"of digest {digest}"}

@@ -1,4 +1,4 @@
-"""Whether two trainings from the same start, on the same batches, with two losses that should be one, coincide."""
+"""Comparison of two trainings from the same start, on the same batches, with two losses that should be equal."""
 
 import math
 from dataclasses import dataclass
@@ -27,7 +27,7 @@ class Comparison:
 
 
 def compare(ours: History, other: History, dtype: torch.dtype) -> list[Comparison]:
-    """The gradient's norm is compared too, since AdamW hides a gradient of the wrong scale from the loss."""
+    """Compare two trainings; also by the gradient's norm, since AdamW hides a gradient of the wrong scale from the loss."""
     first = FIRST_STEP_BOUNDS[dtype]
     return [
         Comparison("first loss", relative_difference(ours.loss[:1], other.loss[:1]), first),
@@ -37,6 +37,6 @@ def compare(ours: History, other: History, dtype: torch.dtype) -> list[Compariso
 
 
 def relative_difference(ours: list[float], other: list[float]) -> float:
-    """The largest |a - b| / |b|, step by step; infinite where a value is not finite."""
+    """Return the largest |a - b| / |b| of any step; infinite if a value is not finite."""
     differences = [abs(a - b) / abs(b) if b else math.inf for a, b in zip(ours, other, strict=True)]
     return max(difference if math.isfinite(difference) else math.inf for difference in differences)

@@ -28,7 +28,7 @@ class Blocks:
         return self.train.shape[1] - len(self.opening)
 
     def labels(self, tokens: Tensor) -> Tensor:  # [batch, sequence] both
-        """The next token of each position; none at the last one, nor where the next token is of the opening."""
+        """Return the next token of each position; none at the last one, nor where the next token belongs to the opening."""
         labels = next_tokens(tokens)
         labels[:, : max(0, len(self.opening) - 1)] = IGNORE_INDEX
         return labels
@@ -60,7 +60,7 @@ def token_blocks(
     vocabulary: int,
     device: torch.device,
 ) -> Blocks:
-    """Blocks that begin as the tokenizer begins a text: many a model is lost without its BOS."""
+    """Cut a text into blocks that begin as the tokenizer begins a text; many models need their BOS."""
     opening = opening_tokens(tokenizer)
     size = sequence - len(opening)
     if size < 1:
@@ -106,7 +106,7 @@ def batches(
     batch: int,
     seed: int,
 ) -> Iterator[Tensor]:  # [batch, sequence] each, without an end
-    """Every block once, in random order, then every block again."""
+    """Yield batches of blocks: every block once in random order, then every block again."""
     generator = torch.Generator().manual_seed(seed)
     order = train.new_empty(0)
     while True:

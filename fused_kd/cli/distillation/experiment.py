@@ -13,11 +13,14 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from ...integrations import huggingface
 from ...options import KDLossOutput
-from .. import arguments, layout, record
+from ...testing import record
+from .. import arguments, layout
 from ..errors import UserError
 from ..interruption import Interruption, interruptible
-from . import data, heads, models, plot, report
+from ..outputs import write_json
+from . import data, models, plot, report
 from .checkpoint import NAME as CHECKPOINT
 from .checkpoint import Checkpoint, made_with
 from .comparison import compare
@@ -31,16 +34,16 @@ class Prepared(NamedTuple):
     """The start that every training of the experiment shares."""
 
     settings: Settings
-    teacher: heads.SplitModel
+    teacher: huggingface.SplitModel
     tokenizer: Any
     blocks: data.Blocks
-    student: Callable[[], heads.SplitModel]  # the same one anew at each call
-    losses: dict[str, heads.Loss]
+    student: Callable[[], huggingface.SplitModel]  # the same one anew at each call
+    losses: dict[str, huggingface.Loss]
     facts: dict[str, Any]
 
 
 def distill(options: argparse.Namespace) -> int:
-    """Runs the command; returns its exit code."""
+    """Run the command; return its exit code."""
     begin = time.perf_counter()
     console, progress_console = layout.console(120), Console(stderr=True)
     device = arguments.device(options.device)
@@ -69,7 +72,7 @@ def distill(options: argparse.Namespace) -> int:
             console.print(report.verdict(comparisons), markup=False, highlight=False)
         plot.draw(output / CURVES, runs, settings.temperature)
         seconds = time.perf_counter() - begin
-        record.write_json(
+        write_json(
             output / REPORT,
             {
                 "command": "fused-kd distill",
@@ -99,7 +102,7 @@ def distill(options: argparse.Namespace) -> int:
 
 
 def _check_outputs(output: Path, inputs: dict[str, str]) -> None:
-    """Each output may take its place, and nothing but an earlier output is lost by it."""
+    """Refuse an output folder where an output could not take its place, or would replace anything but an earlier output."""
     for name in (CURVES, REPORT, CHECKPOINT):
         if (output / name).is_dir():
             raise UserError(f"--output: {output / name} is a folder; expected a file there, or nothing")
@@ -138,9 +141,14 @@ def _prepare(options: argparse.Namespace, text: str, device: torch.device) -> Pr
             f"--batch-size: the text has {blocks.train.shape[0]} blocks of {options.sequence_length} tokens to train on, "
             f"got {options.batch_size}"
         )
-    split_teacher, split_student = (heads.split(model.to(device), blocks.train[:1]) for model in (teacher, student))
-    if options.loss == "linear":
-        heads.check_split(split_student, split_teacher)
+    split_teacher, split_student = (
+        huggingface.split(model.to(device), blocks.train[:1]) for model in (teacher, student)
+    )
+    for name, model in (("student", split_student), ("teacher", split_teacher)):
+        if options.loss == "linear" and model.head is None:
+            raise UserError(
+                f"--loss linear: the {name}'s logits are not an output head of its last hidden states; use --loss logits"
+            )
     settings = Settings(
         alpha=options.alpha,
         temperature=options.temperature,
@@ -161,16 +169,16 @@ def _prepare(options: argparse.Namespace, text: str, device: torch.device) -> Pr
         "train_tokens": blocks.train.shape[0] * blocks.text_tokens,
         "held_out_tokens": blocks.held_out.shape[0] * blocks.text_tokens,
     }
-    losses = {"fused": heads.LOSSES[options.loss]}
+    losses = {"fused": huggingface.LOSSES[options.loss]}
     if options.compare == "eager":
-        losses["eager"] = heads.LOSSES["eager"]
+        losses["eager"] = huggingface.LOSSES["eager"]
     first = [split_student]
 
-    def anew() -> heads.SplitModel:
+    def anew() -> huggingface.SplitModel:
         if first:
             return first.pop()
         student, _ = models.make_student(options.student, teacher, options.student_layers)
-        return heads.split(student.to(device), blocks.train[:1])
+        return huggingface.split(student.to(device), blocks.train[:1])
 
     return Prepared(settings, split_teacher, tokenizer, blocks, anew, losses, facts)
 
@@ -183,7 +191,7 @@ def _train_all(
     interruption: Interruption,
     console: Console,
 ) -> dict[str, report.Run]:
-    """A training with each loss, until an interruption; the student of the fused one is saved."""
+    """Train with each loss, until an interruption; save the student of the fused one."""
     runs = {name: report.Run.of_record(run) for name, run in kept["runs"].items()} if kept else {}
     for name in [name for name in prepared.losses if name not in runs]:
         student, last = prepared.student(), name == [*prepared.losses][-1]
@@ -219,7 +227,7 @@ def _train_all(
 
 @contextlib.contextmanager
 def _progress(title: str, training: Training, console: Console) -> Iterator[Callable[[int, KDLossOutput], None]]:
-    """A progress bar; gives the function that moves it on after a step: (steps done, values on the device)."""
+    """Show a progress bar; give the function that moves it on after a step: (steps done, values on the device)."""
     bar = Progress(
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[values]}"),
         TimeElapsedColumn(), TimeRemainingColumn(), console=console,
@@ -231,7 +239,7 @@ def _progress(title: str, training: Training, console: Console) -> Iterator[Call
 
         def on_step(done: int, result: KDLossOutput) -> None:
             if done % refresh == 0 or done == steps:
-                parts = zip(("loss", "KL", "CE"), result, strict=True)
+                parts = zip(("loss", "CE", "KL"), result, strict=True)
                 values = "  ".join(f"{name} {float(part.detach()):.3f}" for name, part in parts if part is not None)
                 bar.update(task, completed=done, values=values)
 

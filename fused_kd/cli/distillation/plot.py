@@ -47,7 +47,7 @@ def draw(path: Path, runs: dict[str, Run], temperature: float) -> None:
 
 
 def _draw_time(panel: Axes, runs: dict[str, Run]) -> None:
-    """A bar a run, from the parts of a step in their order."""
+    """Draw one bar per run, from the parts of a step in their order."""
     names = list(runs)[::-1]  # the first run's bar on top
     seconds = {name: run.seconds() for name, run in runs.items()}
     left = dict.fromkeys(names, 0.0)
@@ -58,6 +58,6 @@ def _draw_time(panel: Axes, runs: dict[str, Run]) -> None:
             names, widths, 0.5, left=list(left.values()), color=color, hatch=hatch, edgecolor="white", label=part
         )
         left = {name: left[name] + width for name, width in zip(names, widths, strict=True)}
-    panel.set(xlabel="ms a step, median", title="Where a step's time goes")
+    panel.set(xlabel="ms per step, median", title="Where a step's time goes")
     panel.set_ylim(-0.6, len(names) + 0.3)
     panel.legend(ncols=3, loc="upper center", fontsize="small")

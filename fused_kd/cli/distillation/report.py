@@ -1,4 +1,4 @@
-"""What a distillation came to, as tables for the terminal and as a record of every figure for the JSON file."""
+"""The results of a distillation: tables for the terminal, and a record of every figure for the JSON file."""
 
 from dataclasses import asdict, dataclass
 from statistics import median
@@ -23,7 +23,7 @@ class Run:
 
     @classmethod
     def of_record(cls, record: dict[str, dict[str, Any]]) -> "Run":
-        """The run whose `dataclasses.asdict` this is."""
+        """Make the run of its `dataclasses.asdict`."""
         return cls(Evaluation(**record["before"]), Evaluation(**record["after"]), History(**record["history"]))
 
     @property
@@ -31,7 +31,7 @@ class Run:
         return len(self.history.loss)
 
     def seconds(self) -> dict[str, float]:
-        """Of each part of a step the median, and the sums of these: "step" of all, "loss" of those of the loss."""
+        """Return the median of each part of a step, and their sums: "step" of all parts, "loss" of those of the loss."""
         steps = self.history.seconds[WARMUP_STEPS:] or self.history.seconds
         parts = {part: median(step[part] for step in steps) for part in PARTS}
         return {**parts, "step": sum(parts.values()), "loss": sum(parts[part] for part in LOSS_PARTS)}

@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...integrations.huggingface import Loss, SplitModel
 from ...options import KDLossOutput
 from ...testing import memory
+from ..stopwatch import Stamp, finish, seconds_between, stamp
 from .data import Blocks, batches
-from .heads import Loss, SplitModel
-from .stopwatch import Stopwatch
 
-# Of a step.  The output heads belong to the loss, which may never make their logits whole.
+# The parts of a step.  The output heads belong to the loss, which may never make their logits whole.
 PARTS = ("teacher forward", "student forward", "loss forward", "loss backward", "student backward", "optimiser")
 LOSS_PARTS = ("loss forward", "loss backward")
 WARMUP_SHARE = 0.1  # of the steps
@@ -28,7 +28,7 @@ class Settings:
     temperature: float
     vocabulary: int  # V, the real columns of the logits
     steps: int
-    batch: int  # sequences a step
+    batch: int  # sequences per step
     lr: float
     seed: int
     dtype: torch.dtype  # of autocast
@@ -57,7 +57,7 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class History:
-    """What training gave; one value a step."""
+    """Figures of a training, one value per step."""
 
     loss: list[float]
     kl: list[float]  # nats, at the temperature of training
@@ -75,10 +75,11 @@ class History:
 
 
 class Training:
-    """A training of the student, in place, step by step; it can be kept after any step, and gone on with.
+    """A training of the student, in place, step by step.  It can be saved after any step and resumed.
 
-    The loss is taken on a leaf that holds the student's hidden states, and its gradient then handed to the body.  That is
-    the same gradient as one backward pass through both, and tells apart what the loss costs and what the model.
+    The loss is taken on a leaf that holds the student's hidden states, and the gradient of the leaf is then passed to the
+    body.  This gives the same gradient as one backward pass through both, and separates the time of the loss from the
+    model's.
     """
 
     def __init__(
@@ -95,40 +96,41 @@ class Training:
         )
         self._batches = batches(blocks.train, settings.batch, settings.seed)
         self._values: list[Tensor] = []  # [4] each, on the device: reading them here would make the host wait
-        self._watch = Stopwatch(PARTS, settings.device)
-        self._seconds: list[dict[str, float]] = []  # of the steps before it was gone on with
+        self._stamps: list[list[Stamp]] = []  # between the parts of each step
+        self._earlier: list[dict[str, float]] = []  # seconds of the steps before a resumption
 
     @property
     def done(self) -> int:
         return len(self._values)
 
     def step(self) -> KDLossOutput:
-        tokens, watch = next(self._batches), self._watch
+        tokens, device = next(self._batches), self.settings.device
         labels = self.blocks.labels(tokens)
-        watch.start()
+        stamps = [stamp(device)]
         with torch.no_grad(), self.settings.autocast():
             teacher_hidden = self.teacher.body(tokens)  # [batch, sequence, H_t]
-        watch.lap()
+        stamps.append(stamp(device))
         with self.settings.autocast():
             hidden = self.student.body(tokens)
-        watch.lap()
+        stamps.append(stamp(device))
         leaf = hidden.detach().requires_grad_()
         result = self._kd(leaf, teacher_hidden, labels)
-        watch.lap()
+        stamps.append(stamp(device))
         result.loss.backward()  # type: ignore[no-untyped-call]
-        watch.lap()
+        stamps.append(stamp(device))
         hidden.backward(leaf.grad)
-        watch.lap()
+        stamps.append(stamp(device))
         norm = torch.nn.utils.clip_grad_norm_(self.student.parameters(), CLIP_NORM)
         self._optimiser.step()
         self._optimiser.zero_grad()
         self._schedule.step()
-        watch.lap()
+        stamps.append(stamp(device))
         self._values.append(torch.stack([*_values(result), norm]))
+        self._stamps.append(stamps)
         return result
 
     def state(self) -> dict[str, Any]:
-        """Tensors and plain values only, so that loading them runs no code of the file."""
+        """Return tensors and plain values only, so that loading them runs no code of the file."""
         cuda = self.settings.device.type == "cuda"
         return {
             "student": self.student.model.state_dict(),
@@ -137,7 +139,7 @@ class Training:
             "generator": torch.get_rng_state(),
             "cuda_generator": torch.cuda.get_rng_state(self.settings.device) if cuda else None,
             "values": torch.stack(self._values).cpu(),
-            "seconds": [*self._seconds, *self._watch.seconds()],
+            "seconds": self._seconds(),
         }
 
     def restore(self, state: dict[str, Any]) -> None:
@@ -146,7 +148,7 @@ class Training:
         self._optimiser.load_state_dict(state["optimiser"])
         self._schedule.load_state_dict(state["schedule"])
         self._values = list(state["values"].to(self.settings.device))
-        self._seconds = state["seconds"]
+        self._earlier = state["seconds"]
         for _ in range(self.done):
             next(self._batches)
         torch.set_rng_state(state["generator"])
@@ -168,7 +170,13 @@ class Training:
         gradient_bytes = sum(gradient.nbytes for gradient in results if gradient is not None)
         self._optimiser.zero_grad()
         losses, kl, ce, norms = torch.stack(self._values).T.tolist()
-        return History(losses, kl, ce, norms, [*self._seconds, *self._watch.seconds()], peak, gradient_bytes)
+        return History(losses, kl, ce, norms, self._seconds(), peak, gradient_bytes)
+
+    def _seconds(self) -> list[dict[str, float]]:
+        """Return the seconds of each part, for every step."""
+        finish(self.settings.device)
+        steps = [map(seconds_between, stamps, stamps[1:]) for stamps in self._stamps]
+        return self._earlier + [dict(zip(PARTS, seconds, strict=True)) for seconds in steps]
 
     def _kd(self, hidden: Tensor, teacher_hidden: Tensor, labels: Tensor) -> KDLossOutput:
         with self.settings.autocast():
@@ -181,7 +189,6 @@ class Training:
                 alpha=self.settings.alpha,
                 temperature=self.settings.temperature,
                 vocab_size=self.settings.vocabulary,
-                return_parts=True,
             )
 
 
@@ -193,7 +200,7 @@ def evaluate(teacher: SplitModel, student: SplitModel, blocks: Blocks, loss: Los
     for tokens in blocks.held_out.split(settings.batch):
         labels = blocks.labels(tokens)
         count += tokens.shape[0] * blocks.labelled
-        options = {"reduction": "sum", "vocab_size": settings.vocabulary, "return_parts": True}
+        options = {"reduction": "sum", "vocab_size": settings.vocabulary}
         with settings.autocast():
             teacher_hidden, hidden = teacher.body(tokens), student.body(tokens)
             _, kl, ce = _values(loss(student, teacher, hidden, teacher_hidden, labels, alpha=1.0, **options))
@@ -203,7 +210,7 @@ def evaluate(teacher: SplitModel, student: SplitModel, blocks: Blocks, loss: Los
 
 
 def learning_rate_share(step: int, steps: int) -> float:
-    """The learning rate of a step in units of its peak: a linear warmup, then half a cosine."""
+    """Return the learning rate of a step as a share of its peak: a linear warmup, then half a cosine."""
     warmup = max(1, round(WARMUP_SHARE * steps))
     if step < warmup:
         return (step + 1) / warmup
@@ -212,9 +219,10 @@ def learning_rate_share(step: int, steps: int) -> float:
 
 
 def _values(result: KDLossOutput) -> list[Tensor]:
-    """Loss, KL and CE; NaN for a part that was not computed, because its weight is 0."""
+    """Return loss, KL and CE; NaN for a part that was not computed because its weight is 0."""
     loss = result.loss.detach()
-    return [loss, *(torch.full_like(loss, math.nan) if part is None else part for part in (result.kl, result.ce))]
+    parts = result.divergence, result.ce
+    return [loss, *(torch.full_like(loss, math.nan) if part is None else part for part in parts)]
 
 
 def _exp(value: float) -> float:

@@ -1,17 +1,17 @@
-"""The memory of the loss step, array by array, before anything runs: which arrays each way of taking the loss has alive.
+"""The memory of the loss step, array by array, before anything runs.
 
-A ledger is the step in the order in which it runs: what each operation allocates, and what is gone once it is done.  It
-holds what grows with tokens x vocabulary or with a head.  A few hundred bytes a token are left out (in one launch up to
-6 kB, 0.6% of its logits), and the blocks (64 MB at most) in which linear_kd_loss's backward multiplies.
+A ledger lists the operations of a step in their order: what each allocates, and what is gone once it is done.  It has what
+grows with tokens x vocabulary or with a head.  A few hundred bytes per token are left out (in one launch up to 6 kB, 0.6%
+of the token's logits), and so are the blocks of at most 64 MB in which the backward pass of linear_kd_loss multiplies.
 
-The ledgers are tested against measured allocations, on a CPU.  CUDA tensors go through the same operators of PyTorch, each
-of which has the same result to allocate.  What differs is scratch: cuBLAS has a workspace (8 MB, 32 MB on Hopper); 16-bit
-products on a CPU took up to 0.3 MB, and fused_kd's operators take 12 MB there.
+The step is a function that projects both hidden states, takes the loss and returns it, and then a backward pass.  The
+function's variables are gone before backward; gradients are the first, so none is added to another.
 
-The step is a function that projects both hidden states, takes the loss and returns it, and a backward pass: what the
-function named is gone before backward, and gradients are the first, so none is added to another.
+Tests compare the ledgers with measured allocations on a CPU.  CUDA tensors go through the same operators of PyTorch, whose
+results are as large; scratch differs, such as the workspace of cuBLAS (8 MB, 32 MB on Hopper).
 """
 
+import bisect
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,16 +19,16 @@ from typing import NamedTuple
 
 import torch
 
-from ...heads.chunks import Plan, plan
+from ...heads.chunks import Plan, plan_chunks
 
 EAGER, KD_LOSS, IN_PLACE, LINEAR = "eager PyTorch", "kd_loss", "kd_loss in place", "linear_kd_loss"
-
-GB = 10**9
-CARDS = {24: "RTX 4090, L4", 40: "A100", 80: "A100, H100", 141: "H200", 192: "B200, MI300X"}  # by nominal GB
+PREFERRED = (LINEAR, KD_LOSS, IN_PLACE, EAGER)  # the first of those that take the same
+SAME = 1.01  # times the least memory: not told apart
+MOST_TOKENS = 2**30  # of any step
 
 
 class LossStep(NamedTuple):
-    """What a plan is made for."""
+    """The sizes and options of a step."""
 
     tokens: int  # N
     vocab_size: int  # V
@@ -42,42 +42,40 @@ class LossStep(NamedTuple):
 
     @property
     def logits_bytes(self) -> int:
-        """U: a pass over an [N, V] array in the dtype."""
+        """Return U, the bytes of an [N, V] array in the dtype."""
         return self.tokens * self.vocab_size * self.dtype.itemsize
 
     @property
     def inputs(self) -> dict[str, int]:
-        """What the step is given, in bytes: it is held before and after, whatever takes the loss."""
-        widths = self.student_hidden + self.teacher_hidden
+        """Return the bytes of the inputs, which every path holds before and after the step."""
+        width = (self.student_hidden + self.teacher_hidden) * self.dtype.itemsize
         return {
-            "hidden states": self.tokens * widths * self.dtype.itemsize,
-            "head weights": self.vocab_size * widths * self.dtype.itemsize,
+            "hidden states": self.tokens * width,
+            "head weights": self.vocab_size * width,
             "labels": 8 * self.tokens,
         }
 
     @property
     def gradients(self) -> dict[str, int]:
-        """What the step leaves behind, in bytes."""
-        return {
-            "weight gradient": self.trained * self.vocab_size * self.student_hidden * self.dtype.itemsize,
-            "hidden gradient": self.tokens * self.student_hidden * self.dtype.itemsize,
-        }
+        """Return the bytes of the gradients that the step leaves."""
+        width = self.student_hidden * self.dtype.itemsize
+        return {"weight gradient": self.trained * self.vocab_size * width, "hidden gradient": self.tokens * width}
 
     @property
     def products(self) -> dict[str, int]:
-        """How many products of N x V x H each side takes, on every path alike."""
+        """Number of products of N x V x H for each side, the same on every path."""
         return {"student": 3 if self.trained else 2, "teacher": 1}
 
     @property
     def flops(self) -> dict[str, int]:
-        """Of the products: two a multiplication."""
+        """Flops of the products, two per multiplication."""
         widths = {"student": self.student_hidden, "teacher": self.teacher_hidden}
         return {side: count * 2 * self.tokens * self.vocab_size * widths[side] for side, count in self.products.items()}
 
     @property
     def chunks(self) -> Plan:
-        """Of linear_kd_loss; raises ValueError as `fused_kd.heads.sweep.plan` does."""
-        return plan(
+        """Chunks of linear_kd_loss; raises ValueError if workspace_bytes is too small."""
+        return plan_chunks(
             self.tokens, self.vocab_size, self.student_hidden, self.teacher_hidden, dtype=self.dtype,
             logits_dtype=self.logits_dtype, weight_grad=self.trained, workspace_bytes=self.workspace_bytes,
         )  # fmt: skip
@@ -106,7 +104,7 @@ class Ledger:
 
     @cached_property
     def arrays(self) -> list[Array]:
-        """In the order of their allocation, without those of no bytes."""
+        """Arrays in the order of their allocation, without those of no bytes."""
         freed = {name: index for index, operation in enumerate(self.operations) for name in operation.frees}
         return [
             Array(name, size, index, freed.get(name))
@@ -117,18 +115,18 @@ class Ledger:
 
     @cached_property
     def held(self) -> list[int]:
-        """Bytes during each operation, before it frees what it frees."""
-        count = len(self.operations)
-        return [sum(array.bytes for array in self.arrays if array.is_alive(index)) for index in range(count)]
+        """Return the bytes that are held during each operation, before it frees anything."""
+        indices = range(len(self.operations))
+        return [sum(array.bytes for array in self.arrays if array.is_alive(index)) for index in indices]
 
     @property
     def peak_bytes(self) -> int:
-        """The most at once, beyond inputs."""
+        """Return the most bytes held at once, beyond inputs."""
         return max(self.held)
 
     @property
     def peak(self) -> int:
-        """Index of the operation in which it comes."""
+        """Return the index of the operation with the peak."""
         return self.held.index(self.peak_bytes)
 
     @property
@@ -137,94 +135,79 @@ class Ledger:
 
 
 def ledgers(step: LossStep) -> dict[str, Ledger]:
-    """Of each path, by its name."""
+    """Return the ledger of each path, by its name."""
     return {EAGER: eager(step), KD_LOSS: kd_loss(step), IN_PLACE: kd_loss(step, in_place=True), LINEAR: linear(step)}
 
 
 def eager(step: LossStep) -> Ledger:
-    """The formula as training code writes it:
-
-    def loss_of(student_hidden, student_weight, teacher_hidden, teacher_weight, labels):
-        student_logits = F.linear(student_hidden, student_weight)
-        with torch.no_grad():
-            teacher_logits = F.linear(teacher_hidden, teacher_weight)
-        log_p = F.log_softmax(student_logits.float() / T, -1)
-        log_q = F.log_softmax(teacher_logits.float() / T, -1)
-        kl = F.kl_div(log_p, log_q, reduction="batchmean", log_target=True)
-        return (1 - alpha) * F.cross_entropy(student_logits.float(), labels) + alpha * T**2 * kl
-    """
+    """Return the ledger of heads and `fused_kd.testing.peers.eager`, the formula as training code writes it."""
     logits, wide = step.logits_bytes, 4 * step.tokens * step.vocab_size
     converts = step.dtype.itemsize < 4  # .float() of a float32 tensor is the tensor
     copy = wide if converts else 0
-    forward = _heads(step)
-    for side, log in (("student", "log p"), ("teacher", "log q")):
-        forward += [
-            Operation(f"{side}.float() / T", {f"{side}, float32": copy, f"{side} / T": wide}, (f"{side}, float32",)),
-            Operation(f"log_softmax of {side}", {log: wide}, (f"{side} / T",)),
-        ]
-    forward += [
-        # q (log q - log p) with q = exp(log q), by which backward multiplies
-        Operation("kl_div", {"log q - log p": wide, "q": wide, "q (log q - log p)": wide},
-                  ("log q - log p", "q (log q - log p)")),
-        Operation("cross_entropy", {"student, float32, for CE": copy, "log p at T = 1": wide},
-                  ("student, float32, for CE",)),
-        Operation("return", {}, ("log q", "student logits", "teacher logits")),
-    ]  # fmt: skip
+    suffix = ", float32" * converts  # of gradients before `float()` rounds them
     ce, kl = "CE gradient", "KL gradient"
-    wide_ce, wide_kl = (f"{name}, float32" if converts else name for name in (ce, kl))
 
-    def narrowed(name: str) -> list[Operation]:
-        return [Operation("float()", {name: logits}, (f"{name}, float32",))] if converts else []
+    def distribution(side: str, log: str) -> list[Operation]:
+        convert = Operation(
+            f"{side}.float() / T", {f"{side}, float32": copy, f"{side} / T": wide}, (f"{side}, float32",)
+        )
+        return [convert, Operation(f"log_softmax of {side}", {log: wide}, (f"{side} / T",))]
 
+    def rounded(name: str) -> list[Operation]:
+        return [Operation("float()", {name: logits}, (name + suffix,))] if converts else []
+
+    # kl_div has q (log q - log p) with q = exp(log q), by which backward multiplies.
+    log_ratio, product = "log q - log p", "q (log q - log p)"
+    copy_for_ce, log_p_at_1 = "student, float32, for CE", "log p at T = 1"
+    forward = [
+        *distribution("student", "log p"),
+        *distribution("teacher", "log q"),
+        Operation("kl_div", {log_ratio: wide, "q": wide, product: wide}, (log_ratio, product)),
+        Operation("cross_entropy", {copy_for_ce: copy, log_p_at_1: wide}, (copy_for_ce,)),
+        Operation("return", {}, ("log q", "student logits", "teacher logits")),
+    ]
+    g = "gradient of "
     backward = [
-        Operation("cross_entropy", {"gradient of log p at T = 1": wide, wide_ce: wide},
-                  ("gradient of log p at T = 1", "log p at T = 1")),
-        *narrowed(ce),
-        Operation("kl_div, mul", {"gradient of log q - log p": wide}, ("q",)),
-        Operation("kl_div, sub", {"gradient of log p": wide}, ("gradient of log q - log p",)),
-        Operation("log_softmax", {"gradient of student / T": wide}, ("gradient of log p", "log p")),
-        Operation("/ T", {wide_kl: wide}, ("gradient of student / T",)),
-        *narrowed(kl),
+        Operation("cross_entropy", {g + log_p_at_1: wide, ce + suffix: wide}, (g + log_p_at_1, log_p_at_1)),
+        *rounded(ce),
+        Operation("kl_div, mul", {g + log_ratio: wide}, ("q",)),
+        Operation("kl_div, sub", {f"{g}log p": wide}, (g + log_ratio,)),
+        Operation("log_softmax", {f"{g}student / T": wide}, (f"{g}log p", "log p")),
+        Operation("/ T", {kl + suffix: wide}, (f"{g}student / T",)),
+        *rounded(kl),
         Operation("sum of CE, KL", {}, (kl,)),  # in place, into CE's
         Operation("student's head", step.gradients, (ce,)),
-    ]  # fmt: skip
-    return _ledger(forward, backward)
+    ]
+    return _ledger(_heads(step) + forward, backward)
 
 
 def kd_loss(step: LossStep, *, in_place: bool = False) -> Ledger:
-    """Two heads and `kd_loss(..., inplace_backward=in_place)` of their logits.
-
-    It keeps the gradient for backward, or in two launches the logits.
-    """
+    """Return the ledger of heads and `kd_loss`; it keeps the gradient for backward, or in two launches the logits."""
     gradient = {} if in_place else {"gradient of student logits": step.logits_bytes}
-    read = ("teacher logits",) if in_place else ("teacher logits", "student logits")
-    loss = Operation("kd_loss", gradient, read)
+    loss = Operation("kd_loss", gradient, ("teacher logits",) if in_place else ("teacher logits", "student logits"))
     head = Operation("student's head", step.gradients, ("student logits",) if in_place else tuple(gradient))
-    if step.in_one_launch:
-        return _ledger([*_heads(step), loss], [head])
-    return _ledger(_heads(step), [loss, head])
+    return _ledger([*_heads(step), loss], [head]) if step.in_one_launch else _ledger(_heads(step), [loss, head])
 
 
 def linear(step: LossStep) -> Ledger:
-    """`linear_kd_loss`, which takes the gradients in its forward pass: the buffers of `fused_kd.heads.sweep.plan`."""
+    """Return the ledger of `linear_kd_loss`, which takes the gradients in its forward pass, in the buffers of chunks."""
     chunks = step.chunks
-    total = "weight gradient, summed in float32"  # 16-bit weights only: otherwise the sum is the gradient
+    rounded = "student logits' gradient, rounded"
+    total = "weight gradient, summed in float32"  # of 16-bit weights only: otherwise the sum is the gradient
 
     def buffers(*names: str) -> dict[str, int]:
         return {name: chunks.buffers[name] for name in names if name in chunks.buffers}
 
-    rounded = "student logits' gradient, rounded"
-    teacher_leaves = chunks.chunks <= 1  # ... first: no other chunk needs its buffer, the weight gradient does
+    # The teacher's logits leave before the weight gradient comes, unless another chunk needs their buffer.
+    early, late = (("teacher logits",), ()) if chunks.chunks <= 1 else ((), ("teacher logits",))
+    sums = buffers(total) or buffers("weight gradient")
     forward = [
-        Operation("a chunk's loss",
-                  buffers("hidden gradient", "student logits", "teacher logits"),
-                  ("teacher logits",) if teacher_leaves else ()),
-        Operation("a chunk's products",
-                  buffers(rounded, total if total in chunks.buffers else "weight gradient"),
-                  ("student logits", rounded, *(() if teacher_leaves else ("teacher logits",)))),
-    ]  # fmt: skip
-    rounding = buffers("weight gradient") if total in chunks.buffers else {}
-    return _ledger(forward, [Operation("times upstream", rounding, (total,))])
+        Operation("a chunk's loss", buffers("hidden gradient", "student logits", "teacher logits"), early),
+        Operation("a chunk's products", buffers(rounded) | sums, ("student logits", rounded, *late)),
+    ]
+    return _ledger(
+        forward, [Operation("times upstream", buffers("weight gradient") if total in sums else {}, (total,))]
+    )
 
 
 def _heads(step: LossStep) -> list[Operation]:
@@ -236,40 +219,32 @@ def _ledger(forward: list[Operation], backward: list[Operation]) -> Ledger:
 
 
 def needed_bytes(step: LossStep, ledger: Ledger) -> int:
-    """At the peak, inputs included."""
+    """Return the bytes at the peak, inputs included."""
     return sum(step.inputs.values()) + ledger.peak_bytes
 
 
 def most_tokens(step: LossStep, path: str, capacity: int) -> int:
-    """A number of tokens that fit into `capacity` bytes when one more do not; 0 if none do.
+    """Return a number of tokens that fit into `capacity` bytes when one more do not; 0 if none do.
 
     linear_kd_loss cuts tokens into equal chunks, so just above a multiple of a chunk it may take less again.
     """
 
-    def fit(tokens: int) -> bool:
+    def needed(tokens: int) -> int:
         other = step._replace(tokens=tokens)
-        return needed_bytes(other, ledgers(other)[path]) <= capacity
+        return needed_bytes(other, ledgers(other)[path])
 
-    fitting, too_many = 0, 1 + max(0, capacity) // step._replace(tokens=1).inputs["hidden states"]
-    while too_many - fitting > 1:
-        middle = (fitting + too_many) // 2
-        fitting, too_many = (middle, too_many) if fit(middle) else (fitting, middle)
-    return fitting
-
-
-PREFERRED = (LINEAR, KD_LOSS, IN_PLACE, EAGER)  # where they take the same
-MOST_TOKENS = 2**30  # of any step
-SAME = 1.01  # times the least memory: what is not told apart
+    most = max(0, capacity) // step._replace(tokens=1).inputs["hidden states"]
+    return bisect.bisect_right(range(1, most + 1), capacity, key=needed)
 
 
 def least_memory(step: LossStep) -> str:
-    """The path whose peak is the smallest, inputs included."""
+    """Return the path whose peak is the smallest, inputs included."""
     needed = {path: needed_bytes(step, ledger) for path, ledger in ledgers(step).items()}
     return next(path for path in PREFERRED if needed[path] <= SAME * min(needed.values()))
 
 
 def linear_from(step: LossStep) -> int | None:
-    """The number of tokens from which `linear_kd_loss` is the path of the least memory; None if there is none.
+    """Return the number of tokens from which `linear_kd_loss` takes the least memory; None if there is none.
 
     A few numbers above it may take up to 1% more again, where a chunk is rounded to a multiple of tokens.
     """
@@ -286,7 +261,5 @@ def linear_from(step: LossStep) -> int | None:
     full = range(chunk, 4 * max(too_few, chunk), chunk)
     too_few = max((tokens for tokens in full if not is_linear(tokens)), default=too_few)
     enough = min((too_few // chunk + 1) * chunk, max(1, 2 * too_few))
-    while enough - too_few > 1:
-        middle = (too_few + enough) // 2
-        too_few, enough = (too_few, middle) if is_linear(middle) else (middle, enough)
-    return enough
+    between = range(too_few + 1, enough)
+    return between.start + bisect.bisect_left(between, True, key=is_linear)

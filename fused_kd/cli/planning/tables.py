@@ -1,16 +1,19 @@
-"""What `fused-kd plan` prints and records of a step."""
+"""The tables and the record of `fused-kd plan`."""
 
 from typing import Any
 
 from rich import box
 from rich.table import Table
 
-from ...devices import DEVICES
-from ...launch import hits
+from ...devices import DEVICES, cards
+from ...launch import is_faster
+from ...testing import record as records
+from ...testing.words import dtype_name, spaced
 from ..layout import console, print_table
-from ..words import dtype_name, spaced
 from . import paths
 from .paths import Array, Ledger, LossStep
+
+GB = 10**9
 
 
 def print_plan(step: LossStep, reserved: int, notes: list[str]) -> None:
@@ -29,7 +32,7 @@ def print_plan(step: LossStep, reserved: int, notes: list[str]) -> None:
 
 
 def _table(title: str, *headings: str) -> Table:
-    """With figures on the right, the first column of words on the left."""
+    """Make a table with words in the first column and figures, aligned right, in the others."""
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
     for index, heading in enumerate(headings):
         table.add_column(heading, justify="right" if index else "left")
@@ -54,10 +57,10 @@ def _memory(step: LossStep, ledgers: dict[str, Ledger]) -> Table:
 def _cards(step: LossStep, ledgers: dict[str, Ledger], reserved: int) -> Table:
     others = f", {_size(reserved)} of it reserved" if reserved else ""
     table = _table(f"Cards{others}: does the step fit, and how many tokens would", "card", *ledgers)
-    for size, names in paths.CARDS.items():
+    for size, names in cards().items():
         cells = []
         for path, ledger in ledgers.items():
-            free = size * paths.GB - reserved
+            free = size * GB - reserved
             missing = paths.needed_bytes(step, ledger) - free
             verdict = "fits" if missing <= 0 else f"needs {_size(missing)} more"
             cells.append(f"{verdict}\n{spaced(paths.most_tokens(step, path, free))} tokens")
@@ -91,13 +94,13 @@ def _lines(step: LossStep) -> list[str]:
         f"it takes {_one_launch(step)}.",
         "Eager and kd_loss are planned as a function that projects, takes the loss and returns it.  Variables that hold "
         f"logits through backward cost up to {_size(passes)} each.",
-        "Left out: a few hundred bytes a token, blocks of 64 MB at most, CUDA's context and workspaces (about 0.5 GB), "
+        "Left out: a few hundred bytes per token, blocks of 64 MB at most, CUDA's context and workspaces (about 0.5 GB), "
         "fragments.",
     ]  # fmt: skip
 
 
 def _least_memory(step: LossStep) -> str:
-    """Which path takes the least, and why that is not linear_kd_loss where it is not."""
+    """Name the path that takes the least, and if that is not linear_kd_loss, the reason."""
     peaks = {path: _size(paths.needed_bytes(step, ledger)) for path, ledger in paths.ledgers(step).items()}
     path = paths.least_memory(step)
     line = f"Least memory, within 1%: {path}, {peaks[path]}."
@@ -116,27 +119,25 @@ def _least_memory(step: LossStep) -> str:
 
 
 def one_launch_devices(step: LossStep) -> list[str]:
-    """Of the devices that are known, those whose L2 holds the rows in flight, if the loss takes one launch at all."""
+    """Return the known devices on which one launch is the faster, if the loss takes one at all."""
     itemsizes = [step.dtype.itemsize] * 2
-    return [name for name, device in DEVICES.items() if step.in_one_launch and hits(device, step.vocab_size, itemsizes)]
+    return [
+        name for name, device in DEVICES.items() if step.in_one_launch and is_faster(device, step.vocab_size, itemsizes)
+    ]
 
 
 def _one_launch(step: LossStep) -> str:
     devices = one_launch_devices(step)
     if not step.in_one_launch:
         return f"of {dtype_name(step.dtype)} logits on no device"
-    return (
-        f"where L2 holds the rows in flight: {', '.join(devices) if devices else 'none of the devices that are known'}"
-    )
+    return f"where that is the faster: {', '.join(devices) if devices else 'on none of the devices that are known'}"
 
 
 def record(step: LossStep, reserved: int, notes: list[str]) -> dict[str, Any]:
-    from .. import record
-
     ledgers, chunks = paths.ledgers(step), step.chunks
     return {
         "command": "fused-kd plan",
-        "versions": record.versions("transformers"),
+        "versions": records.versions("transformers"),
         "step": {**step._asdict(), "dtype": dtype_name(step.dtype),
                  "logits_dtype": dtype_name(step.logits_dtype or step.dtype)},
         "notes": notes,
@@ -170,13 +171,13 @@ def record(step: LossStep, reserved: int, notes: list[str]) -> dict[str, Any]:
         "reserved_bytes": reserved,
         "cards": [
             {
-                "bytes": size * paths.GB,
+                "bytes": size * GB,
                 "names": names,
-                "fits": {path: paths.needed_bytes(step, ledger) + reserved <= size * paths.GB
+                "fits": {path: paths.needed_bytes(step, ledger) + reserved <= size * GB
                          for path, ledger in ledgers.items()},
-                "most_tokens": {path: paths.most_tokens(step, path, size * paths.GB - reserved) for path in ledgers},
+                "most_tokens": {path: paths.most_tokens(step, path, size * GB - reserved) for path in ledgers},
             }
-            for size, names in paths.CARDS.items()
+            for size, names in cards().items()
         ],
     }  # fmt: skip
 

@@ -1,12 +1,13 @@
-"""What a user would take instead of `kd_loss` and `linear_kd_loss`.
+"""The peers: losses that a user could take instead of `kd_loss` and `linear_kd_loss`.
 
-A peer computes this loss, or the part of it that it has; `problems.PARTS` has the formulas.  Its packages are those of
-the extra "bench"; it is imported when it is first asked for.
+A peer computes the whole loss or a part of it; `problems.PARTS` has the formulas.  The extra "bench" installs the packages
+of the peers, and each package is imported when its peer is built.
 """
 
 import functools
 import importlib.util
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
@@ -15,31 +16,34 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ... import kd_loss, linear_kd_loss
+from .. import kd_loss, linear_kd_loss
 from .problems import ALPHA, Inputs, logits_of
+from .replacing import replaced_in
 from .shapes import Shape
 
-Loss = Callable[[Inputs, float], Tensor]  # of T
+Loss = Callable[[Inputs, float], Tensor]  # a function of inputs and T
 
 
 @dataclass(frozen=True)
 class Peer:
+    """A loss to compare with."""
+
     name: str
-    inputs: str  # of shapes.INPUTS
+    inputs: str  # one of shapes.INPUTS
     build: Callable[[], Loss]
-    part: str = "CE + KL"  # of problems.PARTS
-    package: str | None = None  # to import
-    distribution: str | None = None  # to install, where its name differs
+    part: str = "CE + KL"  # one of problems.PARTS
+    package: str | None = None  # the name to import
+    distribution: str | None = None  # the name to install, if it differs
     needs_gpu: bool = False
-    temperature: float | None = None  # the only one that it has
-    overwrites: bool = False  # its inputs
+    temperature: float | None = None  # the only T that it has; None: any
+    overwrites: bool = False  # whether it overwrites its inputs
 
     @property
     def computes(self) -> str:
         return self.part if self.temperature is None else f"{self.part}, T = {self.temperature:g}"
 
     def missing(self, device: torch.device) -> str | None:
-        """Why it cannot run here; None if it can."""
+        """Return the reason why the peer cannot run here; None if it can."""
         if self.package is not None and importlib.util.find_spec(self.package) is None:
             return f"{self.distribution or self.package} is not installed"
         if self.needs_gpu and device.type != "cuda":
@@ -48,7 +52,7 @@ class Peer:
 
 
 def eager(student: Tensor, teacher: Tensor, labels: Tensor, temperature: float) -> Tensor:
-    """As training code writes it."""
+    """Return the loss as training code usually computes it."""
     log_p = F.log_softmax(student.float() / temperature, dim=-1)
     log_q = F.log_softmax(teacher.float() / temperature, dim=-1)
     kl = F.kl_div(log_p, log_q, reduction="batchmean", log_target=True)
@@ -82,7 +86,7 @@ def _ours() -> Loss:
 
 
 def _torchtune(chunks: int = 8) -> Loss:
-    """Its knowledge-distillation recipes: heads applied to chunks of a sequence, whose logits all stay for backward."""
+    """Return the loss of torchtune's recipes, whose heads take chunks of a sequence and keep all logits for backward."""
     losses = import_module("torchtune.modules.loss")
     divergence, cross_entropy = losses.ForwardKLWithChunkedOutputLoss(chunks), losses.CEWithChunkedOutputLoss(chunks)
 
@@ -128,13 +132,13 @@ def _liger_ce_and_tvd() -> Loss:
 
 
 def _liger_kl_of_probabilities(function: Any, inputs: Inputs, temperature: float) -> Tensor:
-    with torch.no_grad():  # it takes the teacher's probabilities as a whole
+    with torch.no_grad():  # the function takes the teacher's probabilities as one array
         target = F.softmax(logits_of(inputs.teacher).float() / temperature, -1).to(inputs.student[0].dtype)
     return function(*inputs.student, target, temperature=temperature)  # type: ignore[no-any-return]
 
 
 class _OverLogits(torch.autograd.Function):
-    """A kernel that writes the gradient of the logits over them."""
+    """The autograd function of a kernel that overwrites the logits with their gradient."""
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, launch: Callable[[Tensor], Tensor]) -> Tensor:
@@ -145,11 +149,11 @@ class _OverLogits(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None]:
-        return ctx.saved_tensors[0], None  # the upstream gradient is 1 here, as in a training step
+        return ctx.saved_tensors[0], None  # right for an upstream gradient of 1, as in a training step
 
 
 def _fla_kernel() -> Loss:
-    """The kernel of fla's fused KL on logits that are there, launched as its own function does for a chunk."""
+    """Return the kernel of fla's fused KL, applied to given logits as fla launches it for a chunk."""
     ops = import_module("fla.modules.fused_kl_div.ops")
 
     def loss(inputs: Inputs, temperature: float) -> Tensor:
@@ -257,3 +261,8 @@ PEERS = (
 
 def of(shape: Shape) -> list[Peer]:
     return [peer for peer in PEERS if peer.inputs == shape.inputs]
+
+
+def offering(*peers: Peer) -> AbstractContextManager[None]:
+    """Measure these peers instead of `PEERS`, while the context lasts."""
+    return replaced_in(__name__, PEERS=peers)

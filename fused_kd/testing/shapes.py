@@ -1,14 +1,16 @@
-"""Sizes to measure at: heads of models that are really distilled into one another, and sweeps."""
+"""The sizes that are measured: heads of models that are distilled into one another in practice, and sweeps over N and V."""
 
+from contextlib import AbstractContextManager
 from typing import NamedTuple
 
 import torch
 
-from ..words import dtype_name
+from .replacing import replaced_in
+from .words import dtype_name
 
 
 class Pair(NamedTuple):
-    """A student and a teacher of one vocabulary.  Sizes are those of the models' published configurations."""
+    """A student and a teacher with one vocabulary.  The sizes are those of the models' published configurations."""
 
     name: str
     vocab_size: int  # V
@@ -24,15 +26,15 @@ PAIRS = {
     "gemma2": Pair("Gemma 2 2B from 9B", 256_000, 2304, 3584),
     "gemma3": Pair("Gemma 3 270M from 1B", 262_144, 640, 1152),
 }
-INPUTS = ("logits", "hidden")  # of `kd_loss`; of `linear_kd_loss`
+INPUTS = ("logits", "hidden")  # the inputs of `kd_loss` and of `linear_kd_loss`
 
 
 class Shape(NamedTuple):
     """One problem to measure."""
 
-    group: str  # what belongs together in a table or a plot: "models", "V", "N"
+    group: str  # the table or plot that it belongs to: "models", "V" or "N"
     name: str
-    inputs: str  # of INPUTS
+    inputs: str  # one of INPUTS
     rows: int  # N, tokens
     vocab_size: int
     student_hidden: int
@@ -46,31 +48,31 @@ class Shape(NamedTuple):
 
     @property
     def logits(self) -> int:
-        """N V, the elements of one model's logits."""
+        """Return N V, the elements of one model's logits."""
         return self.rows * self.vocab_size
 
     @property
     def flops(self) -> int:
-        """Of the products of a step with a trained head: three of the student, one of the teacher."""
+        """Return the flops of the products of a step with a trained head: the student has three, the teacher one."""
         return 2 * self.logits * (3 * self.student_hidden + self.teacher_hidden)
 
 
-# A CPU of a few cores does about this in a tenth of a second to a second; a GPU is given what its memory holds.
+# A CPU with a few cores computes these in a tenth of a second to a second.  On a GPU memory decides.
 CPU_LOGITS = 2**25
 CPU_FLOPS = 1.25e11
-CPU_HEADS = ("smollm2", "gemma3")  # small ones: others would take minutes
+CPU_HEADS = ("smollm2", "gemma3")  # the others would take minutes on a CPU
 GPU_ROWS = 8192
-GPU_BYTES_PER_LOGIT = 40  # of the hungriest peer: inputs, gradient, and the float32 arrays of eager PyTorch
+GPU_BYTES_PER_LOGIT = 40  # memory of the peer that takes most: inputs, gradient, and eager PyTorch's float32 arrays
 SWEEP_V = (4096, 16_384, 65_536, 262_144)
 SWEEP_N = {"cpu": (32, 128, 512), "cuda": (128, 512, 2048, 8192)}
 SWEEP_N_V = 49_152
 SWEEP_V_N = {"cpu": 64, "cuda": 4096}
-SWEEP_HIDDEN = (576, 2048)  # those of SmolLM2
+SWEEP_HIDDEN = (576, 2048)  # the hidden sizes of SmolLM2
 SWEEP_INPUTS = {"cpu": ("logits",), "cuda": INPUTS}  # on a CPU the products would take minutes
 
 
 def model_shapes(device: torch.device, dtype: torch.dtype, pairs: tuple[str, ...] = ()) -> list[Shape]:
-    """Of the pairs named, or of those that suit the device; as many tokens as it does in reasonable time."""
+    """Return shapes of the named pairs, or of those that suit the device, with as many tokens as suit it."""
     found = []
     for inputs in INPUTS:
         usual = CPU_HEADS if inputs == "hidden" and device.type == "cpu" else tuple(PAIRS)
@@ -82,7 +84,7 @@ def model_shapes(device: torch.device, dtype: torch.dtype, pairs: tuple[str, ...
 
 
 def sweep_shapes(device: torch.device, dtype: torch.dtype) -> list[Shape]:
-    """Growing V at one N, and growing N at one V."""
+    """Return shapes with growing V at one N, and with growing N at one V."""
     rows = SWEEP_V_N[device.type]
     sizes = [("V", rows, V) for V in SWEEP_V] + [("N", N, SWEEP_N_V) for N in SWEEP_N[device.type]]
     return [
@@ -93,7 +95,7 @@ def sweep_shapes(device: torch.device, dtype: torch.dtype) -> list[Shape]:
 
 
 def _rows(shape: Shape, device: torch.device) -> int:
-    """A power of two."""
+    """Return the number of tokens, a power of two."""
     if device.type == "cuda":
         memory = torch.cuda.get_device_properties(device).total_memory
         limit = min(GPU_ROWS, 0.8 * memory / (GPU_BYTES_PER_LOGIT * shape.vocab_size))
@@ -102,3 +104,12 @@ def _rows(shape: Shape, device: torch.device) -> int:
     else:
         limit = CPU_FLOPS / shape.flops
     return 1 << max(4, int(limit).bit_length() - 1)
+
+
+def tiny() -> AbstractContextManager[None]:
+    """Measure only shapes that take a CPU a second, from logits and from hidden states, while the context lasts."""
+    return replaced_in(
+        __name__,
+        PAIRS={"small": Pair("Small 1 from 2", 301, 24, 40)}, CPU_HEADS=("small",), CPU_LOGITS=4096, CPU_FLOPS=1e6,
+        SWEEP_V=(64, 256), SWEEP_N={"cpu": (16, 32)}, SWEEP_N_V=300, SWEEP_HIDDEN=(8, 12), SWEEP_INPUTS={"cpu": INPUTS},
+    )  # fmt: skip

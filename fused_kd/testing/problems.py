@@ -1,4 +1,4 @@
-"""The tensors of a shape, and the losses that others compute of them, by their formulas in float64."""
+"""The tensors of a problem, and the formulas of the losses that peers compute, in float64."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -7,15 +7,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ... import reference
+from .. import reference
 from .shapes import Shape
 
-ALPHA = 0.5
+ALPHA, TEMPERATURE = 0.5, 2.0
 SPREAD = 3.0  # standard deviation of the logits
 
 
 class Inputs(NamedTuple):
-    """`student` are the leaves, which get gradients: logits, or hidden states and weight."""
+    """The tensors of a problem: logits, or hidden states and weight, of both models.  The student's get gradients."""
 
     student: tuple[Tensor, ...]  # [N, V]; [N, H_s], [V, H_s]
     teacher: tuple[Tensor, ...]  # [N, V]; [N, H_t], [V, H_t]
@@ -35,7 +35,7 @@ class Inputs(NamedTuple):
 
 
 def make(shape: Shape, device: torch.device) -> Inputs:
-    """Random logits of standard deviation `SPREAD`, or hidden states and weights that give such; the same each time."""
+    """Return random logits of standard deviation SPREAD, or hidden states and weights that give them, from a fixed seed."""
     generator = torch.Generator(device).manual_seed(0)
 
     def normal(*size: int, scale: float = 1.0) -> Tensor:
@@ -57,14 +57,12 @@ def logits_of(stream: tuple[Tensor, ...]) -> Tensor:
     return stream[0] if len(stream) == 1 else F.linear(*stream)
 
 
-# Of the logits of student and teacher, labels, T.
+# A function of the student's logits, the teacher's logits, labels and T.
 Part = Callable[[Tensor, Tensor, Tensor, float], Tensor]
 
 
 def _loss(student: Tensor, teacher: Tensor, labels: Tensor, temperature: float) -> Tensor:
-    value = reference.kd_loss(student, teacher, labels, alpha=ALPHA, temperature=temperature)
-    assert isinstance(value, Tensor)
-    return value
+    return reference.kd_loss(student, teacher, labels, alpha=ALPHA, temperature=temperature)
 
 
 def _soft(student: Tensor, teacher: Tensor, labels: Tensor, temperature: float) -> Tensor:
@@ -85,10 +83,10 @@ def _ce_and_tvd(student: Tensor, teacher: Tensor, labels: Tensor, temperature: f
     return F.cross_entropy(student, labels) + distance.mean()
 
 
-# What a peer computes, means over rows.
+# The formulas of the peers, as means over rows.
 PARTS: dict[str, Part] = {
     "CE + KL": _loss,
-    "CE + soft CE": _soft,  # another value than CE + KL, the same gradient
+    "CE + soft CE": _soft,  # its value differs from CE + KL, its gradient does not
     "CE": _ce,
     "KL": _kl,
     "CE + TVD": _ce_and_tvd,
@@ -96,7 +94,7 @@ PARTS: dict[str, Part] = {
 
 
 def exact(part: str, inputs: Inputs, temperature: float) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """Value and gradients of a part in float64."""
+    """Return value and gradients of a part in float64."""
     leaves = tuple(leaf.detach().double().requires_grad_() for leaf in inputs.student)
     teacher = logits_of(tuple(tensor.double() for tensor in inputs.teacher))
     value = PARTS[part](logits_of(leaves), teacher, inputs.labels, temperature)

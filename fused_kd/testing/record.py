@@ -1,4 +1,4 @@
-"""A record of figures for a JSON file, with what they were measured on."""
+"""Records of figures as JSON, with the versions and the machine that they were measured with."""
 
 import json
 import math
@@ -10,13 +10,9 @@ from typing import Any
 
 import torch
 
-from .outputs import written_beside
-
 
 def write_json(path: Path, record: dict[str, Any]) -> None:
-    text = json.dumps(jsonable(record), indent=1, allow_nan=False) + "\n"
-    with written_beside(path) as place:
-        place.write_text(text)
+    path.write_text(json.dumps(jsonable(record), indent=1, allow_nan=False) + "\n")
 
 
 def machine(device: torch.device) -> dict[str, Any]:
@@ -30,13 +26,24 @@ def machine(device: torch.device) -> dict[str, Any]:
 
 
 def versions(*more: str) -> dict[str, str | None]:
-    """Of Python and of packages, null where one is not installed."""
+    """Return the versions of Python and of packages; None for a package that is not installed."""
     packages = ("fused_kd", "torch", "triton", "numpy", *more)
     return {"python": platform.python_version(), **{package: _version(package) for package in packages}}
 
 
+def jsonable(value: Any) -> Any:
+    """Return the value with NaN and infinity replaced by None, and objects that JSON lacks by their text."""
+    if isinstance(value, dict):
+        return {key: jsonable(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [jsonable(item) for item in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value if value is None or isinstance(value, int | str) else str(value)
+
+
 def _processor() -> str:
-    """The CPU's name; platform.processor() is empty on many a Linux."""
+    """Return the CPU's name; platform.processor() is empty on many Linux systems."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -50,14 +57,3 @@ def _version(package: str) -> str | None:
         return version(package)
     except PackageNotFoundError:
         return None
-
-
-def jsonable(value: Any) -> Any:
-    """With null for NaN and infinity, which JSON has not, and text for what else it has not."""
-    if isinstance(value, dict):
-        return {key: jsonable(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [jsonable(item) for item in value]
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    return value if value is None or isinstance(value, int | str) else str(value)

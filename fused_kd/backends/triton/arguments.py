@@ -1,0 +1,42 @@
+"""The kernel arguments that encode a temperature, a map of the logits and a divergence."""
+
+import math
+from typing import NamedTuple
+
+from ...logit_map import LogitMap
+from .elements import DIVERGENCES
+from .tiles import CAPPED, IDENTITY, SCALED
+
+
+class TemperatureArguments(NamedTuple):
+    """The kernel arguments that encode T."""
+
+    exp2_scale: float  # log2(e) / T
+    inverse: float  # 1 / T
+    power: int  # T if it is 1, 2, 3 or 4, otherwise 0; see `elements.exponentials`
+
+
+def temperature_arguments(temperature: float) -> TemperatureArguments:
+    """Return the arguments that encode a temperature."""
+    power = int(temperature) if temperature in (1, 2, 3, 4) else 0
+    return TemperatureArguments(math.log2(math.e) / temperature, 1 / temperature, power)
+
+
+def divergence_number(divergence: str) -> int:
+    """Return the value of the constexpr DIVERGENCE."""
+    return DIVERGENCES[divergence].value  # type: ignore[no-any-return]
+
+
+class MapArguments(NamedTuple):
+    """The kernel arguments that encode a `LogitMap`; see `tiles.logits_of`."""
+
+    factor: float
+    cap: float
+    kind: int  # IDENTITY, SCALED or CAPPED
+
+
+def map_arguments(logit_map: LogitMap) -> MapArguments:
+    """Return the arguments that encode a map of the logits."""
+    if logit_map.is_capped:
+        return MapArguments(logit_map.scale / logit_map.softcap, logit_map.softcap, CAPPED.value)
+    return MapArguments(logit_map.scale, 1.0, (IDENTITY if logit_map.is_identity else SCALED).value)

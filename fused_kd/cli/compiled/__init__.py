@@ -1,1 +1,0 @@
-"""What the compiled kernels consist of, without a GPU: variants, their machine code, its main loop, bounds on it."""

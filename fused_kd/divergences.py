@@ -1,0 +1,163 @@
+"""The divergences of teacher and student, and the coefficients of the gradients.
+
+Let u = z - m_s and v = y - m_t be the student's and the teacher's logits relative to the maximum of their row.  Each row
+has coefficients A, B, C, W and R.  For forward KL the gradients of the logits are
+
+    dL/dz[j] = A e^u + B e^{u/T} - C e^{v/T} - W [j = label]         dL/dy[j] = C e^{v/T} ((v - u)/T - R)
+
+and for reverse KL
+
+    dL/dz[j] = A e^u + B e^{u/T} ((u - v)/T - R) - W [j = label]     dL/dy[j] = C e^{v/T} - B e^{u/T}
+
+R is the mean of the difference of the logits, (v - u)/T or (u - v)/T, under the distribution that the divergence averages
+over.  The normalisers cancel, so no logarithm is needed.  `coefficients` computes the numbers of each row from the merged
+statistics, the weights of the row and the temperature.  `backends/triton/elements.py` has the same functions for kernels.
+"""
+
+from enum import IntEnum
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .statistics import D_1, D_T, M_S, UNIT, E
+from .statistics import C as DIFFERENCE
+
+Temperature = float | Tensor  # a scalar tensor only in a compiled graph whose temperature changes from call to call
+
+
+class Coefficient(IntEnum):
+    """The rows of a tensor of coefficients, `[7, N]`."""
+
+    M_S = 0
+    M_T = 1
+    A = 2  # w_ce / d_1
+    B = 3  # w / (T d_T)
+    C = 4  # w / (T e)
+    W = 5  # w_ce
+    R = 6  # the mean difference of the logits over T; see the module's docstring
+
+
+class Divergence(NamedTuple):
+    """A Kullback-Leibler divergence: an average over one distribution of its log-ratio to the other one.
+
+    The statistic c is the sum of that distribution's exponentials times the differences of the logits.
+    """
+
+    name: str
+    mass: int  # index, among the statistics, of the normaliser of the distribution that is averaged over
+    other: int  # index of the other distribution's normaliser
+    # Upper bound of |dD/dz| T.  Reverse KL has no bound: its slope grows with the difference of the logits, in nats.
+    largest_slope: float
+
+    @property
+    def is_over_student(self) -> bool:
+        """Return whether the divergence is an average over the student's distribution."""
+        return self.mass == D_T
+
+    def value(
+        self,
+        statistics: Tensor,  # [6, N]
+        temperature: Temperature,
+    ) -> Tensor:  # [N], float64, in nats
+        """Return the divergence of each row.
+
+        Both normalisers are relative to their maxima and lie in [1, V].  So the logarithm of their ratio is exact to
+        rounding where teacher and student are close; a difference of two logarithms would cancel there.
+        """
+        statistics = statistics.double()
+        mass, difference, scale = statistics[self.mass], statistics[DIFFERENCE], UNIT / temperature
+        log_ratio = (statistics[self.other] / mass).log()
+        if isinstance(scale, Tensor):
+            return log_ratio + difference / mass * scale
+        return torch.addcdiv(log_ratio, difference, mass, value=scale)
+
+    def term(
+        self,
+        u: Tensor,  # [rows, V], as are all four
+        v: Tensor,
+        p: Tensor,  # e^{u/T}; forward KL does not use it, and it may hold anything
+        q: Tensor,  # e^{v/T}
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the mass of each column, its difference of logits, and a buffer that is free.
+
+        The difference overwrites u or v, and the free buffer is the other of the two.  The sum of mass times difference
+        is the statistic c.
+        """
+        return (p, u.sub_(v), v) if self.is_over_student else (q, v.sub_(u), u)
+
+    def student_gradient(
+        self,
+        p: Tensor,  # [rows, V], as are q and the difference
+        q: Tensor,
+        difference: Tensor | None,  # v - u; forward KL does not use it
+        B: Tensor,  # [rows, 1], as are C and R
+        C: Tensor,
+        R: Tensor,
+        temperature: float,
+    ) -> Tensor:
+        """Return the gradient of the student's logits, written over p or over the difference."""
+        if not self.is_over_student:
+            return p.mul_(B).addcmul_(q, C, value=-1)
+        assert difference is not None
+        # A column without student mass adds nothing, even if its log-ratio is infinite or NaN (masked tokens).
+        return difference.div_(-temperature).sub_(R).masked_fill_(p == 0, 0.0).mul_(p).mul_(B)
+
+    def teacher_gradient(
+        self,
+        p: Tensor,  # [rows, V], as are q and the difference; each as `student_gradient` has left it
+        q: Tensor,
+        difference: Tensor | None,  # v - u; reverse KL does not use it
+        B: Tensor,  # [rows, 1], as are C and R
+        C: Tensor,
+        R: Tensor,
+        temperature: float,
+    ) -> Tensor:
+        """Return the gradient of the teacher's logits, written over q or over the difference."""
+        if self.is_over_student:
+            return q.mul_(C).addcmul_(p, B, value=-1)
+        assert difference is not None
+        # A column without teacher mass adds nothing, even if its log-ratio is infinite or NaN (masked tokens).
+        return difference.div_(temperature).sub_(R).masked_fill_(q == 0, 0.0).mul_(q).mul_(C)
+
+
+FORWARD_KL = Divergence("forward_kl", mass=E, other=D_T, largest_slope=1.0)
+REVERSE_KL = Divergence("reverse_kl", mass=D_T, other=E, largest_slope=2.0**6)
+DIVERGENCES = {divergence.name: divergence for divergence in (FORWARD_KL, REVERSE_KL)}
+
+
+def cross_entropy(
+    statistics: Tensor,  # [6, N]
+    label_logit: Tensor,  # [N], the student's logit of the label
+) -> Tensor:  # [N], float64
+    """Return -log softmax(z)[label] at temperature 1, in nats."""
+    return statistics[D_1].double().log() - (label_logit.double() - statistics[M_S].double())
+
+
+def coefficients(
+    statistics: Tensor,  # [6, N], merged
+    ce_weight: Tensor | None,  # [N], weight of each row's CE times the upstream gradient; None: no CE in the loss
+    divergence_weight: Tensor | None,  # [N], the same for the divergence, T^2 included; None: no divergence in the loss
+    divergence: Divergence,
+    temperature: Temperature,
+    *,
+    teacher_grad: bool = True,  # False: R may be left out, where the student's gradient has none
+) -> Tensor:  # [7, N], in the dtype of the statistics
+    """Return the coefficients of each row's gradient.
+
+    They are all 0 for a row whose two weights are 0.  Operators do not read the logits of such a row.
+    """
+    m_s, d_1, d_T, m_t, e, difference = statistics
+    # If both terms are there, only R may be left out, and then it may be any number.
+    zeros = torch.zeros_like(m_s) if ce_weight is None or divergence_weight is None else m_s
+    w_ce = w = A = B = C = R = zeros
+    if ce_weight is not None:
+        w_ce = ce_weight.to(statistics.dtype)
+        A = w_ce / d_1
+    if divergence_weight is not None:
+        w = divergence_weight.to(statistics.dtype) * (1 / temperature)
+        B, C = w / d_T, w / e
+        if teacher_grad or divergence.is_over_student:
+            R = difference / statistics[divergence.mass] * (UNIT / temperature)
+    found = torch.stack([m_s, m_t, A, B, C, w_ce, R])
+    return torch.where(torch.logical_or(w_ce, w), found, 0.0)
