@@ -1,7 +1,7 @@
-"""Backends: the CPU operators, and the Triton kernels, interpreted here or compiled where there is a CUDA device.
+"""The backends of the tests: CPU operators and Triton kernels, which are interpreted, or compiled on a CUDA device.
 
-Triton decides at import whether its kernels are interpreted, the operators decide at each call; so the kernels are
-imported here under TRITON_INTERPRET=1, and a test asks for the backend that it wants.
+Triton decides at import whether its kernels are interpreted, and the operators decide at each call.  So the kernels are
+imported here under TRITON_INTERPRET=1, and each test chooses its backend.
 """
 
 import os
@@ -20,11 +20,9 @@ HAS_CUDA = torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "
 if not HAS_CUDA:
     os.environ["TRITON_INTERPRET"] = "1"
 import fused_kd.backends.triton  # noqa: E402, F401
-from fused_kd import scaling  # noqa: E402
-from fused_kd.backends import cpu  # noqa: E402
-from fused_kd.heads import products as matmul  # noqa: E402
-from fused_kd.launch import ONE, PLAN, TWO  # noqa: E402
-from fused_kd.testing import interpreter  # noqa: E402
+from fused_kd.launching import ONE, TWO  # noqa: E402
+from fused_kd.testing import interpreter, launching  # noqa: E402
+from fused_kd.testing.blocks import blocks_of  # noqa: E402
 
 interpreter.hasten()
 
@@ -53,14 +51,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(params=["cpu", f"{KERNELS}-{TWO}", f"{KERNELS}-{ONE}"])
-def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> torch.device:
+def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[torch.device]:
     """The device of the tensors; the CPU operators and the kernels, both ways, get every test that takes it."""
     backend, *plan = request.param.split("-", 1)
     if backend == "interpreter":
         monkeypatch.setenv("TRITON_INTERPRET", "1")
-    if plan:
-        monkeypatch.setenv(PLAN, *plan)
-    return torch.device("cuda" if backend == "cuda" else "cpu")
+    with launching(*plan):
+        yield torch.device("cuda" if backend == "cuda" else "cpu")
 
 
 @pytest.fixture
@@ -96,14 +93,13 @@ def one_thread() -> Iterator[None]:
 
 
 @pytest.fixture
-def small_blocks(monkeypatch: pytest.MonkeyPatch) -> int:
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
     """For measured memory: what a CPU alone takes, in blocks of 128 KB, here a few rows; gives the bytes of three.
 
     PyTorch's own products take none.  Those of oneDNN take, on a CPU without instructions for bfloat16, float32 copies,
     twice a bfloat16 result's size.
     """
     elements = 2**15
-    for module, name in ((cpu, "BLOCK_ELEMENTS"), (matmul, "SLAB_ELEMENTS"), (scaling, "BLOCK_ELEMENTS")):
-        monkeypatch.setattr(module, name, elements)
     monkeypatch.setattr(torch.backends.mkldnn, "enabled", False)
-    return 3 * elements * 4
+    with blocks_of(elements):
+        yield 3 * elements * 4

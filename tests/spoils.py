@@ -1,4 +1,4 @@
-"""What no argument of the losses may be: for each argument of a valid call, values to put in its place, and the error."""
+"""Invalid arguments: for each argument of a valid call, values to put in its place, and the error that each must raise."""
 
 import functools
 import math
@@ -68,10 +68,11 @@ def _other_shapes(draw: st.DrawFn, shape: tuple[int, ...], *rest: int) -> Tensor
 
 
 @st.composite
-def _one_value(draw: st.DrawFn, like: Tensor, values: st.SearchStrategy[Any]) -> Tensor:
-    """The tensor, but for one value somewhere."""
-    wrong = like.clone()
-    wrong.view(-1)[draw(st.integers(0, like.numel() - 1))] = draw(values)
+def _one_value(draw: st.DrawFn, like: Tensor, values: st.SearchStrategy[Any], first: int = 0) -> Tensor:
+    """The tensor, but for one value somewhere, of an index from `first` on in the last dimension."""
+    wrong, places = like.clone(), torch.arange(like.numel()).reshape(like.shape)
+    places = places[..., first:] if first else places
+    wrong.view(-1)[draw(st.sampled_from(places.flatten().tolist()))] = draw(values)
     return wrong
 
 
@@ -97,6 +98,8 @@ def _spoils_of_both(call: Call, rows: torch.Size, V: int, columns: int) -> list[
         Spoil(
             "reduction", one_of(["", "avg", "Mean", None, 1, ["mean"], np.array(["mean"]), torch.ones(2)]), ValueError
         ),
+        Spoil("divergence", one_of(["", "kl", "Forward_KL", None, 1, ["reverse_kl"], torch.ones(2)]), ValueError),
+        Spoil("shift", NOT_A_FLAG, TypeError),
         Spoil("vocab_size", NOT_AN_INTEGER, TypeError),
         Spoil("vocab_size", st.integers(max_value=0) | st.integers(min_value=columns + 1), ValueError),
         Spoil("return_parts", NOT_A_FLAG, TypeError),
@@ -117,12 +120,15 @@ def _spoils_of_both(call: Call, rows: torch.Size, V: int, columns: int) -> list[
     if labels is not None:
         too_large = st.integers(max_value=held.min - 1) | st.integers(min_value=held.max + 1)
         found.append(Spoil("ignore_index", too_large, ValueError))
-        if isinstance(alpha, Tensor) or alpha < 1:
+        if isinstance(alpha, Tensor) or alpha < 1 or arguments["shift"]:
             found.append(Spoil("labels", nothing, ValueError))
+    if labels is None or not rows:
+        found.append(Spoil("shift", st.just(True), ValueError, ("labels",)))
     if ones.numel():
         no_class = (st.integers(held.min, -1) | st.integers(V, held.max)).filter(lambda label: label != ignore_index)
-        if held.min <= ignore_index <= held.max:
-            found.append(Spoil("labels", _one_value(classes, no_class), IndexError))
+        first = int(arguments["shift"])  # a label that is not read may be no class
+        if held.min <= ignore_index <= held.max and (not first or rows[-1] > 1):
+            found.append(Spoil("labels", _one_value(classes, no_class, first), IndexError))
         found.append(Spoil("alpha", _one_value(ones, one_of([-0.1, 1.5, math.nan])), ValueError))
     if arguments["reduction"] != "mean":
         return [*found, Spoil("num_items", one_of([4, 4.0, torch.tensor(4)]), ValueError)]

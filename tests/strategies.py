@@ -1,6 +1,6 @@
-"""Calls of the losses with everything about them drawn: shapes, strides, dtypes, values, rows that count, options.
+"""Random calls of the losses: shapes, strides, dtypes, values, rows that count and options are all drawn.
 
-Hypothesis draws the choices and one seed, from which PyTorch's generator makes the numbers, on the default device.
+Hypothesis draws the choices and one seed.  From the seed PyTorch's generator makes the numbers, on the default device.
 """
 
 import math
@@ -12,7 +12,8 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fused_kd.heads import sweep as linear
+from fused_kd import plan_chunks
+from fused_kd.divergences import DIVERGENCES
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # Half of them have rows in two dimensions or more, so that strides matter.
@@ -64,6 +65,18 @@ def laid_out(values: Tensor, layout: str) -> Tensor:
     return place
 
 
+def by_position(arguments: dict[str, Any]) -> dict[str, Any]:
+    """The arguments with labels, token weights and alpha as `shift` moves them: of a position, not of a token."""
+    if not arguments["shift"]:
+        return arguments
+    found = dict(arguments)
+    for name, last in (("labels", arguments["ignore_index"]), ("token_weights", 0), ("alpha", 0)):
+        value = arguments.get(name)
+        if isinstance(value, Tensor) and value.dim():
+            found[name] = torch.cat([value[..., 1:], torch.full_like(value[..., :1], last)], -1)
+    return found
+
+
 @dataclass
 class _Rows:
     """What both losses draw of their rows and columns."""
@@ -71,7 +84,7 @@ class _Rows:
     generator: torch.Generator
     shape: tuple[int, ...]
     V: int
-    labels: Tensor | None
+    labels: Tensor | None  # of each position
     counted: Tensor  # bool
     options: dict[str, Any]
 
@@ -85,15 +98,23 @@ def _rows(draw: st.DrawFn, widest: int) -> _Rows:
     shape, V = draw(SHAPES), draw(st.one_of(st.integers(1, 8), st.integers(1, widest)))
     ignore_index = draw(st.sampled_from(IGNORE_INDICES))
     temperature = draw(TEMPERATURES)
-    options: dict[str, Any] = {"temperature": temperature, "ignore_index": ignore_index}
+    options: dict[str, Any] = {"temperature": temperature, "ignore_index": ignore_index, "labels": None, "shift": False}
+    options["divergence"] = draw(st.sampled_from(list(DIVERGENCES)))
     labels, counted = None, torch.ones(shape, dtype=torch.bool)
     if draw(st.integers(0, 4)):
         labels = torch.randint(V, shape, generator=generator)
         ignored = torch.rand(shape, generator=generator) < draw(st.sampled_from([0.0, 0.3, 1.0]))
+        options["shift"] = bool(shape) and draw(st.booleans())
+        if options["shift"]:
+            ignored[..., -1:] = True
         labels = labels.masked_fill(ignored, ignore_index).to(draw(st.sampled_from([torch.int32, torch.int64])))
         counted = labels != ignore_index
+        of_tokens = labels
+        if options["shift"]:  # the first is not read, and is no class
+            of_tokens = torch.cat([torch.full_like(labels[..., :1], -7), labels[..., :-1]], -1)
         if draw(st.booleans()):
-            labels = torch.stack([labels, torch.full_like(labels, -7)], -1)[..., 0]
+            of_tokens = torch.stack([of_tokens, torch.full_like(labels, -7)], -1)[..., 0]
+        options["labels"] = of_tokens
     alphas = [0, 0.0, 0.3, 1, 1.0, np.float64(0.7), np.float32(0.25), np.int64(1), "a tensor", "a row"]
     alpha = draw(st.one_of(st.sampled_from(alphas), st.floats(0, 1))) if labels is not None else 1.0
     if isinstance(alpha, str):
@@ -108,9 +129,9 @@ def _rows(draw: st.DrawFn, widest: int) -> _Rows:
         dtype = draw(st.sampled_from([torch.float64, *DTYPES, torch.int64, torch.bool]))
         weights = weights.to(dtype)
         weights.requires_grad_(dtype.is_floating_point and draw(st.booleans()))
-        if not weights.requires_grad:  # else a row of weight 0 is read
-            counted = counted & (weights != 0)
         options["token_weights"] = weights
+        if not weights.requires_grad:  # else a row of weight 0 is read
+            counted = counted & (by_position(options)["token_weights"] != 0)
     if reduction == "mean":
         number = draw(st.integers(1, 1000))
         options["num_items"] = draw(
@@ -167,11 +188,15 @@ def kd_calls(draw: st.DrawFn, float64: bool = False) -> Call:
     if rows.labels is not None:
         masked[rows.labels[rows.counted].long()] = False
     cap = rows.options["logit_softcap"]
-    if isinstance(cap, tuple) and cap[0] is None:  # the teacher's cap would give it mass where the student has none
+    is_reverse = rows.options["divergence"] == "reverse_kl"
+    if isinstance(cap, tuple) and cap[is_reverse] is None:  # one cap would give mass where the other has none
         masked[:] = False
     student[..., masked] = teacher[..., masked] = -torch.inf
-    if draw(st.integers(0, 4)) == 0:  # the teacher alone has no mass there
-        teacher[..., V // 2 + 1 :] = -torch.inf
+    if draw(st.integers(0, 4)) == 0:  # one of them alone has no mass there
+        if not is_reverse:
+            teacher[..., V // 2 + 1 :] = -torch.inf
+        elif rows.labels is None:
+            student[..., V // 2 + 1 :] = -torch.inf
 
     student, teacher = student.to(student_dtype), teacher.to(teacher_dtype)
     layouts = draw(st.sampled_from([*LAYOUTS, "expanded"])), draw(st.sampled_from([*LAYOUTS, "expanded"]))
@@ -196,7 +221,7 @@ def kd_calls(draw: st.DrawFn, float64: bool = False) -> Call:
     learns = rows.options["teacher_grad"] and arguments["teacher_logits"] is not None
     if learns:
         arguments["teacher_logits"].requires_grad_()
-    arguments |= {"labels": rows.labels, **rows.options, "inplace_backward": inplace}
+    arguments |= {**rows.options, "inplace_backward": inplace}
     arguments["vocab_size"] = V if padded else draw(st.sampled_from([None, V]))
     return Call(arguments, draw(_upstream(rows)), draw(TILES))
 
@@ -233,7 +258,7 @@ def linear_kd_calls(draw: st.DrawFn, float64: bool = False) -> Call:
     for name in arguments:
         if arguments[name] is not None and (name.startswith("student") or rows.options["teacher_grad"]):
             arguments[name].requires_grad_(draw(st.integers(0, 3)) > 0)
-    arguments |= {"labels": rows.labels, **rows.options, "vocab_size": V if padded else None}
+    arguments |= {**rows.options, "vocab_size": V if padded else None}
     if isinstance(rows.options["alpha"], float | int) and rows.options["alpha"] == 0 and draw(st.booleans()):
         without = dict.fromkeys(("teacher_hidden", "teacher_weight", "teacher_bias"))
         arguments |= without
@@ -243,7 +268,7 @@ def linear_kd_calls(draw: st.DrawFn, float64: bool = False) -> Call:
         logits_dtype = draw(st.sampled_from([None, torch.float32]))
     arguments["logits_dtype"] = logits_dtype
     if draw(st.booleans()):
-        one = linear.plan(
+        one = plan_chunks(
             1, V, width_of["student"], width_of["teacher"], dtype=dtype_of["student"],
             teacher_dtype=dtype_of["teacher"], logits_dtype=logits_dtype, teacher_hidden_grad=True,
         )  # fmt: skip

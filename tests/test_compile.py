@@ -1,4 +1,4 @@
-"""Under torch.compile and torch.export both losses are one graph, equal to eager mode, and keep no more alive."""
+"""Both losses under torch.compile and torch.export: one graph, equal to eager mode, with no more memory kept alive."""
 
 import functools
 import io
@@ -10,6 +10,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from fused_kd import KDLoss, LinearKDLoss, kd_loss, linear_kd_loss
 from fused_kd import operators as ops
+from fused_kd.divergences import FORWARD_KL, coefficients
 from fused_kd.heads.products import RELEASE
 from fused_kd.logit_map import IDENTITY_MAP, LogitMap
 
@@ -61,7 +62,7 @@ def test_kd_loss_is_one_graph(options, dynamic):
     def loss(hidden, teacher):
         teacher = 2 * teacher if options.get("teacher_grad") else teacher.detach()
         result = kd_loss(3 * hidden.tanh(), teacher, labels[:, : hidden.shape[1]], **options)
-        return (result.loss + 0 * result.kl if options.get("return_parts") else result).sum()
+        return (result.loss + 0 * result.divergence if options.get("return_parts") else result).sum()
 
     compiled = compile_(loss, fullgraph=True, dynamic=dynamic)
     for rows in (N, N - 2):
@@ -267,16 +268,18 @@ def test_the_compiler_keeps_no_more_logits_alive_than_eager_mode(from_logits):
 @pytest.mark.parametrize("maps", [(IDENTITY_MAP, IDENTITY_MAP), (LogitMap(0.5, 4.0), LogitMap(2.0))])
 def test_operators_pass_opcheck(maps, teacher_grad):
     student, teacher = torch.randn(2, 3, 11), torch.randn(1, 6, 9)
-    weights, labels = torch.rand(6), torch.randint(9, (6,))
-    arguments = teacher, weights, weights, 2.0, True, *map(list, maps)
-    torch.library.opcheck(ops.row_statistics.default, (student[..., :9], *arguments))
-    traced = *arguments[:3], torch.tensor(2.0, dtype=torch.float64), *arguments[4:]
-    torch.library.opcheck(ops.row_statistics.traced, (student[..., :9], *traced))
-    statistics = ops.row_statistics(student[..., :9], *arguments)
-    arguments = student, teacher, labels, statistics, weights, weights, 2.0, 9, *map(list, maps), teacher_grad
+    weights, labels = torch.rand(6, dtype=torch.float64), torch.randint(9, (6,))
+    last = "forward_kl", *map(list, maps)
+    traced = torch.tensor(2.0, dtype=torch.float64), *last
+    given = student[..., :9], teacher, weights > 0.1, torch.float32, True
+    torch.library.opcheck(ops.row_statistics.default, (*given, 2.0, *last))
+    torch.library.opcheck(ops.row_statistics.traced, (*given, *traced))
+    statistics = ops.row_statistics(*given, 2.0, *last)
+    of_rows = coefficients(statistics, weights, weights, FORWARD_KL, 2.0)
+    given = student, teacher, labels, of_rows, 9, teacher_grad
+    arguments, traced = (*given, 2.0, *last), (*given, *traced)
     torch.library.opcheck(ops.logit_gradient.default, arguments)
     torch.library.opcheck(ops.logit_gradient_.default, arguments)
-    traced = *arguments[:6], torch.tensor(2.0, dtype=torch.float64), *arguments[7:]
     torch.library.opcheck(ops.logit_gradient.traced, traced)
     torch.library.opcheck(ops.logit_gradient_.traced, traced)
     for ours, of_float in zip(ops.logit_gradient.traced(*traced), ops.logit_gradient(*arguments), strict=True):
@@ -302,6 +305,7 @@ def test_the_linear_operator_passes_opcheck(needed, dtype):
         torch.float32,
         [1.0, 4.0],
         [2.0, 4.0],
+        "forward_kl",
     )
     options = list(needed), dtype, dtype, None, 2048
     torch.library.opcheck(torch.ops.fused_kd.linear_row_losses.default, (*arguments, *options))

@@ -1,5 +1,6 @@
-"""The CPU operators' blocks: rows that others lie between are gathered, long runs are taken where they are."""
+"""The blocks of the CPU operators: scattered rows are gathered, and long runs are read and written in place."""
 
+import contextlib
 from collections.abc import Callable
 
 import pytest
@@ -9,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fused_kd import kd_loss
 from fused_kd.backends import cpu
+from fused_kd.testing.blocks import blocks_of
 
 from .oracle import assert_matches_oracle
 
@@ -43,11 +45,10 @@ def in_memory(z: Tensor, outer: int, inner: int) -> Tensor:
 
 
 @pytest.fixture(params=[False, True], ids=["one block", "many blocks"])
-def blocks(request, monkeypatch):
+def blocks(request):
     """Small ones: of eight rows, of three where they are gathered."""
-    if request.param:
-        monkeypatch.setattr(cpu, "BLOCK_ELEMENTS", 8 * V)
-        monkeypatch.setattr(cpu, "GATHERED_ELEMENTS", 3 * V)
+    with blocks_of(8 * V, gathered=3 * V) if request.param else contextlib.nullcontext():
+        yield
 
 
 def labels_of(ignored: str) -> Tensor:
@@ -116,7 +117,7 @@ def operators(rows: int, vocabulary: int, ignored: slice, layout: Callable[[Tens
     weight[ignored] = 0
     labels = torch.zeros(weight.shape, dtype=torch.int64)
     with Operators() as found:
-        cpu.loss_and_gradient(student, teacher, labels, weight, weight, 3.0, gradient)
+        cpu.statistics_and_gradient(student, teacher, labels, weight, weight, gradient, None, 3.0)
     return found.count
 
 

@@ -1,7 +1,7 @@
-"""The same bits: from run to run, for every number of threads, order of rows and place of a row.
+"""Determinism: equal bits from run to run, for every number of threads, order of rows and position of a row.
 
-Where a product with a head or another cut of a row changes the order of a sum, the error is bounded instead, relative to
-the norm.  Figures in comments: the largest measured (two cores with AVX-512, MKL), in float32 epsilons.
+If a product with a head, or another split of a row, changes the order of a sum, the norm-relative error is bounded
+instead.  Figures in comments are the largest errors measured (two cores with AVX-512, MKL), in float32 epsilons.
 """
 
 from collections.abc import Iterator
@@ -12,8 +12,9 @@ import torch
 from fused_kd import kd_loss, linear_kd_loss
 from fused_kd import statistics as stats
 from fused_kd.backends import triton as kernels
-from fused_kd.backends.triton.launch import Launch
+from fused_kd.divergences import FORWARD_KL, coefficients
 from fused_kd.heads import sweep as linear
+from fused_kd.launch import Launch
 
 from .oracle import EPSILON, relative_error
 
@@ -105,15 +106,17 @@ def test_splits_of_a_row(kernel_device, temperature):
     lanes, columns, vocabulary = 32, 8, 2000
     student, teacher = 3 * torch.randn(2, 1, 4, vocabulary, device=kernel_device)
     weights = torch.full((2, 4), 0.5, device=kernel_device)
+    counted = torch.ones(4, dtype=torch.bool, device=kernel_device)
     labels = torch.randint(vocabulary, (4,), device=kernel_device)
     results = []
     for splits in (1, 2, 7):
         columns_per_split = -(-vocabulary // (splits * lanes * columns)) * lanes * columns
         launch = Launch(lanes, columns, 1, splits, columns_per_split)
-        parts = kernels.row_statistics(student, teacher, *weights, temperature, True, launch=launch)
+        parts = kernels.row_statistics(student, teacher, counted, torch.float32, True, temperature, launch=launch)
         statistics, gradient = stats.merge(parts, temperature), torch.empty_like(student)
-        kernels.logit_gradient(student, teacher, labels, statistics, *weights, temperature, gradient, launch=launch)
-        results.append((stats.kl_divergence(statistics, temperature), statistics[stats.D_1], gradient))
+        of_rows = coefficients(statistics, *weights, FORWARD_KL, temperature)
+        kernels.logit_gradient(student, teacher, labels, of_rows, gradient, None, temperature, launch=launch)
+        results.append((FORWARD_KL.value(statistics, temperature), statistics[stats.D_1], gradient))
     for result in results[1:]:
         assert all(relative_error(a, b.double()) <= 4 * EPSILON for a, b in zip(result, results[0], strict=True))
 

@@ -1,4 +1,4 @@
-"""Under DDP and FSDP2: the gradients of a step on two processes are those of one process on the whole batch."""
+"""DDP and FSDP2: a step on two processes has the gradients of one process with the whole batch."""
 
 import re
 import time

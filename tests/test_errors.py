@@ -1,10 +1,11 @@
-"""One row an invalid call: the exception and its message, which names the argument, and nothing modified."""
+"""Invalid calls: the exception of each, its message, which names the argument, and that nothing is modified."""
 
 import pytest
 import torch
 
-from fused_kd import kd_loss, linear_kd_loss
-from fused_kd.heads.sweep import plan
+from fused_kd import kd_loss, linear_kd_loss, plan_chunks
+
+from .unread import unread
 
 S = torch.randn(2, 3, 10)
 L = torch.zeros(2, 3, dtype=torch.int64)
@@ -58,6 +59,26 @@ CASES = [
     ),
     ((S, S, L), {"temperature": torch.tensor(2.0)}, TypeError, "temperature: expected a finite .*pass a Python number"),
     ((S, S, L), {"reduction": "avg"}, ValueError, "reduction: expected 'mean', 'sum' or 'none', got 'avg'"),
+    ((S, S, L), {"divergence": "kl"}, ValueError, "divergence: expected 'forward_kl' or 'reverse_kl', got 'kl'"),
+    ((S, S, L), {"shift": 1}, TypeError, "shift: expected True or False, got 1"),
+    (
+        (S, S),
+        {"shift": True, "alpha": 1.0},
+        ValueError,
+        "labels: expected a tensor with shift=True, .*got None; pass token",
+    ),
+    (
+        (S[0, 0], S[0, 0], L[0, 0]),
+        {"shift": True},
+        ValueError,
+        r"shift: expected False without a sequence dimension, .* shape \(\)",
+    ),
+    (
+        (S, S, L + 10),
+        {"shift": True},
+        IndexError,
+        "labels: expected class ids from 0 to 9 or ignore_index=-100, got 10",
+    ),
     ((S, S, L), {"ignore_index": None}, TypeError, "ignore_index: expected an integer"),
     (
         (S, S, L.int()),
@@ -170,6 +191,8 @@ LINEAR_CASES = [
     ((*HEADS, L), {"workspace_bytes": 0}, ValueError, "workspace_bytes: expected at least 1, got 0"),
     ((*HEADS, L), {"workspace_bytes": 1e9}, TypeError, "workspace_bytes: expected a number of bytes"),
     ((*HEADS, L), {"workspace_bytes": 100}, ValueError, "workspace_bytes: expected at least 512, .* got 100"),
+    ((*HEADS, L), {"divergence": 1}, ValueError, "divergence: expected 'forward_kl' or 'reverse_kl', got 1"),
+    ((*HEADS,), {"shift": True, "alpha": 1.0}, ValueError, "labels: expected a tensor with shift=True"),
     ((*HEADS, L), {"temperature": 0}, ValueError, "temperature: expected a finite number above 0"),
     ((*HEADS, L), {"token_weights": torch.ones(3)}, ValueError, "token_weights: expected one value a row"),
 ]
@@ -185,22 +208,19 @@ def test_invalid_call_of_the_linear_loss(arguments, options, error, message):
     assert all(torch.equal(a, b) for a, b in zip(HEADS, before, strict=True))
 
 
-def test_what_cannot_be_raised_gives_nan(monkeypatch):
+def test_what_cannot_be_raised_gives_nan():
     """Where values are not to be read (a GPU, torch.compile), what a wrong one counts for is NaN."""
-    from fused_kd import checks
-
-    monkeypatch.setattr(checks, "readable", lambda tensor: False)
-    labels = L.clone()
+    labels = unread(L.clone())
     labels[0, 1] = 10
     student = S.clone().requires_grad_()
-    alpha = torch.full((2, 3), 0.5)
+    alpha = unread(torch.full((2, 3), 0.5))
     alpha[1, 2] = 2.0
     for given, where in (({"labels": labels}, (0, 1)), ({"labels": L, "alpha": alpha}, (1, 2))):
         loss = kd_loss(student, S, reduction="none", **given)
         assert loss.isnan().sum() == 1
         assert loss[where].isnan()
     for num_items in (-1.0, torch.nan, torch.inf):
-        assert kd_loss(student, S, L, num_items=torch.tensor(num_items)).isnan()
+        assert kd_loss(student, S, L, num_items=unread(torch.tensor(num_items))).isnan()
 
 
 @pytest.mark.parametrize(
@@ -232,7 +252,7 @@ def test_a_workspace_that_is_too_small_for_the_gradients_is_refused_before_anyth
             *heads, *teacher, L, reduction=reduction, logits_dtype=torch.float32, workspace_bytes=workspace_bytes
         ).sum()
 
-    enough = plan(1, 10, 4, 4, logits_dtype=torch.float32).workspace_bytes  # of one token
+    enough = plan_chunks(1, 10, 4, 4, logits_dtype=torch.float32).workspace_bytes  # of one token
     if compiled:
         loss = torch.compile(loss, backend="aot_eager")
         with pytest.raises(Exception, match=f"workspace_bytes: expected at least {enough}"):
@@ -265,3 +285,20 @@ def test_importing_the_package_needs_no_triton():
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert abs(float(result.stdout)) < 1e-6
+
+
+def test_importing_the_package_needs_no_numpy():
+    import subprocess
+    import sys
+
+    code = (
+        "import sys; sys.modules['numpy'] = None\n"
+        "import warnings; warnings.simplefilter('ignore')\n"  # PyTorch's, which misses it
+        "import torch, fused_kd\n"
+        "x = torch.randn(2, 5, requires_grad=True); z = 2 * x\n"
+        "fused_kd.kd_loss(z, z.detach()[:, :], alpha=1.0, inplace_backward=True).backward()\n"
+        "print(float(x.grad.norm()))"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert float(result.stdout) < 1e-6

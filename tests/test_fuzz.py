@@ -1,4 +1,4 @@
-"""Calls of every kind at once: valid ones against the float64 oracle, spoiled ones against what the errors promise.
+"""Random calls: valid ones against the float64 oracle, and invalid ones against the errors that they must raise.
 
 `pytest tests/test_fuzz.py --hypothesis-profile=thorough` draws thousands of each instead of a hundred.
 """
@@ -18,13 +18,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fused_kd import kd_loss, linear_kd_loss, reference
-from fused_kd.backends import cpu
-from fused_kd.backends.triton.launch import Launch
-from fused_kd.devices import OneLaunch
+from fused_kd import launching as launches
+from fused_kd.launch import Launch, SinglePass
 from fused_kd.rows import as_rows
+from fused_kd.testing.blocks import blocks_of
 
 from .spoils import Spoil, kd_spoils, linear_kd_spoils
-from .strategies import Call, kd_calls, linear_kd_calls
+from .strategies import Call, by_position, kd_calls, linear_kd_calls
 
 # An error may be twice eager's plus a few epsilons of the terms.  The terms, not the result: of a small difference of
 # large terms nothing computed in float32 knows more.
@@ -47,17 +47,19 @@ def cut(tile: dict[str, int]) -> Iterator[None]:
         columns_per_split = -(-student.shape[2] // (whole * tile["splits"])) * whole
         return Launch(lanes, columns, max(1, lanes // 32), tile["splits"], columns_per_split)
 
-    def one_launch(student: Tensor, teacher: Tensor | None, gradient: Tensor, wide: bool, clusters: bool) -> OneLaunch:
-        two = launch(
-            student, max(tensor.element_size() for tensor in (student, teacher, gradient) if tensor is not None)
-        )
-        warp_size = two.lanes // two.num_warps
-        return OneLaunch(1, two.num_warps, warp_size, two.columns, two.splits, two.columns_per_split, 0, 0, hits=False)
+    def single_pass(student: Tensor, teacher: Tensor | None, **options: bool) -> SinglePass | None:
+        if of(student, teacher, **options) is None:
+            return None
+        itemsize = 4 if student.dtype == torch.bfloat16 else student.element_size()  # as it is written, interpreted
+        two = launch(student, max(itemsize, 0 if teacher is None else teacher.element_size()))
+        warp_size, accesses = two.lanes // two.num_warps, max(1, two.columns * itemsize // 16)
+        return SinglePass(1, two.num_warps, warp_size, two.columns, two.splits, two.columns_per_split, accesses)
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cpu, "BLOCK_ELEMENTS", tile["block_elements"])
-        patch.setattr(sys.modules["fused_kd.backends.triton.single_pass"], "default_one_launch", one_launch)
-        for name in ("row_statistics", "logit_gradient"):
+    of = launches.single_pass
+
+    with pytest.MonkeyPatch.context() as patch, blocks_of(tile["block_elements"]):
+        patch.setattr(launches, "single_pass", single_pass)
+        for name in ("statistics", "gradient"):
             patch.setattr(sys.modules[f"fused_kd.backends.triton.{name}"], "default_launch", launch)
         yield
 
@@ -109,15 +111,15 @@ def run(loss: Callable[..., Any], arguments: dict[str, Any], upstream: Tensor) -
     hooks = [x.register_hook(functools.partial(gradients.__setitem__, name)) for name, x in wanted.items()]
     output = loss(**arguments)
     value, *parts = output if arguments["return_parts"] else (output,)
-    if parts and parts[0] is None and loss in REFERENCES:  # they leave KL out for a number alpha = 0
-        parts[0] = loss(**arguments | {"alpha": torch.zeros(arguments["labels"].shape)}).kl
+    if parts and parts[1] is None and loss in REFERENCES:  # they leave the divergence out for a number alpha = 0
+        parts[1] = loss(**arguments | {"alpha": torch.zeros(arguments["labels"].shape)}).divergence
     if value.requires_grad:
         value.backward(upstream.to(value.dtype))
     for hook in hooks:
         hook.remove()
     return {
         "loss": value.detach(),
-        **dict(zip(("kl", "ce"), parts, strict=False)),
+        **dict(zip(("ce", "divergence"), parts, strict=False)),
         **gradients,
     }
 
@@ -141,7 +143,7 @@ class Terms:
         student_error: Tensor | float = 0.0,  # of a head's output, [N]
         teacher_error: Tensor | float = 0.0,
     ) -> None:
-        given = call.arguments
+        given = by_position(call.arguments)
         N, T = student.shape[0], float(given["temperature"])
         self.counted, weight, unit = self._rows(given, N)
 
@@ -164,21 +166,26 @@ class Terms:
         kl = kl_gradient = kl_size = of_teacher = of_teacher_size = torch.zeros_like(ce)
         if teacher is not None:
             y, y_error = logits(teacher, teacher_error, 1)
-            p, q = (z / T).softmax(1), (y / T).softmax(1)
             far = ((z - z.amax(1, keepdim=True)).abs() + (y - y.amax(1, keepdim=True)).abs()) / T
+            # The divergence is a mean of log(q / p) over q, the teacher's for forward KL and the student's for reverse KL.
+            is_reverse = given["divergence"] == "reverse_kl"
+            (x, p_error), (w, q_error) = ((y, y_error), (z, z_error)) if is_reverse else ((z, z_error), (y, y_error))
+            p, q = (x / T).softmax(1), (w / T).softmax(1)
+            p_error, q_error = 2 * p_error / T, 2 * q_error / T
             far = (1 + far).where(q > 0, 0.0)  # of log q - log p
             mean = (q * far).sum(1)
-            kl = (epsilon + 2 * y_error / T) * mean + 2 * z_error / T
-            of_teacher_size = (q * (far + mean[:, None])).norm(dim=1)
+            kl = (epsilon + q_error) * mean + p_error
+            of_q_size = (q * (far + mean[:, None])).norm(dim=1)
             p, q = p.norm(dim=1), q.norm(dim=1)
-            kl_size, kl_gradient = p + q, (epsilon + 2 * z_error / T) * p + (epsilon + 2 * y_error / T) * q
-            of_teacher = (epsilon + 2 * y_error / T) * of_teacher_size + q * (kl + 2 * (z_error + y_error) / T)
+            of_p = p + q, (epsilon + p_error) * p + (epsilon + q_error) * q
+            of_q = of_q_size, (epsilon + q_error) * of_q_size + q * (kl + p_error + q_error)
+            (kl_size, kl_gradient), (of_teacher_size, of_teacher) = (of_q, of_p) if is_reverse else (of_p, of_q)
         alpha = given["alpha"]
         one_alpha = not isinstance(alpha, Tensor) or alpha.dim() == 0
         alpha = float(alpha) if one_alpha else alpha.detach().double().reshape(N)
         upstream = call.upstream.double().abs()
         upstream = upstream.reshape(N) if given["reduction"] == "none" else upstream
-        self.ce, self.kl = weight * ce, weight * kl
+        self.ce, self.divergence = weight * ce, weight * kl
         row = (1 - alpha) * ce + alpha * T**2 * kl
         self.loss = weight * row
         # Less where the map is flat, but of its slope 1 - tanh^2 nothing is left there either.
@@ -244,11 +251,16 @@ def assert_as_the_oracle(
 
 def sizes(terms: Terms, arguments: dict[str, Any], shape: torch.Size) -> dict[str, Tensor]:
     """The bound of what both losses give, one a row or of a sum."""
-    reduced = {name: getattr(terms, name) for name in ("loss", "kl", "ce")}
+    reduced = {name: getattr(terms, name) for name in ("loss", "ce", "divergence")}
     if arguments["reduction"] != "none":
         reduced = {name: term.sum() for name, term in reduced.items()}
     found = reduced | {"alpha": terms.alpha, "token_weights": terms.token_weights}
-    return {name: term.reshape(shape) if term.dim() else term for name, term in found.items()}
+    found = {name: term.reshape(shape) if term.dim() else term for name, term in found.items()}
+    if arguments["shift"]:  # back from positions to tokens
+        for name in ("alpha", "token_weights"):
+            if found[name].dim():
+                found[name] = torch.cat([torch.zeros_like(found[name][..., :1]), found[name][..., :-1]], -1)
+    return found
 
 
 def float64_too(device: torch.device) -> bool:

@@ -1,12 +1,10 @@
-"""What `inplace_backward` may write over, when it does, and what may use the logits around it."""
-
-import os
+"""The option `inplace_backward`: the memory that it overwrites, when it does so, and other uses of the logits."""
 
 import pytest
 import torch
 
 from fused_kd import kd_loss, reference
-from fused_kd.launch import PLAN, TWO
+from fused_kd.launching import TWO, requested
 
 from .oracle import relative_error
 
@@ -39,7 +37,7 @@ def test_when_the_logits_are_written_over_does_not_depend_on_the_device(device, 
     before = logits.detach().clone()
     loss = kd_loss(given, teacher, labels, inplace_backward=True, **options)
     loss = loss.loss if "return_parts" in options else loss
-    waits = case != "plain" or os.environ.get(PLAN) == TWO
+    waits = case != "plain" or requested() == TWO
     assert torch.equal(logits, before) == waits
     of_oracle = {name: value for name, value in options.items() if name != "return_parts"}
     expected = gradient_of(reference.kd_loss(leaf.double(), teacher.double(), labels, **of_oracle).sum(), leaf)
@@ -64,7 +62,7 @@ def test_a_later_use_of_logits_that_were_written_over_raises(device, later, adde
     loss = kd_loss(logits, teacher, labels, inplace_backward=True)
     other = LATER[later](logits)
     total = loss + other if added else other
-    if os.environ.get(PLAN) == TWO:  # they are there until backward
+    if requested() == TWO:  # they are there until backward
         expected = reference.kd_loss(leaf, teacher, labels) * added + LATER[later](leaf * 1)
         assert relative_error(gradient_of(total, leaf), gradient_of(expected, leaf).double()) < 1e-5
         return
@@ -103,13 +101,13 @@ def test_a_second_backward_pass_and_the_gradient_of_the_logits_themselves(device
     logits = leaf * 1
     logits.retain_grad()
     loss = kd_loss(logits, teacher, labels, inplace_backward=True)
-    if os.environ.get(PLAN) == TWO:
+    if requested() == TWO:
         loss.backward()
     else:
         for factor in (1.0, 0.3):
             leaf.grad = logits.grad = None
             (factor * loss).backward(retain_graph=factor == 1)
-    factor = 1.0 if os.environ.get(PLAN) == TWO else 0.3
+    factor = 1.0 if requested() == TWO else 0.3
     expected = factor * gradient_of(reference.kd_loss(leaf, teacher, labels), leaf)
     assert relative_error(leaf.grad, expected.double()) < 1e-6
     assert torch.equal(logits.grad, leaf.grad)

@@ -1,4 +1,4 @@
-"""Token weights and alpha that are learned, at the ends of their range: the gradients of the plain formula."""
+"""Learned token weights and alpha at the ends of their ranges: their gradients are those of the plain formula."""
 
 import pytest
 import torch

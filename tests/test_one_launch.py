@@ -1,24 +1,25 @@
-"""A gradient that comes with the loss: when it does, what backward makes of it, and the memory that it takes.
+"""The gradient that is taken with the loss: when that happens, how backward scales it, and the memory that it takes.
 
-Its values are those of the other tests, whose `device` is also one where all losses that can take one launch do.
+The other tests check its values, since their fixture `device` also runs them with one launch wherever that is possible.
 """
 
 import functools
 import math
-import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from fused_kd import autograd, kd_loss, linear_kd_loss, reference
-from fused_kd import one_launch as one_launch_module
-from fused_kd import operators as ops
+from fused_kd import kd_loss, linear_kd_loss, reference
+from fused_kd import launching as launch_module
 from fused_kd.backends import cpu
 from fused_kd.backends import triton as kernels
 from fused_kd.devices import DEVICES
-from fused_kd.launch import ONE, PLAN, TWO, default_one_launch, device_of, is_chosen, requested
+from fused_kd.launching import ONE, TWO, VARIABLE, device_of, requested, single_pass
 from fused_kd.logit_map import LogitMap
+from fused_kd.sweep import KDOptions, Logits, chosen_launch
+from fused_kd.testing import launching
 from fused_kd.testing.memory import peak_bytes
 
 from .oracle import relative_error, value_and_gradient
@@ -27,14 +28,16 @@ N, V = 6, 501
 
 
 @pytest.fixture
-def on_an_h100(monkeypatch):
+def on_an_h100():
     """What is chosen by device is chosen as there."""
-    monkeypatch.setattr("fused_kd.launch.device_of", lambda _: DEVICES["H100"])
+    with launching(device="H100"):
+        yield
 
 
 @pytest.fixture
-def one_launch(monkeypatch):
-    monkeypatch.setenv(PLAN, ONE)
+def one_launch():
+    with launching(ONE):
+        yield
 
 
 @pytest.fixture(params=["cpu", "kernels"])
@@ -44,18 +47,25 @@ def device(request, one_launch):
 
 
 @pytest.fixture
-def taken(monkeypatch):
-    """Names of the functions that kd_loss went through."""
-    found = []
-    for name in ("KDLossFunction", "KDLossAndGradientFunction"):
-        function = getattr(autograd, name)
+def taken():
+    """Names of the operators that kd_loss calls."""
+    with Operators() as operators:
+        yield operators.found
 
-        def apply(*arguments, of=function.apply, name=name):
-            found.append(name.removesuffix("Function"))
-            return of(*arguments)
 
-        monkeypatch.setattr(function, "apply", apply)
-    return found
+class Operators(TorchDispatchMode):
+    """Names and results of the package's operators."""
+
+    def __init__(self):
+        super().__init__()
+        self.found, self.results = [], []
+
+    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+        result = function(*arguments, **(keywords or {}))
+        if function.namespace == "fused_kd":
+            self.found.append(function.overloadpacket.__name__)
+            self.results.append(result)
+        return result
 
 
 def inputs(dtype=torch.float32, rows=N, vocabulary=V):
@@ -71,7 +81,7 @@ def inputs(dtype=torch.float32, rows=N, vocabulary=V):
 def test_a_loss_whose_gradient_is_needed_takes_it_along(on_an_h100, taken, dtype, options):
     student, teacher, labels = inputs(dtype)
     kd_loss(student * 1, teacher, labels, **options)
-    assert taken == ["KDLossAndGradient"]
+    assert taken == ["statistics_and_gradient_" if options.get("inplace_backward") else "statistics_and_gradient"]
 
 
 @pytest.mark.parametrize(
@@ -87,13 +97,13 @@ def test_a_loss_whose_gradient_is_needed_takes_it_along(on_an_h100, taken, dtype
 def test_other_losses_take_two_launches(on_an_h100, taken, dtype, options):
     student, teacher, labels = inputs(dtype)
     kd_loss(student, teacher.requires_grad_("teacher_grad" in options), labels, **options)
-    assert taken == ["KDLoss"]
+    assert taken == ["row_statistics"]
 
 
 def test_a_loss_in_float64_for_a_teacher_that_is_left_out_takes_two(one_launch, taken):
     student, teacher, labels = inputs()
     loss = kd_loss(student, teacher.double(), labels, alpha=0.0)
-    assert taken == ["KDLoss"]
+    assert taken == ["row_statistics"]
     expected = reference.kd_loss(student.double(), teacher.double(), labels, alpha=0.0)
     assert relative_error(loss.detach(), expected.detach()) < 1e-14
 
@@ -104,11 +114,11 @@ def test_without_a_gradient_there_is_none(on_an_h100, taken):
     kd_loss(student.detach(), teacher, labels, alpha=torch.full((N,), 0.5, requires_grad=True))
     with torch.no_grad():
         kd_loss(student, teacher, labels)
-    assert taken == ["KDLoss"] * 3
+    assert taken == ["row_statistics"] * 3
 
 
 def test_a_compiled_loss_takes_two_launches(one_launch, monkeypatch):
-    monkeypatch.setattr(cpu, "loss_and_gradient", lambda *_: pytest.fail("taken along"))
+    monkeypatch.setattr(cpu, "statistics_and_gradient", lambda *_: pytest.fail("taken along"))
     student, teacher, labels = inputs()
     loss = torch.compile(lambda student: kd_loss(student, teacher, labels), backend="aot_eager", fullgraph=True)
     loss(student).backward()
@@ -119,23 +129,27 @@ def test_a_cpu_takes_two_launches_unless_asked(taken):
     given = inputs()
     assert device_of(torch.device("cpu")) is None
     kd_loss(*given)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv(PLAN, ONE)
+    with launching(ONE):
         kd_loss(*given)
-    assert taken == ["KDLoss", "KDLossAndGradient"]
+    assert taken == ["row_statistics", "statistics_and_gradient"]
 
 
-def test_a_device_chooses_by_what_its_cache_holds(monkeypatch):
-    student, teacher, _ = inputs(torch.bfloat16)
+def test_a_device_chooses_by_what_its_cache_holds_and_how_fast_its_memory_is():
+    def is_single_pass(vocabulary):
+        logits = torch.empty(1, 8192, vocabulary, dtype=torch.bfloat16, device="meta")
+        return single_pass(logits, logits, in_place=False) is not None
+
     choices = {}
     for name in DEVICES:
-        monkeypatch.setattr("fused_kd.launch.device_of", lambda _, name=name: DEVICES[name])
-        choices[name] = [is_chosen(student, teacher, vocabulary) for vocabulary in (1000, 32_000, 128_256, 262_144)]
-    assert choices == {name: [True] * 4 for name in DEVICES}
-    monkeypatch.setattr("fused_kd.launch.device_of", lambda _: DEVICES["A100"]._replace(l2_bytes=2**22))
-    assert not is_chosen(student, teacher, 262_144)
-    monkeypatch.setenv(PLAN, ONE)
-    assert is_chosen(student, teacher, 262_144)
+        with launching(device=name):
+            choices[name] = [is_single_pass(vocabulary) for vocabulary in (1000, 32_000, 128_256, 262_144)]
+    assert choices.pop("H200") == choices.pop("B200") == [True, False, False, False]  # rows of one program, and shared
+    assert choices == {name: [True] * 4 for name in choices}
+    assert len(choices) == len(DEVICES) - 2
+    with launching(device=DEVICES["A100"]._replace(l2_bytes=2**22)):
+        assert not is_single_pass(262_144)
+        with launching(ONE):
+            assert is_single_pass(262_144)
 
 
 @pytest.mark.parametrize(("version", "clusters"), [("3.7.1", False), ("3.8.0", True), ("3.10.0+git1", True)])
@@ -143,39 +157,49 @@ def test_clusters_need_a_triton_that_reduces_over_them(monkeypatch, version, clu
     properties = SimpleNamespace(name="NVIDIA H100 80GB HBM3", multi_processor_count=132, L2_cache_size=50 * 2**20)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
     monkeypatch.setattr("triton.__version__", version)
-    one_launch_module._cuda_device.cache_clear()
+    launch_module._cuda_device.cache_clear()
     assert device_of(torch.device("cuda", 0)) == DEVICES["H100"]._replace(clusters=clusters)
-    one_launch_module._cuda_device.cache_clear()
+    launch_module._cuda_device.cache_clear()
+
+
+def test_a_cluster_needs_a_gradient_whose_rows_are_aligned():
+    """That of a slice of columns is contiguous: its rows may start anywhere though the logits' are aligned."""
+    logits = torch.empty(1, 8192, 32_000, dtype=torch.bfloat16)
+    for columns, ctas in ((31_984, 4), (31_987, 1)):
+        part = logits[..., :columns]
+        with launching(ONE, device="H100"):
+            assert single_pass(part, part, in_place=False).ctas == ctas
+            assert single_pass(part, part, in_place=True).ctas == 4
+            assert single_pass(logits, part, columns, in_place=False).ctas == 4
 
 
 @pytest.mark.parametrize(("student_cap", "teacher_cap"), [(None, None), (30.0, None), (None, 30.0)])
-def test_a_softcap_is_not_launched_as_a_cluster(on_an_h100, kernel_device, monkeypatch, student_cap, teacher_cap):
+def test_a_softcap_is_not_launched_as_a_cluster(on_an_h100, student_cap, teacher_cap):
     """Triton does not compile that."""
-    module = sys.modules["fused_kd.backends.triton.single_pass"]
-    planned = []
-    monkeypatch.setattr(
-        module, "default_one_launch", lambda *a, **k: planned.append(default_one_launch(*a, **k)) or planned[-1]
-    )
-    logits = torch.randn(1, 2, 4096, device=kernel_device).bfloat16()
-    weight = torch.ones(2, dtype=torch.float64, device=kernel_device)
+    logits = torch.empty(1, 8192, 16_384, dtype=torch.bfloat16)
     maps = [LogitMap(1.0, cap or math.inf) for cap in (student_cap, teacher_cap)]
-    gradient = torch.empty_like(logits)
-    kernels.loss_and_gradient(logits, logits, None, weight, weight, 2.0, gradient, *maps)
-    assert (planned[0].splits == 0) == (student_cap is teacher_cap)
+    options = KDOptions(2.0, 16_384, False, True, torch.float32, *maps)
+    with launching(device=DEVICES["H100"]):  # of a Triton that compiles clusters
+        launch = chosen_launch(Logits(logits, logits, None), options, in_place=False)
+    assert (launch.ctas > 1) == (student_cap is teacher_cap)
 
 
 @pytest.mark.parametrize("frozen", [False, True])
 def test_chunks_of_heads_take_one_launch_each(one_launch, monkeypatch, frozen):
     """Also in float16, whose gradients are counted in a power of two of their size."""
     calls = []
-    for name in ("row_statistics", "logit_gradient", "loss_and_gradient"):
+    for name in ("row_statistics", "logit_gradient", "statistics_and_gradient"):
         function = getattr(cpu, name)
         monkeypatch.setattr(cpu, name, lambda *a, of=function, name=name: calls.append(name) or of(*a))
     heads = [torch.randn(*shape, dtype=torch.float16) for shape in ((N, 8), (V, 8), (N, 8), (V, 8))]
     heads[0].requires_grad_()
     heads[1].requires_grad_(not frozen)
     linear_kd_loss(*heads, torch.randint(V, (N,))).backward()
-    assert calls == ["loss_and_gradient", "row_statistics", "logit_gradient"]  # the last two are within it on a CPU
+    assert calls == [
+        "statistics_and_gradient",
+        "row_statistics",
+        "logit_gradient",
+    ]  # the last two are within it on a CPU
 
 
 # --- as asked
@@ -183,36 +207,36 @@ def test_chunks_of_heads_take_one_launch_each(one_launch, monkeypatch, frozen):
 
 def test_a_launch_can_be_asked_for(monkeypatch):
     student = torch.empty(1, N, 100_000, dtype=torch.bfloat16)
-    monkeypatch.setenv(PLAN, "programs=5,warps=8,columns=8")
-    launch = default_one_launch(student, student, student, wide=True)
+    monkeypatch.setenv(VARIABLE, "programs=5,warps=8,columns=8")
+    launch = single_pass(student, student, in_place=True)
     assert (launch.splits, launch.ctas, launch.num_warps, launch.columns) == (5, 1, 8, 8)
     assert launch.columns_per_split % (8 * 32 * 8) == 0
     assert launch.columns_per_split * 4 < 100_000 <= launch.columns_per_split * 5
-    monkeypatch.setenv(PLAN, "cluster=16,warps=4,columns=8")
-    launch = default_one_launch(student, student, student, wide=True)
+    monkeypatch.setenv(VARIABLE, "cluster=16,warps=4,columns=8")
+    launch = single_pass(student, student, in_place=True)
     assert (launch.splits, launch.ctas, launch.lanes) == (0, 16, 16 * 4 * 32)
 
 
 @pytest.mark.parametrize("text", ["both", "cluster=3,warps=8,columns=8", "programs=0,warps=8,columns=8", "cluster=16"])
 def test_what_can_not_be_asked_for(monkeypatch, text):
     student, teacher, labels = inputs()
-    monkeypatch.setenv(PLAN, text)
-    with pytest.raises(ValueError, match=f"{PLAN}: expected auto, one-launch, two-launches, .* got '{text}'"):
+    monkeypatch.setenv(VARIABLE, text)
+    with pytest.raises(ValueError, match=f"{VARIABLE}: expected auto, one-launch, two-launches, .* got '{text}'"):
         kd_loss(student, teacher, labels)
 
 
 def test_an_empty_variable_asks_for_nothing(monkeypatch):
-    monkeypatch.setenv(PLAN, "")
+    monkeypatch.setenv(VARIABLE, "")
     assert requested() == "auto"
 
 
-def test_launches_asked_for_agree(kernel_device, monkeypatch):
+def test_launches_asked_for_agree(kernel_device):
     given = inputs(vocabulary=5000)
     student, teacher, labels = (tensor.detach().to(kernel_device) for tensor in given)
     results = []
     for text in (TWO, ONE, "cluster=1,warps=4,columns=4", "programs=7,warps=4,columns=4"):
-        monkeypatch.setenv(PLAN, text)
-        results.append(value_and_gradient(kd_loss, student, teacher, labels, temperature=3.0))
+        with launching(text):
+            results.append(value_and_gradient(kd_loss, student, teacher, labels, temperature=3.0))
     for value, gradient in results[1:]:
         assert relative_error(value, results[0][0].double()) < 2e-7
         assert relative_error(gradient, results[0][1].double()) < 4e-7
@@ -221,13 +245,13 @@ def test_launches_asked_for_agree(kernel_device, monkeypatch):
 # --- backward
 
 
-def test_backward_hands_on_what_forward_has_made(one_launch, monkeypatch):
-    made = []
-    of = ops.write_loss_and_gradient
-    monkeypatch.setattr(ops, "write_loss_and_gradient", lambda gradient, *a: made.append(gradient) or of(gradient, *a))
+def test_backward_hands_on_what_forward_has_made(one_launch):
     student, teacher, labels = inputs()
-    (gradient,) = torch.autograd.grad(kd_loss(student, teacher, labels), student)
-    assert gradient.data_ptr() == made[0].data_ptr()
+    with Operators() as operators:
+        loss = kd_loss(student, teacher, labels)
+    (gradient,) = torch.autograd.grad(loss, student)
+    _, made = operators.results[0]
+    assert gradient.data_ptr() == made.data_ptr()
     logits = student * 1
     (gradient,) = torch.autograd.grad(3 * kd_loss(logits, teacher, labels, inplace_backward=True), logits)
     assert gradient.data_ptr() == logits.data_ptr()
@@ -237,6 +261,8 @@ def test_backward_hands_on_what_forward_has_made(one_launch, monkeypatch):
 @pytest.mark.parametrize("inplace", [False, True])
 @pytest.mark.parametrize("upstream", [1.0, 0.3, 2.0**16, 0.0])
 def test_any_upstream_gradient_and_backward_again(device, dtype, inplace, upstream):
+    if device.type == "cuda" and dtype == torch.float64:
+        pytest.skip("float64 is computed on the CPU only")
     student, teacher, labels = (tensor.detach().to(device) for tensor in inputs(dtype))
     _, expected = value_and_gradient(reference.kd_loss, student.double(), teacher.double(), labels)
     leaf = student.requires_grad_()
@@ -300,7 +326,7 @@ def test_a_row_whose_weight_is_zero_in_float32_alone_has_a_value(device):
 @pytest.mark.parametrize("inplace", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.usefixtures("small_blocks")
-def test_peak_memory_is_not_above_that_of_two_launches(monkeypatch, inplace, dtype):
+def test_peak_memory_is_not_above_that_of_two_launches(inplace, dtype):
     """Of a step from hidden states: logits of both models, loss, backward through the head."""
     rows, vocabulary = 256, 8000
     logits_bytes = rows * vocabulary * dtype.itemsize
@@ -314,9 +340,9 @@ def test_peak_memory_is_not_above_that_of_two_launches(monkeypatch, inplace, dty
         (upstream * loss).backward()
 
     def peak(plan, upstream):
-        monkeypatch.setenv(PLAN, plan)
-        step(upstream)
-        return peak_bytes(functools.partial(step, upstream), torch.device("cpu"))
+        with launching(plan):
+            step(upstream)
+            return peak_bytes(functools.partial(step, upstream), torch.device("cpu"))
 
     for upstream in (1.0, 3.0):
         one, two = peak(ONE, upstream), peak(TWO, upstream)

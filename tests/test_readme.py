@@ -1,4 +1,4 @@
-"""What the README shows runs as it stands there."""
+"""The examples of the README run as they are written."""
 
 import doctest
 import re
@@ -34,8 +34,7 @@ def test_training_steps_run_and_agree(process_group):
         }  # fmt: skip
         torch.manual_seed(0)
         names["input_ids"] = torch.randint(300, (2, 7))
-        names["labels"] = names["input_ids"].roll(-1, 1)
-        names["labels"][:, -1] = -100
+        names["labels"] = names["input_ids"]
         exec(step, names)
         losses.append(names["loss"].item())
         gradients.append(torch.cat([parameter.grad.flatten() for parameter in student.parameters()]))

@@ -1,6 +1,6 @@
-"""Legitimate set-ups around a call: inference mode, autocast, memory that is shared, rows that do not count between others.
+"""Valid set-ups of a call: inference mode, autocast, shared memory, rows that do not count.
 
-Each is compared with the same call without the set-up, to the last bit where nothing else is rounded.
+Each call is compared with the same call without the set-up, bit for bit if the set-up rounds nothing.
 """
 
 import contextlib

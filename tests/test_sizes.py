@@ -7,12 +7,12 @@ import torch
 from torch import Tensor
 
 from fused_kd import kd_loss, reference
-from fused_kd.launch import compiles_clusters, triton_release
+from fused_kd.launching import compiles_clusters, triton_release
 
 from .oracle import EPSILON, relative_error, value_and_gradient
 
-variants = pytest.importorskip("fused_kd.cli.compiled.variants")
-workers = pytest.importorskip("fused_kd.cli.compiled.workers")
+variants = pytest.importorskip("benchmarks.compiled.variants")
+workers = pytest.importorskip("benchmarks.compiled.workers")
 
 # Shape and strides.  Beyond 2^31 elements from the first logit lie a row whose stride passes that by itself; rows whose
 # numbers and strides are 32-bit integers but not their products, at multiples of 16 bytes and not; a dimension outside of

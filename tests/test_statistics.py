@@ -1,19 +1,28 @@
 """The merge laws: whatever the cut and the order, the statistics of the parts merge to those of the whole."""
 
+import itertools
 from itertools import pairwise
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fused_kd import reference
+from fused_kd import divergences, reference
 from fused_kd import statistics as stats
 from fused_kd.backends import cpu
+from fused_kd.divergences import FORWARD_KL, REVERSE_KL
 
 
-def of_columns(student, teacher, temperature):
-    ones = torch.ones(student.shape[0], dtype=student.dtype)
-    return cpu.row_statistics(student[None], teacher[None], ones, ones, temperature, True)[0]
+def of_columns(student, teacher, temperature, divergence=FORWARD_KL):
+    counted = torch.ones(student.shape[0], dtype=torch.bool)
+    return cpu.row_statistics(student[None], teacher[None], counted, student.dtype, True, temperature, divergence.name)[
+        0
+    ]
+
+
+def merged(parts, temperature, divergence=FORWARD_KL):
+    return stats.merge(torch.stack(parts), temperature, divergence.mass)
 
 
 def logits(seed, scale, rows=3, columns=24):
@@ -25,28 +34,29 @@ CASES = {
     "seed": st.integers(0, 10**6),
     "scale": st.sampled_from([0.0, 1e-3, 1.0, 30.0, 1e4]),
     "temperature": st.sampled_from([0.5, 1.0, 2.0, 7.0]),
+    "divergence": st.sampled_from([FORWARD_KL, REVERSE_KL]),
 }
 
 
 @settings(max_examples=60, deadline=None)
 @given(**CASES, cuts=st.lists(st.integers(1, 23), unique=True, max_size=5), order=st.randoms(use_true_random=False))
-def test_parts_merge_to_the_whole_in_any_order(seed, scale, temperature, cuts, order):
+def test_parts_merge_to_the_whole_in_any_order(seed, scale, temperature, divergence, cuts, order):
     student, teacher = logits(seed, scale)
     edges = [0, *sorted(cuts), 24]
-    parts = [of_columns(student[:, a:b], teacher[:, a:b], temperature) for a, b in pairwise(edges)]
+    parts = [of_columns(student[:, a:b], teacher[:, a:b], temperature, divergence) for a, b in pairwise(edges)]
     order.shuffle(parts)
-    merged = stats.merge(torch.stack(parts), temperature)
-    torch.testing.assert_close(merged, of_columns(student, teacher, temperature), rtol=1e-11, atol=1e-11)
+    whole = of_columns(student, teacher, temperature, divergence)
+    torch.testing.assert_close(merged(parts, temperature, divergence), whole, rtol=1e-11, atol=1e-11)
 
 
 @settings(max_examples=60, deadline=None)
 @given(**CASES)
-def test_merge_is_associative_commutative_and_has_an_identity(seed, scale, temperature):
+def test_merge_is_associative_commutative_and_has_an_identity(seed, scale, temperature, divergence):
     student, teacher = logits(seed, scale)
-    a, b, c = (of_columns(student[:, i : i + 8], teacher[:, i : i + 8], temperature) for i in (0, 8, 16))
+    a, b, c = (of_columns(student[:, i : i + 8], teacher[:, i : i + 8], temperature, divergence) for i in (0, 8, 16))
 
     def merge(*parts):
-        return stats.merge(torch.stack(parts), temperature)
+        return merged(parts, temperature, divergence)
 
     torch.testing.assert_close(merge(merge(a, b), c), merge(a, merge(b, c)), rtol=1e-11, atol=1e-11)
     assert torch.equal(merge(a, b), merge(b, a))
@@ -61,7 +71,7 @@ def test_identity_survives_columns_that_are_all_masked():
     whole = of_columns(student, teacher, 2.0)
     identity = stats.identity(3, torch.float64)
     assert torch.equal(stats.merge(torch.stack([identity, identity, whole]), 2.0), whole)
-    assert torch.isnan(stats.kl_divergence(of_columns(masked, masked, 2.0), 2.0)).all()
+    assert torch.isnan(FORWARD_KL.value(of_columns(masked, masked, 2.0), 2.0)).all()
 
 
 def test_identity_survives_maxima_further_apart_than_float32_reaches():
@@ -73,13 +83,13 @@ def test_identity_survives_maxima_further_apart_than_float32_reaches():
 def test_parts_further_apart_than_float32_reaches_merge_to_the_whole():
     student = torch.tensor([[1e38, 0.0, -2.5e38, -3e38], [3e38, 3e38, -3e38, 3e38]])
     teacher = torch.tensor([[-2.5e38, -3e38, 1e38, 1e38], [1e38, 1e38, 1e38, 1e38]])
-    for temperature in (0.05, 1.0):
-        parts = [of_columns(student[:, [i]], teacher[:, [i]], temperature) for i in range(4)]
-        merged = stats.merge(torch.stack(parts), temperature)
-        torch.testing.assert_close(merged, of_columns(student, teacher, temperature))
-        kl = stats.kl_divergence(merged, temperature)
-        expected = reference.kl_divergence(student.double(), teacher.double(), temperature)
-        torch.testing.assert_close(kl, expected, rtol=1e-6, atol=0)
+    for temperature, divergence in itertools.product((0.05, 1.0), (FORWARD_KL, REVERSE_KL)):
+        of, to = (teacher, student) if divergence is FORWARD_KL else (student, teacher)
+        parts = [of_columns(student[:, [i]], teacher[:, [i]], temperature, divergence) for i in range(4)]
+        whole = merged(parts, temperature, divergence)
+        torch.testing.assert_close(whole, of_columns(student, teacher, temperature, divergence))
+        expected = reference.kl_divergence(to.double(), of.double(), temperature)
+        torch.testing.assert_close(divergence.value(whole, temperature), expected, rtol=1e-6, atol=0)
 
 
 def test_an_infinite_divergence_survives_a_merge_and_never_becomes_nan():
@@ -88,21 +98,67 @@ def test_an_infinite_divergence_survives_a_merge_and_never_becomes_nan():
     student[1, 3] = -torch.inf
     teacher[1, :12] -= 1e5  # a part infinite by itself, of no weight beside the other
     parts = [of_columns(student[:, s], teacher[:, s], 1.0) for s in (slice(0, 12), slice(12, 24))]
-    kl = stats.kl_divergence(stats.merge(torch.stack(parts), 1.0), 1.0)
+    kl = FORWARD_KL.value(merged(parts, 1.0), 1.0)
     assert kl[0] == torch.inf
     assert kl[1:].isfinite().all()
+    parts = [of_columns(teacher[:, s], student[:, s], 1.0, REVERSE_KL) for s in (slice(0, 12), slice(12, 24))]
+    assert torch.equal(REVERSE_KL.value(merged(parts, 1.0, REVERSE_KL), 1.0), kl)
 
 
 def test_final_values():
     student, teacher = logits(1, 3.0)
     statistics = of_columns(student, teacher, 3.0)
     torch.testing.assert_close(
-        stats.kl_divergence(statistics, 3.0), reference.kl_divergence(student, teacher, 3.0), rtol=1e-12, atol=0
+        FORWARD_KL.value(statistics, 3.0), reference.kl_divergence(student, teacher, 3.0), rtol=1e-12, atol=0
     )
+    reverse = REVERSE_KL.value(of_columns(student, teacher, 3.0, REVERSE_KL), 3.0)
+    torch.testing.assert_close(reverse, reference.kl_divergence(teacher, student, 3.0), rtol=1e-12, atol=0)
     labels = torch.tensor([0, 5, 23])
     torch.testing.assert_close(
-        stats.cross_entropy(statistics, student.gather(1, labels[:, None])[:, 0]),
+        divergences.cross_entropy(statistics, student.gather(1, labels[:, None])[:, 0]),
         torch.nn.functional.cross_entropy(student, labels, reduction="none"),
         rtol=1e-12,
         atol=0,
     )
+
+
+def row_weights(rows):
+    return [torch.linspace(0.5, 2.0, rows, dtype=torch.float64), torch.linspace(1.0, 0.2, rows, dtype=torch.float64)]
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0, 3.0])
+@pytest.mark.parametrize("divergence", [FORWARD_KL, REVERSE_KL], ids=lambda divergence: divergence.name)
+def test_coefficients_give_the_gradient_of_both_logits(divergence, temperature):
+    """The formulas at the head of `divergences.py`, as they stand there, against autograd."""
+    student, teacher = (z.requires_grad_() for z in logits(2, 3.0))
+    labels, (w_ce, w) = torch.tensor([0, 5, 23]), row_weights(3)
+    of, to = (teacher, student) if divergence is FORWARD_KL else (student, teacher)
+    ce = torch.nn.functional.cross_entropy(student, labels, reduction="none")
+    expected = torch.autograd.grad(
+        (w_ce * ce + w * reference.kl_divergence(to, of, temperature)).sum(), (student, teacher)
+    )
+    z, y = student.detach(), teacher.detach()
+    statistics = of_columns(z, y, temperature, divergence)
+    m_s, m_t, A, B, C, W, R = divergences.coefficients(statistics, w_ce, w, divergence, temperature)[:, :, None]
+    u, v = z - m_s, y - m_t
+    p, q, is_label = (u / temperature).exp(), (v / temperature).exp(), torch.nn.functional.one_hot(labels, 24)
+    if divergence is FORWARD_KL:
+        found = A * u.exp() + B * p - C * q - W * is_label, C * q * ((v - u) / temperature - R)
+    else:
+        found = A * u.exp() + B * p * ((u - v) / temperature - R) - W * is_label, C * q - B * p
+    torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-13)
+
+
+def test_coefficients_of_rows_that_do_not_count_are_zero():
+    student, teacher = logits(3, 1.0)
+    statistics = of_columns(student, teacher, 2.0)
+    statistics[:, 1] = stats.identity(1, torch.float64)[:, 0]
+    w_ce, w = row_weights(3)
+    w_ce[1] = w[1] = 0
+    found = divergences.coefficients(statistics, w_ce, w, FORWARD_KL, 2.0)
+    assert not found[:, 1].any()
+    assert found[:, [0, 2]].isfinite().all()
+    assert found[:, [0, 2]].ne(0).all()
+    only_ce = divergences.coefficients(statistics, w_ce, None, FORWARD_KL, 2.0)
+    B, C, R = divergences.Coefficient.B, divergences.Coefficient.C, divergences.Coefficient.R
+    assert not only_ce[[B, C, R]].any()

@@ -1,6 +1,6 @@
-"""Nothing waits for the device: proved without one on fake CUDA tensors, and with one by a CUDA graph.
+"""No loss waits for the device: shown without a GPU by fake CUDA tensors, and with one by a CUDA graph.
 
-Fake tensors have no values: whatever reads one raises.  The operators run down to their kernels, which are stubs here.
+Fake tensors have no values, so reading a value raises.  The operators run down to their kernels, which are stubs here.
 """
 
 from contextlib import nullcontext
@@ -14,17 +14,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.gpu.graphs import captured
 from fused_kd import functional, kd_loss, linear_kd_loss
-from fused_kd import launch as one_launch
 from fused_kd import operators as ops
-from fused_kd import statistics as stats
 from fused_kd.autograd import (
-    KDLossAndGradientFunction,
     KDLossFunction,
     LinearKDLossFunction,
     LinearKDRowLossesFunction,
+    SinglePassFunction,
 )
-from fused_kd.devices import DEVICES
-from fused_kd.heads import sweep as linear
+from fused_kd.divergences import Divergence
+from fused_kd.launch import SinglePass
+from fused_kd.launching import ONE, TWO
+from fused_kd.testing import launching
 from fused_kd.testing.launches import Float32Products, opened_operators
 
 N, V, H_S, H_T = 40, 137, 8, 12
@@ -90,18 +90,17 @@ class CopiesBetweenDevices(TorchDispatchMode):
 def fake_device(monkeypatch):
     """Kernels of three splits, which the operator merges; and operators that fake tensors do not keep outside."""
 
-    def row_statistics(student, teacher, ce_weight, *arguments):
-        return ce_weight.new_empty(3, 6, ce_weight.numel())
+    def row_statistics(student, teacher, counted, dtype, *arguments):
+        return counted.new_empty(3, 6, counted.numel(), dtype=dtype)
 
-    def loss_and_gradient(student, teacher, labels, ce_weight, *arguments):
+    def statistics_and_gradient(student, teacher, labels, ce_weight, *arguments):
         return ce_weight.new_empty(6, ce_weight.numel(), dtype=torch.float32)
 
     nothing = dict.fromkeys(("logit_gradient", "scale_"), lambda *arguments: None)
-    stub = SimpleNamespace(row_statistics=row_statistics, loss_and_gradient=loss_and_gradient, **nothing)
+    stub = SimpleNamespace(row_statistics=row_statistics, statistics_and_gradient=statistics_and_gradient, **nothing)
     monkeypatch.setattr(ops, "_backend", lambda *arguments: stub)
     monkeypatch.setattr(ops, "_device_of", lambda tensor: nullcontext())
-    monkeypatch.setattr(one_launch, "device_of", lambda device: DEVICES["H100"])
-    with opened_operators(), FakeTensorMode(), Float32Products(), WithoutCuda():
+    with launching(device="H100"), opened_operators(), FakeTensorMode(), Float32Products(), WithoutCuda():
         yield torch.device("cuda", 0)
 
 
@@ -133,7 +132,7 @@ def apply_by_hand(function, teacher_grad, found):
             inputs = *inputs[:-1], inputs[-1]._replace(needed=(True,) * 3 + (teacher_grad,) * 2 + (False,))
         output = function.forward(*inputs)
         is_tensor = [isinstance(value, torch.Tensor) for value in inputs]
-        is_tensor[1] &= teacher_grad or function not in (KDLossFunction, KDLossAndGradientFunction)
+        is_tensor[1] &= teacher_grad or function not in (KDLossFunction, SinglePassFunction)
         context = Context(needs_input_grad=is_tensor)
         function.setup_context(context, inputs, output)
         found.append(function.backward(context, torch.ones_like(output[0]), *[None] * (len(output) - 1)))
@@ -151,10 +150,12 @@ def test_nothing_reads_a_value_or_moves_between_devices(
 ):
     gradients = []
     along = in_one_launch and reduction != "none"
-    monkeypatch.setattr(functional, "_takes_gradient_along", lambda *arguments: along)
-    monkeypatch.setattr(linear, "fits_one_launch", lambda *arguments: in_one_launch)
+    launch = (
+        SinglePass(1, 4, 32, 8, 0, V, 1) if along else None
+    )  # fake tensors that are not recorded require no gradient
+    monkeypatch.setattr(functional, "_single_pass", lambda *arguments: launch)
     for function in (
-        KDLossFunction, KDLossAndGradientFunction, LinearKDLossFunction, LinearKDRowLossesFunction,
+        KDLossFunction, SinglePassFunction, LinearKDLossFunction, LinearKDRowLossesFunction,
     ):  # fmt: skip
         monkeypatch.setattr(function, "apply", apply_by_hand(function, teacher_grad, gradients))
     given = inputs(fake_device, dtype)
@@ -162,7 +163,7 @@ def test_nothing_reads_a_value_or_moves_between_devices(
         "token_weights": given.row, "alpha": given.row, "reduction": reduction, "return_parts": True,
         "num_items": given.count if reduction == "mean" else None, "temperature": 3.0, "teacher_grad": teacher_grad,
     }  # fmt: skip
-    with CopiesBetweenDevices() as copies:
+    with launching(ONE if in_one_launch else TWO), CopiesBetweenDevices() as copies:
         for inplace in (False, True):
             kd_loss(given.logits, given.teacher_logits, given.labels, inplace_backward=inplace, **options)
         options |= {"student_bias": given.bias, "workspace_bytes": CHUNKED}
@@ -183,11 +184,11 @@ def test_nothing_reads_a_value_or_moves_between_devices(
 def test_a_mistake_would_be_seen(fake_device, mistake, monkeypatch):
     given = inputs(fake_device, torch.float32)
     wrong = {
-        "read": lambda statistics, _: statistics[0] * statistics.sum().item(),
-        "copy to the host": lambda statistics, _: statistics[0].cpu().to(statistics.device),
-        "constant from the host": lambda statistics, _: statistics[0] * torch.ones(N).to(statistics.device),
+        "read": lambda _, statistics, T: statistics[0] * statistics.sum().item(),
+        "copy to the host": lambda _, statistics, T: statistics[0].cpu().to(statistics.device),
+        "constant from the host": lambda _, statistics, T: statistics[0] * torch.ones(N).to(statistics.device),
     }[mistake]
-    monkeypatch.setattr(stats, "kl_divergence", wrong)
+    monkeypatch.setattr(Divergence, "value", wrong)
     with CopiesBetweenDevices() as copies:
         if mistake == "read":
             with pytest.raises(Exception, match="_local_scalar_dense"):

@@ -1,12 +1,11 @@
-"""teacher_grad=True: the teacher learns too, with alpha T (log-ratio - KL) q_T from the same sweep as the student."""
+"""The option `teacher_grad`: the teacher's gradient, alpha T (log-ratio - KL) q_T, from the same sweep as the student's."""
 
 import warnings
 
 import pytest
 import torch
 
-from fused_kd import kd_loss, linear_kd_loss, reference
-from fused_kd.heads import sweep as linear
+from fused_kd import kd_loss, linear_kd_loss, plan_chunks, reference
 from fused_kd.testing.memory import peak_bytes
 
 from .oracle import relative_error
@@ -256,7 +255,7 @@ def test_memory_is_what_the_plan_says(dtype, chunk):
             leaf.grad = None
         linear_kd_loss(*leaves, labels, teacher_grad=True, workspace_bytes=bound).backward()
 
-    plan = linear.plan(
+    plan = plan_chunks(
         256, 8000, H_S, H_T, dtype=dtype, teacher_hidden_grad=True, teacher_weight_grad=True, workspace_bytes=bound
     )
     measured = peak_bytes(step, torch.device("cpu"))
@@ -266,7 +265,7 @@ def test_memory_is_what_the_plan_says(dtype, chunk):
 def test_the_plan_of_one_chunk_keeps_the_logits_that_become_gradients():
     """Without a teacher that learns its logits make room for the weight gradient; here they are needed to the end."""
     options = {"hidden_grad": False, "dtype": torch.float32, "workspace_bytes": 10**9}
-    alone, both = (linear.plan(16, 8192, 64, 32, teacher_hidden_grad=learns, **options) for learns in (False, True))
+    alone, both = (plan_chunks(16, 8192, 64, 32, teacher_hidden_grad=learns, **options) for learns in (False, True))
     weight, teacher_logits = 8192 * 64 * 4, alone.buffers["teacher logits"]
     assert alone.peak_bytes == alone.workspace_bytes + weight - teacher_logits
     assert both.peak_bytes == both.workspace_bytes + weight + 16 * 32 * 4

@@ -1,4 +1,4 @@
-"""torch.func, higher derivatives: what works is right, what does not says so."""
+"""Transforms of torch.func and higher derivatives: the supported ones are right, the others raise."""
 
 from functools import partial
 
@@ -126,9 +126,9 @@ def test_the_second_derivative_of_a_gradient_of_alpha_is_refused():
 
 def test_an_operator_by_itself_refuses_to_be_differentiated():
     student = torch.randn(1, 4, V, requires_grad=True)
-    weights = torch.ones(4)
+    counted, maps = torch.ones(4, dtype=torch.bool), ([1.0, torch.inf], [1.0, torch.inf])
     statistics = torch.ops.fused_kd.row_statistics(
-        student, None, weights, weights, 1.0, True, [1.0, torch.inf], [1.0, torch.inf]
+        student, None, counted, torch.float32, True, 1.0, "forward_kl", *maps
     )
     with pytest.raises(NotImplementedError, match="an operator by itself"):
         statistics.sum().backward()
@@ -136,14 +136,15 @@ def test_an_operator_by_itself_refuses_to_be_differentiated():
 
 def test_vmap_of_an_operator_over_its_last_dimension():
     """The losses bring the samples to the front before they call it."""
-    student, weight = torch.randn(1, 4, V, B), torch.rand(4, B)
+    student, counted = torch.randn(1, 4, V, B), torch.rand(4, B) > 0.3
 
-    def statistics(student, weight):
-        return ops.row_statistics(student, None, weight, weight, 2.0, True, LogitMap(), LogitMap())
+    def statistics(student, counted):
+        last = 2.0, "forward_kl", LogitMap(), LogitMap()
+        return ops.row_statistics(student, None, counted, torch.float32, True, *last)
 
-    batched = torch.func.vmap(statistics, (3, 1))(student, weight)
+    batched = torch.func.vmap(statistics, (3, 1))(student, counted)
     for i in range(B):
-        assert torch.equal(batched[i], statistics(student[..., i], weight[:, i]))
+        assert torch.equal(batched[i], statistics(student[..., i], counted[:, i]))
 
 
 @both

@@ -26,12 +26,15 @@ def test_only_what_cannot_be_launched_is_left_out():
         for x, y in itertools.product(cases.OPTIONS[a], cases.OPTIONS[b])
     }
     without_teacher = [("teacher_map", "scale"), ("teacher_map", "softcap"), ("gradients", "both")]
-    without_teacher += [("gradients", "both in place")]
-    infinite = frozenset([("teacher_map", "softcap"), ("logits", "masked")])
+    without_teacher += [("gradients", "both in place"), ("divergence", "reverse_kl")]
     both = itertools.product(["both", "both in place"], ["whole", "programs"])
     one_launch = {frozenset([("gradients", gradients), ("form", form)]) for gradients, form in both}
     without = {frozenset([("terms", "ce"), option]) for option in without_teacher}
-    assert every - pairs == without | one_launch | {infinite}
+    assert every - pairs == without | one_launch
+    infinite = {"teacher_map": "softcap", "student_map": "scale", "logits": "masked"}
+    assert not cases.possible({**infinite, "divergence": "forward_kl"})
+    assert cases.possible({**infinite, "divergence": "reverse_kl"})
+    assert cases.possible(infinite)
 
 
 def test_rows_of_a_layout_do_not_overlap():
@@ -56,3 +59,12 @@ def test_a_folder_without_the_simulator_is_wrong_use(monkeypatch: pytest.MonkeyP
     with pytest.raises(SystemExit) as exit_:
         compiled_kernels.main(["--quick"])
     assert exit_.value.code == 2
+
+
+def test_a_share_of_few_elements_may_be_larger_by_chance():
+    """On an H200 4 of 3 666 float16 elements were another value: 0.11%."""
+    launches = pytest.importorskip("benchmarks.simulated.launches")
+    few = launches.Difference("gradient", "float64", 0.0, 6.0, 4 / 3666, 3666)
+    assert few.within_bounds
+    assert not few._replace(misrounded=13 / 3666).within_bounds
+    assert not few._replace(elements=3_666_000).within_bounds

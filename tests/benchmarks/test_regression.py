@@ -10,14 +10,14 @@ import torch
 pytest.importorskip("triton")
 pytest.importorskip("rich")
 regression: Any = pytest.importorskip("benchmarks.regression")
+from benchmarks.compiled.variants import all_variants  # noqa: E402
 from benchmarks.gate import compiled, memory, steps, times  # noqa: E402
 from benchmarks.gate.comparison import BETTER, GONE, NEW, OK, WORSE, compare  # noqa: E402
 from benchmarks.gate.figures import KINDS  # noqa: E402
 from benchmarks.gate.record import FILE, Record  # noqa: E402
 from fused_kd import kd_loss  # noqa: E402
 from fused_kd import operators as ops  # noqa: E402
-from fused_kd import statistics as stats  # noqa: E402
-from fused_kd.cli.compiled.variants import all_variants  # noqa: E402
+from fused_kd.divergences import Divergence  # noqa: E402
 from fused_kd.heads import sweep as linear  # noqa: E402
 from fused_kd.testing.launches import fake_gpu  # noqa: E402
 
@@ -109,10 +109,10 @@ def test_what_launches_and_what_does_not():
 
 def test_an_operator_more_is_seen(monkeypatch: pytest.MonkeyPatch):
     before = steps.launched(lambda: steps.from_logits(64))
-    kl_divergence = stats.kl_divergence
-    monkeypatch.setattr(stats, "kl_divergence", lambda statistics, T: kl_divergence(statistics.clone(), T))
+    value = Divergence.value
+    monkeypatch.setattr(Divergence, "value", lambda self, statistics, T: value(self, statistics.clone(), T))
     after = steps.launched(lambda: steps.from_logits(64))
-    assert before.kernels == after.kernels == {"loss_and_gradient": 1, "scale": 1}
+    assert before.kernels == after.kernels == {"whole_kernel": 1, "scale_kernel": 1}
     assert after.operators - before.operators == {"clone": 1}
 
 
@@ -124,7 +124,7 @@ def test_a_launch_more_in_backward_is_seen(monkeypatch: pytest.MonkeyPatch):
         scale(*arguments)
 
     monkeypatch.setattr(ops, "scale_", twice)
-    assert steps.launched(lambda: steps.from_logits(64)).kernels == {"loss_and_gradient": 1, "scale": 2}
+    assert steps.launched(lambda: steps.from_logits(64)).kernels == {"whole_kernel": 1, "scale_kernel": 2}
 
 
 def test_nothing_stays_patched():
@@ -249,8 +249,8 @@ def test_launches_that_are_more_are_named(
     arguments = ["--record", str(record), "--only", "launches"]
     assert regression.main([*arguments, "--update"]) == 0
     assert regression.main(arguments) == 0
-    kl_divergence = stats.kl_divergence
-    monkeypatch.setattr(stats, "kl_divergence", lambda statistics, T: kl_divergence(statistics.clone(), T))
+    value = Divergence.value
+    monkeypatch.setattr(Divergence, "value", lambda self, statistics, T: value(self, statistics.clone(), T))
     assert regression.main(arguments) == 1
     assert "kd_loss: clone +1" in capsys.readouterr().out.splitlines()
 

@@ -10,10 +10,11 @@ import pytest
 pytest.importorskip("triton")
 pytest.importorskip("rich")
 static_profile: Any = pytest.importorskip("benchmarks.static_profile")
-from fused_kd.cli.compiled import amdgcn, bounds, sass, variants, workers  # noqa: E402
-from fused_kd.cli.compiled.profile import OneLaunchFigures, profile, shuffles  # noqa: E402
+from benchmarks.compiled import amdgcn, bounds, sass, variants, workers  # noqa: E402
+from benchmarks.compiled.profile import OneLaunchFigures, profile, shuffles  # noqa: E402
+from fused_kd.devices import device_of_target  # noqa: E402
 
-ONE = "row_statistics sm_90 bf16/bf16 T=2 ce+kl dense identity"
+ONE = "row_statistics sm_90 bf16/bf16 T=4 ce+kl dense identity"
 
 
 def sass_listing(*lines: str) -> str:
@@ -62,7 +63,9 @@ def test_sass_main_loop_is_counted_line_by_line():
 
 
 def test_sass_figures_are_a_pair():
-    resources = sass.resources("REG:45 STACK:0 SHARED:1024 LOCAL:0", shared=16, arch=90, num_warps=4)
+    resources = sass.resources(
+        "REG:45 STACK:0 SHARED:1024 LOCAL:0", shared=16, device=device_of_target("sm_90"), num_warps=4
+    )
     figures = profile(resources, sass.main_loop(SASS), lanes=128, columns=4, warp_size=32)
     assert (figures.pairs, figures.instructions, figures.kinds["mufu"], figures.bytes) == (4, 15 / 4, 2 / 4, 24 / 4)
     assert figures.resident_warps == 40  # 48 registers a thread are given out: 10 warps in each of four partitions
@@ -250,6 +253,12 @@ def test_other_releases_of_triton_take_other_registers_where_it_is_said(
     assert [registers for registers in range(40, 90) if keeps_its_bounds(variant, registers)] == list(kept)
 
 
+def test_programs_that_share_a_row_take_fewer_registers_at_3_where_it_is_said(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("triton.__version__", "3.8.0")
+    variant = variants.Variant("shared", "sm_90", "bf16", "bf16", 3.0, "ce+kl", "dense")
+    assert [registers for registers in range(40, 90) if keeps_its_bounds(variant, registers)] == list(range(49, 65))
+
+
 @pytest.mark.parametrize(("version", "there"), [("3.7.1", False), ("3.8.0", True)])
 def test_clusters_are_profiled_where_they_are_launched(monkeypatch: pytest.MonkeyPatch, version: str, there: bool):
     monkeypatch.setattr("triton.__version__", version)
@@ -259,7 +268,7 @@ def test_clusters_are_profiled_where_they_are_launched(monkeypatch: pytest.Monke
 
 def test_one_variant_keeps_its_bounds(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     file = tmp_path / "profile.json"
-    assert static_profile.main(["--check", "--variant", ONE, "--workers", "1", "--json", str(file)]) == 0
+    assert static_profile.main(["--check", "--variant", ONE, "--workers", "1", "--listing", "--json", str(file)]) == 0
     assert "1 variants keep their bounds" in capsys.readouterr().out
     (figures,) = json.loads(file.read_text())["variants"]
     assert figures["violations"] == []

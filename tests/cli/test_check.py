@@ -1,6 +1,6 @@
 """`fused-kd check`: what it prints, its exit codes, and that it can fail."""
 
-import contextlib
+import functools
 import json
 import subprocess
 import sys
@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from fused_kd import kd_loss, linear_kd_loss
+from fused_kd.backends import triton as kernels
 from fused_kd.cli import main
-from fused_kd.launch import ONE, PLAN, TWO
-from fused_kd.testing import accuracy, linear_accuracy
+from fused_kd.launching import ONE, TWO
+from fused_kd.testing import accuracy, launching, linear_accuracy
 
 
 def test_quick_check_passes_and_writes_every_figure(tmp_path, capsys):
@@ -28,7 +29,7 @@ def test_the_table_has_what_it_promises():
     for field, values in {
         "temperature": accuracy.TEMPERATURES, "alpha": accuracy.ALPHAS, "logits": accuracy.LOGITS,
         "counted": accuracy.ROWS, "reduction": ["mean", "sum", "none"], "vocabulary": [151_936, 262_144],
-        "plan": [ONE, TWO],
+        "launch": [ONE, TWO],
     }.items():  # fmt: skip
         assert set(values) <= {getattr(case, field) for case in cases}
     assert len({(c.alpha, c.counted, c.temperature) for c in cases}) == 45
@@ -50,32 +51,38 @@ WRONG = {
 
 @pytest.mark.parametrize("mistake", WRONG)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("plan", [ONE, TWO])
-def test_check_fails_for_a_wrong_loss(mistake, dtype, plan, monkeypatch):
+@pytest.mark.parametrize("launch", [ONE, TWO])
+def test_check_fails_for_a_wrong_loss(mistake, dtype, launch):
     case = next(
         c for c in CASES
-        if (c.student_dtype, c.plan) == (dtype, plan) and c.temperature == 4.0 and c.alpha == 0.3 and c.rows == 33
+        if (c.student_dtype, c.launch) == (dtype, launch) and c.temperature == 4.0 and c.alpha == 0.3 and c.rows == 33
     )  # fmt: skip
     assert failures_of(case) == []
-    monkeypatch.setattr(accuracy, "kd_loss", WRONG[mistake])
-    assert failures_of(case) != []
+    assert failures_of(case, WRONG[mistake]) != []
 
 
-@pytest.mark.parametrize("plan", [ONE, TWO])
-def test_how_often_a_gradient_is_rounded_is_checked(plan, monkeypatch):
+@pytest.mark.parametrize("launch", [ONE, TWO])
+def test_how_often_a_gradient_is_rounded_is_checked(launch):
     """In one launch before and after the upstream gradient multiplies it, in two launches after it alone."""
-    case = next(c for c in CASES if c.student_dtype == torch.bfloat16 and c.plan == plan and c.reduction == "mean")
+    case = next(
+        c
+        for c in CASES
+        if c.student_dtype == torch.bfloat16 and c.launch == launch and c.reduction == "mean" and c.rows == 33
+    )
     assert failures_of(case) == []
-    monkeypatch.setattr(accuracy, "planned", lambda _: contextlib.nullcontext())
-    monkeypatch.setenv(PLAN, TWO if plan == ONE else ONE)
-    assert "not the oracle's, rounded" in failures_of(case)[0]
+
+    def otherwise(*arguments, **options):
+        with launching(TWO if launch == ONE else ONE):
+            return kd_loss(*arguments, **options)
+
+    assert "not the oracle's, rounded" in failures_of(case, otherwise)[0]
 
 
 CASES = accuracy.cases()
 
 
-def failures_of(case):
-    return accuracy.measure(case, torch.device("cpu")).failures(case.has_right_values)
+def failures_of(case, loss=kd_loss):
+    return accuracy.measure(case, torch.device("cpu"), loss).failures(case.has_right_values)
 
 
 LINEAR_WRONG = {
@@ -87,17 +94,16 @@ LINEAR_WRONG = {
 
 @pytest.mark.parametrize("mistake", LINEAR_WRONG)
 @pytest.mark.parametrize("dtype", linear_accuracy.DTYPES)
-def test_check_fails_for_a_wrong_linear_loss(mistake, dtype, monkeypatch):
+def test_check_fails_for_a_wrong_linear_loss(mistake, dtype):
     case = next(c for c in linear_accuracy.cases() if c.student_dtype == dtype and c.alpha == 0.3 and c.rows == 33)
     assert linear_accuracy.measure(case, torch.device("cpu")).failures(False) == []
-    monkeypatch.setattr(linear_accuracy, "linear_kd_loss", LINEAR_WRONG[mistake])
-    assert linear_accuracy.measure(case, torch.device("cpu")).failures(False) != []
+    assert linear_accuracy.measure(case, torch.device("cpu"), LINEAR_WRONG[mistake]).failures(False) != []
 
 
-def test_a_failed_configuration_gives_exit_code_1(monkeypatch, capsys):
-    monkeypatch.setattr(accuracy, "cases", lambda quick: [c for c in CASES if c.rows == 129][:2])
-    monkeypatch.setattr(accuracy, "kd_loss", WRONG["0.1% too large"])
-    assert main(["check", "--backend", "cpu", "--loss", "logits", "--verbose"]) == 1
+def test_a_failed_configuration_gives_exit_code_1(capsys):
+    wrong = functools.partial(accuracy.measure, loss=WRONG["0.1% too large"])
+    with accuracy.checking([c for c in CASES if c.rows == 129][:2], wrong):
+        assert main(["check", "--backend", "cpu", "--loss", "logits", "--verbose"]) == 1
     assert "FAILED [129, 1023]" in capsys.readouterr().out
 
 
@@ -110,15 +116,15 @@ def test_a_backend_that_cannot_run_gives_exit_code_2(capsys):
 def test_the_interpreter_runs_the_kernels_on_cpu_tensors(monkeypatch, capsys):
     monkeypatch.setenv("TRITON_INTERPRET", "0")  # what it was comes back
     swept = []
-    kernel = sys.modules["fused_kd.backends.triton.statistics"].row_statistics
-    monkeypatch.setattr("fused_kd.backends.triton.statistics", lambda *a, **k: swept.append(a) or kernel(*a, **k))
-    monkeypatch.setattr(accuracy, "cases", lambda quick: [c for c in CASES if c.rows == 33][:1])
-    assert main(["check", "--backend", "interpreter", "--loss", "logits"]) == 0
-    assert "1 of 1 configurations within their bounds on interpreter" in capsys.readouterr().out
-    assert swept
-    swept.clear()
-    assert main(["check", "--backend", "cpu", "--loss", "logits"]) == 0
-    assert not swept
+    kernel = kernels.row_statistics
+    monkeypatch.setattr(kernels, "row_statistics", lambda *a, **k: swept.append(a) or kernel(*a, **k))
+    with accuracy.checking([c for c in CASES if c.rows == 33][:1]):
+        assert main(["check", "--backend", "interpreter", "--loss", "logits"]) == 0
+        assert "1 of 1 configurations within their bounds on interpreter" in capsys.readouterr().out
+        assert swept
+        swept.clear()
+        assert main(["check", "--backend", "cpu", "--loss", "logits"]) == 0
+        assert not swept
 
 
 def test_a_missing_package_names_the_extra(monkeypatch, capsys):

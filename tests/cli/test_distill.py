@@ -27,7 +27,8 @@ transformers = pytest.importorskip("transformers")
 import huggingface_hub  # noqa: E402
 
 from fused_kd.cli import errors, main  # noqa: E402
-from fused_kd.cli.distillation import checkpoint, comparison, data, heads, models, training  # noqa: E402
+from fused_kd.cli.distillation import checkpoint, comparison, data, models, training  # noqa: E402
+from fused_kd.integrations import huggingface  # noqa: E402
 from fused_kd.testing import memory  # noqa: E402
 
 STEPS = 12
@@ -404,9 +405,9 @@ def test_a_diverged_training_gives_exit_code_1(distill, tmp_path, capsys):
 
 
 WRONG = {
-    "value": lambda *a, **k: scaled(heads.LOSSES["eager"](*a, **k), 1.01, 1.0),
-    "gradient": lambda *a, **k: scaled(heads.LOSSES["eager"](*a, **k), 1.0, 1.01),
-    "NaN": lambda *a, **k: scaled(heads.LOSSES["eager"](*a, **k), math.nan, 1.0),
+    "value": lambda *a, **k: scaled(huggingface.LOSSES["eager"](*a, **k), 1.01, 1.0),
+    "gradient": lambda *a, **k: scaled(huggingface.LOSSES["eager"](*a, **k), 1.0, 1.01),
+    "NaN": lambda *a, **k: scaled(huggingface.LOSSES["eager"](*a, **k), math.nan, 1.0),
 }
 
 
@@ -418,7 +419,7 @@ def scaled(output, value, gradient):
 
 @pytest.mark.parametrize("mistake", WRONG)
 def test_losses_that_differ_give_exit_code_1(distill, mistake, monkeypatch, capsys):
-    monkeypatch.setitem(heads.LOSSES, "linear", WRONG[mistake])
+    monkeypatch.setitem(huggingface.LOSSES, "linear", WRONG[mistake])
     assert distill("--compare", "eager") == 1
     assert "DO NOT COINCIDE" in capsys.readouterr().out
 
@@ -427,9 +428,9 @@ def test_losses_that_differ_give_exit_code_1(distill, mistake, monkeypatch, caps
 def test_evaluation_is_kl_and_perplexity_by_definition(folder, loss):
     teacher, student = (models.load_model(str(folder / name), torch.float32) for name in ("llama", "gpt2"))
     tokens = torch.randint(256, (5, 16))
-    halves = [heads.split(model, tokens) for model in (teacher, student)]
+    halves = [huggingface.split(model, tokens) for model in (teacher, student)]
     settings = training.Settings(0.5, 2.0, 256, 1, 2, 1e-3, 0, torch.float32, torch.device("cpu"))
-    found = training.evaluate(*halves, data.Blocks(tokens, tokens), heads.LOSSES[loss], settings)
+    found = training.evaluate(*halves, data.Blocks(tokens, tokens), huggingface.LOSSES[loss], settings)
     with torch.no_grad():
         q, p = (model(tokens).logits[:, :-1].double().log_softmax(-1) for model in (teacher, student))
     nll = [-log.gather(2, tokens[:, 1:, None]).mean().item() for log in (p, q)]
@@ -463,11 +464,11 @@ def test_models_are_split_into_body_and_head(name, options, scale, softcap):
     if bias is not None:
         torch.nn.init.normal_(bias)  # made as zeros, which nobody would miss
     tokens = torch.randint(256, (2, 8))
-    halves = heads.split(model, tokens)
+    halves = huggingface.split(model, tokens)
     assert (halves.head, halves.scale, halves.softcap) == (model.get_output_embeddings(), scale, softcap)
     losses = {
-        kind: loss(halves, halves, halves.body(tokens), halves.body(tokens), tokens, alpha=0.0, return_parts=True).ce
-        for kind, loss in heads.LOSSES.items()
+        kind: loss(halves, halves, halves.body(tokens), halves.body(tokens), tokens, alpha=0.0).ce
+        for kind, loss in huggingface.LOSSES.items()
     }
     own = torch.nn.functional.cross_entropy(model(tokens).logits.flatten(0, 1), tokens.flatten()).item()
     assert all(ce.item() == pytest.approx(own, rel=1e-5) for ce in losses.values()), losses
@@ -482,26 +483,39 @@ def test_a_model_that_cannot_be_split_stays_whole(folder, reason):
     else:
         model.forward = lambda **kwargs: forward(**kwargs).__class__(logits=forward(**kwargs).logits * 1.5)
     tokens = torch.randint(256, (2, 8))
-    whole = heads.split(model, tokens)
+    whole = huggingface.split(model, tokens)
     assert whole.head is None
     assert torch.equal(whole.logits(whole.body(tokens)), model(input_ids=tokens, use_cache=False).logits)
-    with pytest.raises(errors.UserError, match="use --loss logits"):
-        heads.check_split(whole, whole)
+    hidden = whole.body(tokens)
+    with pytest.raises(ValueError, match="the student's logits are not an output head of its last hidden states"):
+        huggingface.linear_loss(whole, whole, hidden, hidden, tokens)
+
+
+def test_a_whole_model_has_no_loss_from_hidden_states(distill, monkeypatch, capsys):
+    def whole(model, tokens):
+        split = huggingface.SplitModel(model)
+        split.head = None
+        return split
+
+    monkeypatch.setattr(huggingface, "split", whole)
+    assert distill("--loss", "linear") == 2
+    expected = "--loss linear: the student's logits are not an output head of its last hidden states; use --loss logits"
+    assert expected in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_the_student_has_the_layers_it_names_and_all_else(folder, name):
     teacher = models.load_model(str(folder / name), torch.float32)
-    student, kept = models.student_from_layers(teacher, Fraction(3))
+    student, kept = huggingface.student_from_layers(teacher, Fraction(3))
     assert kept == [0, 2, 3]
-    layers = models._layers_name(teacher)
+    layers = huggingface.layers_name(teacher)
     for index, layer in enumerate(kept):
         ours, theirs = student.get_submodule(f"{layers}.{index}"), teacher.get_submodule(f"{layers}.{layer}")
         for (parameter, a), (_, b) in zip(ours.named_parameters(), theirs.named_parameters(), strict=True):
             assert torch.equal(a, b), parameter
         assert {m.layer_idx for m in ours.modules() if getattr(m, "layer_idx", None) is not None} == {index}
     assert student.get_output_embeddings().weight is student.get_input_embeddings().weight
-    whole, kept = models.student_from_layers(teacher, Fraction(4))
+    whole, kept = huggingface.student_from_layers(teacher, Fraction(4))
     tokens = torch.randint(256, (1, 16))
     assert kept == [0, 1, 2, 3]
     assert torch.equal(whole(tokens).logits, teacher(tokens).logits)
@@ -510,7 +524,7 @@ def test_the_student_has_the_layers_it_names_and_all_else(folder, name):
 def test_each_layer_keeps_its_kind_of_attention():
     kinds = ["sliding_attention", "full_attention", "sliding_attention", "full_attention"]
     config = transformers.Gemma3TextConfig(**SMALL | {"num_hidden_layers": 4, "layer_types": kinds})
-    student, kept = models.student_from_layers(transformers.Gemma3ForCausalLM(config), Fraction(3))
+    student, kept = huggingface.student_from_layers(transformers.Gemma3ForCausalLM(config), Fraction(3))
     assert kept == [0, 2, 3]
     assert student.config.layer_types == [kinds[0], kinds[2], kinds[3]]
 
@@ -518,17 +532,21 @@ def test_each_layer_keeps_its_kind_of_attention():
 def test_a_model_without_a_list_of_layers_is_refused():
     model = torch.nn.Sequential(torch.nn.Linear(2, 2))
     model.config = transformers.LlamaConfig(num_hidden_layers=4)
-    with pytest.raises(errors.UserError, match="found no list of layers in Sequential"):
-        models.student_from_layers(model, Fraction(2))
+    with pytest.raises(ValueError, match="found no list of layers in Sequential"):
+        huggingface.student_from_layers(model, Fraction(2))
+    with pytest.raises(
+        errors.UserError, match=r"--student-layers: found no list of layers .*name a student by --student"
+    ):
+        models.make_student(models.FROM_TEACHER, model, Fraction(2))
 
 
 def test_layers_are_spaced_evenly():
-    assert models.spaced_layers(30, 10) == [0, 3, 6, 10, 13, 16, 19, 23, 26, 29]
-    assert models.spaced_layers(30, 1) == [0]
-    assert models.spaced_layers(2, 2) == [0, 1]
+    assert huggingface.spaced_layers(30, 10) == [0, 3, 6, 10, 13, 16, 19, 23, 26, 29]
+    assert huggingface.spaced_layers(30, 1) == [0]
+    assert huggingface.spaced_layers(2, 2) == [0, 1]
     for total in range(2, 40):
         for count in range(2, total + 1):
-            kept = models.spaced_layers(total, count)
+            kept = huggingface.spaced_layers(total, count)
             assert len(set(kept)) == count
             assert (kept[0], kept[-1]) == (0, total - 1)
 

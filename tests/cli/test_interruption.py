@@ -1,10 +1,9 @@
 """Ctrl-C and SIGTERM: what there is is printed and written; a second one ends the command; never a traceback."""
 
+import contextlib
 import json
 import signal
-import sys
 import threading
-import time
 from signal import SIGINT, SIGTERM
 
 import pytest
@@ -12,8 +11,6 @@ import pytest
 from fused_kd.cli import main
 from fused_kd.cli.interruption import Interrupted, interruptible
 from fused_kd.testing import accuracy
-
-from .processes import run
 
 CASES = [case for case in accuracy.cases() if case.rows == 33][:5]
 CODES = {SIGINT: 130, SIGTERM: 143}
@@ -80,7 +77,7 @@ def test_another_thread_has_no_signals_to_handle():
 
 
 @pytest.fixture
-def few(monkeypatch):
+def few():
     """`check` of five configurations, of which the third is sent these signals."""
 
     def sent(*signals):
@@ -92,10 +89,10 @@ def few(monkeypatch):
                 signal.raise_signal(number)
             return measure(case, device)
 
-        monkeypatch.setattr(accuracy, "cases", lambda quick: CASES)
-        monkeypatch.setattr(accuracy, "measure", measured)
+        context.enter_context(accuracy.checking(CASES, measured))
 
-    return sent
+    with contextlib.ExitStack() as context:
+        yield sent
 
 
 @pytest.mark.parametrize("number", [SIGINT, SIGTERM])
@@ -120,17 +117,16 @@ def test_check_that_was_not_interrupted_says_so(few, tmp_path):
     assert json.loads(file.read_text())["interrupted"] is False
 
 
-def test_a_second_signal_ends_check_at_once(monkeypatch, tmp_path, capsys):
+def test_a_second_signal_ends_check_at_once(tmp_path, capsys):
     def stubborn(case, device):
         try:
             signal.raise_signal(SIGINT)
         finally:
             signal.raise_signal(SIGTERM)
 
-    monkeypatch.setattr(accuracy, "cases", lambda quick: CASES)
-    monkeypatch.setattr(accuracy, "measure", stubborn)
     file = tmp_path / "check.json"
-    assert main(["check", "--backend", "cpu", "--loss", "logits", "--json", str(file)]) == 143
+    with accuracy.checking(CASES, stubborn):
+        assert main(["check", "--backend", "cpu", "--loss", "logits", "--json", str(file)]) == 143
     captured = capsys.readouterr()
     assert captured.out == ""
     assert captured.err.splitlines()[-1] == "fused-kd: interrupted"
@@ -172,47 +168,3 @@ def test_bench_keeps_what_it_has(number, monkeypatch, tmp_path, capsys):
     assert record["interrupted"] is True
     assert len(record["results"]) == 2
     assert [path.name for path in folder.iterdir()] == ["growing-V.png"]
-
-
-def test_bench_leaves_its_compilations(monkeypatch, tmp_path, capsys):
-    pytest.importorskip("matplotlib")
-    from fused_kd.cli import bench
-    from fused_kd.cli.benchmarking import measure
-
-    monkeypatch.setattr(measure, "copy_bandwidth", lambda device: 1e9)
-    monkeypatch.setattr(bench, "_compiled_profiles", lambda: signal.raise_signal(SIGINT))
-    file = tmp_path / "bench.json"
-    assert main(["bench", "--part", "compiled", "--output", str(tmp_path), "--json", str(file)]) == 130
-    out = capsys.readouterr().out
-    assert "The kernels as compiled: interrupted" in out
-    assert out.endswith("s in all; interrupted\n")
-    assert json.loads(file.read_text())["compiled"] == "interrupted"
-
-
-WORKERS = """
-import os, signal, sys, time
-from fused_kd.cli.compiled.workers import in_workers
-def stop():  # as from a terminal, which sends it to all
-    os.kill(os.getpid(), signal.SIGINT)
-def task(item):
-    stop()
-    if item == 0:
-        os.kill(os.getppid(), signal.SIGINT)
-    time.sleep(100)
-    return item
-if __name__ == "__main__":
-    try:
-        in_workers(task, range(50), 1, prepare=stop)
-    except KeyboardInterrupt:
-        sys.exit(130)
-"""
-
-
-def test_ctrl_c_ends_the_workers_without_a_word(tmp_path):
-    script = tmp_path / "script.py"
-    script.write_text(WORKERS)
-    begin = time.perf_counter()
-    result = run(sys.executable, str(script), preexec_fn=lambda: signal.signal(SIGINT, signal.SIG_DFL))
-    assert result.returncode == 130
-    assert time.perf_counter() - begin < 100
-    assert "Traceback" not in result.stderr

@@ -34,9 +34,6 @@ def of_bench(name):
     pytest.importorskip("matplotlib")
     from fused_kd.cli.benchmarking import comparison, measure, suite, tables
 
-    if name == "compiled":
-        kernel = {"kernel": "row_statistics", "target": "sm_100", "instructions": 7.5, "mufu": 2.03, "bytes": 4}
-        return tables.compiled_table([{**kernel, "registers": 255, "spill": 0, "resident_warps": 8}] * 2)
     sizes = "models", "Gemma 3 270M from 1B", "hidden", 512, 262_144, 640, 1152, "float32"
     spread = measure.Spread(0.123, 0.12, 0.13, 9)
     results = [
@@ -53,7 +50,6 @@ TABLES = {
     "check": lambda: of_check(False),
     "check --verbose": lambda: of_check(True),
     "bench, times": lambda: of_bench("times"),
-    "bench, compiled": lambda: of_bench("compiled"),
     "bench --compare": lambda: of_bench("comparison"),
     "plan, memory": lambda: planning._memory(STEP, ledgers(STEP)),
     "plan, cards": lambda: planning._cards(STEP, ledgers(STEP), 20 * 10**9),

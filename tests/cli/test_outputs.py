@@ -27,10 +27,11 @@ def idle(monkeypatch):
     def worked(*given, **options):
         pytest.fail("it worked first")
 
-    monkeypatch.setattr(accuracy, "measure", worked)
     monkeypatch.setattr("fused_kd.cli.plan._step", worked)
     if pytest.importorskip("matplotlib"):
         monkeypatch.setattr("fused_kd.cli.benchmarking.measure.copy_bandwidth", worked)
+    with accuracy.checking(accuracy.cases(), worked):
+        yield
 
 
 @pytest.mark.parametrize("command", ["check", "bench", "plan"])
@@ -150,4 +151,4 @@ def test_the_largest_numbers_have_a_plan(capsys):
     most = str(arguments.MOST)
     sizes = [word if word.startswith("-") else most for word in SIZES]
     assert main(["plan", *sizes, "--tokens", most, "--reserved", "9e9"]) == 0
-    assert main(["bench", "--device", "cpu", "--part", "compiled", "--device", f"cuda:{most}0"]) == 2
+    assert main(["bench", "--device", "cpu", "--part", "sweeps", "--device", f"cuda:{most}0"]) == 2

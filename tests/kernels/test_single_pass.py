@@ -1,4 +1,4 @@
-"""The one-launch kernel beside the two launches whose device functions it shares, and its plan.
+"""The single pass, compared with the two passes whose device functions it shares; and its plan.
 
 The interpreter runs the programs of the shared form one after another: each waits only for those before it.
 """
@@ -10,16 +10,10 @@ import torch
 
 from fused_kd import statistics as stats
 from fused_kd.backends import triton as kernels
-from fused_kd.backends.triton.launch import Launch
-from fused_kd.devices import (
-    DEVICES,
-    L2_SHARE,
-    OneLaunch,
-    Shape,
-    device_of_properties,
-    one_launch_plan,
-    resident_programs,
-)
+from fused_kd.devices import DEVICES, Shape, device_of_properties
+from fused_kd.divergences import DIVERGENCES, coefficients
+from fused_kd.launch import L2_SHARE, Launch, SinglePass, best_single_pass, resident_programs
+from fused_kd.launching import single_pass
 from fused_kd.logit_map import LogitMap
 
 from ..oracle import relative_error
@@ -28,11 +22,13 @@ LANES, K = 32, 8
 TILE = LANES * K
 SIZES = [1, 2, TILE - 1, TILE, TILE + 1, 3 * TILE, 5 * TILE + 17]  # as in test_kernels.py
 SPLITS = [0, 1, 5]  # 0: whole rows
+NAMES = list(DIVERGENCES)
+FORWARD_KL, REVERSE_KL = NAMES
 
 
-def one_launch(vocabulary, splits):
+def whole_or_shared(vocabulary, splits):
     columns = -(-vocabulary // (max(1, splits) * TILE)) * TILE
-    return OneLaunch(1, 1, 32, K, splits, columns, 0, 0, False)  # with empty slices where there are fewer tiles
+    return SinglePass(1, 1, 32, K, splits, columns, 1)  # with empty slices where there are fewer tiles
 
 
 def given(device, vocabulary, rows=4, pad=0, outer=1):
@@ -45,31 +41,41 @@ def given(device, vocabulary, rows=4, pad=0, outer=1):
     return student, teacher, labels, weights, 2 - weights
 
 
-def two_launches(student, teacher, labels, ce, kl, temperature, splits, *maps):
-    launch = Launch(LANES, K, 1, max(1, splits), one_launch(student.shape[-1], splits).columns_per_split)
-    parts = kernels.row_statistics(student, teacher, ce, kl, temperature, labels is not None, *maps, launch=launch)
-    statistics = stats.merge(parts, temperature)
-    gradient = torch.full_like(student, torch.nan)
-    kernels.logit_gradient(
-        student, teacher, labels, statistics, ce, kl, temperature, gradient, None, *maps, launch=launch
+def in_two_passes(student, teacher, labels, ce, kl, temperature, splits, divergence=FORWARD_KL, *maps):
+    columns = whole_or_shared(student.shape[-1], splits).columns_per_split
+    launch = Launch(LANES, K, 1, max(1, splits), columns)
+    options = temperature, divergence, *maps
+    counted = (ce != 0) | (kl != 0)
+    parts = kernels.row_statistics(
+        student, teacher, counted, torch.float32, labels is not None, *options, launch=launch
     )
+    statistics = stats.merge(parts, temperature, DIVERGENCES[divergence].mass)
+    of_rows = coefficients(
+        statistics,
+        None if labels is None else ce,
+        None if teacher is None else kl,
+        DIVERGENCES[divergence],
+        temperature,
+    )
+    gradient = torch.full_like(student, torch.nan)
+    kernels.logit_gradient(student, teacher, labels, of_rows, gradient, None, *options, launch=launch)
     return statistics, gradient
 
 
-def check(inputs, temperature, splits, *maps, gradient=None):
+def check(inputs, temperature, splits, divergence=FORWARD_KL, *maps):
     """Bit for bit where threads alone are merged; where slices are, their merge rounds once or twice elsewhere."""
-    student, teacher, labels, ce, kl = inputs
-    statistics, expected = two_launches(student, teacher, labels, ce, kl, temperature, splits, *maps)
-    gradient = torch.full_like(student, torch.nan) if gradient is None else gradient
-    launch = one_launch(student.shape[-1], splits)
-    ours = kernels.loss_and_gradient(student, teacher, labels, ce, kl, temperature, gradient, *maps, launch=launch)
+    statistics, expected = in_two_passes(*inputs, temperature, splits, divergence, *maps)
+    student = inputs[0]
+    gradient = torch.full_like(student, torch.nan)
+    launch = whole_or_shared(student.shape[-1], splits)
+    ours = kernels.statistics_and_gradient(*inputs, gradient, launch, temperature, divergence, *maps)
     assert ours.shape == (6, student.shape[0] * student.shape[1])
     if splits <= 1:
         assert torch.equal(ours, statistics)
         assert torch.equal(gradient, expected)
         return
     size = statistics.abs()
-    size[stats.C] += statistics[stats.E] * (temperature / stats.UNIT)  # c is a difference
+    size[stats.C] += statistics[DIVERGENCES[divergence].mass] * (temperature / stats.UNIT)  # c is a difference
     assert ((ours - statistics).abs() <= 4e-7 * size).all()
     # A gradient of one class is the difference of two roundings.
     assert (gradient - expected).abs().max() <= 4e-7 * max(1.0, float(expected.abs().max()))
@@ -80,8 +86,9 @@ def check(inputs, temperature, splits, *maps, gradient=None):
 @pytest.mark.parametrize("vocabulary", SIZES)
 @pytest.mark.parametrize("splits", SPLITS)
 @pytest.mark.parametrize("temperature", [2.0, 3.0])
-def test_is_what_two_launches_give(kernel_device, vocabulary, splits, temperature):
-    check(given(kernel_device, vocabulary), temperature, splits)
+@pytest.mark.parametrize("divergence", NAMES)
+def test_is_what_two_passes_give(kernel_device, vocabulary, splits, temperature, divergence):
+    check(given(kernel_device, vocabulary), temperature, splits, divergence)
 
 
 @pytest.mark.parametrize("vocabulary", [16, 2 * TILE, 6 * TILE, 7 * TILE + 16])
@@ -90,28 +97,50 @@ def test_is_what_two_launches_give(kernel_device, vocabulary, splits, temperatur
 def test_columns_in_two_accesses(kernel_device, vocabulary, splits, temperature):
     """Tiles of three dimensions, whose sums are taken in another order."""
     student, teacher, labels, ce, kl = given(kernel_device, vocabulary)
-    statistics, expected = two_launches(student, teacher, labels, ce, kl, temperature, 1)
+    statistics, expected = in_two_passes(student, teacher, labels, ce, kl, temperature, 1)
     gradient = torch.full_like(student, torch.nan)
     columns = -(-vocabulary // (splits * 2 * TILE)) * 2 * TILE
-    launch = OneLaunch(1, 1, 32, 2 * K, -(-vocabulary // columns), columns, 0, 0, False, accesses=2)
-    ours = kernels.loss_and_gradient(student, teacher, labels, ce, kl, temperature, gradient, launch=launch)
+    launch = SinglePass(1, 1, 32, 2 * K, -(-vocabulary // columns), columns, 2)
+    ours = kernels.statistics_and_gradient(student, teacher, labels, ce, kl, gradient, launch, temperature)
     assert relative_error(ours, statistics.double()) < 4e-7
     assert relative_error(gradient, expected.double()) < 4e-7
 
 
 @pytest.mark.parametrize("splits", SPLITS)
-@pytest.mark.parametrize(("need_ce", "need_kl"), [(True, False), (False, True)])
-def test_one_term(kernel_device, splits, need_ce, need_kl):
+@pytest.mark.parametrize(
+    ("need_ce", "need_kl", "divergence"),
+    [(True, False, FORWARD_KL), (False, True, FORWARD_KL), (False, True, REVERSE_KL)],
+)
+def test_one_term(kernel_device, splits, need_ce, need_kl, divergence):
     student, teacher, labels, ce, kl = given(kernel_device, 3 * TILE + 5)
     terms = teacher if need_kl else None, labels if need_ce else None
-    check((student, *terms, ce * need_ce, kl * need_kl), 2.0, splits)
+    check((student, *terms, ce * need_ce, kl * need_kl), 2.0, splits, divergence)
+
+
+@pytest.mark.parametrize("splits", SPLITS)
+@pytest.mark.parametrize("divergence", NAMES)
+@pytest.mark.filterwarnings("ignore:overflow:RuntimeWarning")  # numpy's, under the interpreter
+def test_rows_further_apart_than_float32_reaches(kernel_device, splits, divergence):
+    """The gradient has the mean log-ratio of the sweep that found it, not the infinity of the one before."""
+    other, averaged, labels, ce, kl = given(kernel_device, 3 * TILE)
+    other[0, 1], other[0, 1, 7] = 3e38, -3e38
+    student, teacher = (other, averaged) if divergence == FORWARD_KL else (averaged, other)
+    statistics, expected = in_two_passes(student, teacher, labels, ce, kl, 0.5, splits, divergence)
+    gradient = torch.full_like(student, torch.nan)
+    launch = whole_or_shared(student.shape[-1], splits)
+    ours = kernels.statistics_and_gradient(student, teacher, labels, ce, kl, gradient, launch, 0.5, divergence)
+    assert ours.isfinite().all()
+    assert not gradient.isnan().any()
+    torch.testing.assert_close(ours, statistics, rtol=4e-6, atol=1e-6 / stats.UNIT)
+    torch.testing.assert_close(gradient, expected, rtol=2e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("splits", SPLITS)
 @pytest.mark.parametrize("student_map", [LogitMap(0.5), LogitMap(2.0, 5.0)])
 @pytest.mark.parametrize("teacher_map", [LogitMap(), LogitMap(0.5, 3.0)])
-def test_logit_maps(kernel_device, splits, student_map, teacher_map):
-    check(given(kernel_device, 2 * TILE + 5), 3.0, splits, student_map, teacher_map)
+@pytest.mark.parametrize("divergence", NAMES)
+def test_logit_maps(kernel_device, splits, student_map, teacher_map, divergence):
+    check(given(kernel_device, 2 * TILE + 5), 3.0, splits, divergence, student_map, teacher_map)
 
 
 @pytest.mark.parametrize("splits", SPLITS)
@@ -120,10 +149,10 @@ def test_logit_maps(kernel_device, splits, student_map, teacher_map):
 def test_gradient_in_the_students_place(kernel_device, splits, pad, outer):
     student, teacher, labels, ce, kl = given(kernel_device, 5 * TILE, pad=pad, outer=outer)
     apart = torch.empty_like(student)
-    launch = one_launch(5 * TILE, splits)
-    expected = kernels.loss_and_gradient(student, teacher, labels, ce, kl, 2.0, apart, launch=launch)
+    launch = whole_or_shared(5 * TILE, splits)
+    expected = kernels.statistics_and_gradient(student, teacher, labels, ce, kl, apart, launch, 2.0)
     check((student, teacher, labels, ce, kl), 2.0, splits)
-    statistics = kernels.loss_and_gradient(student, teacher, labels, ce, kl, 2.0, student, launch=launch)
+    statistics = kernels.statistics_and_gradient(student, teacher, labels, ce, kl, student, launch, 2.0)
     assert torch.equal(student, apart)
     assert torch.equal(statistics, expected)
 
@@ -132,14 +161,15 @@ def test_gradient_in_the_students_place(kernel_device, splits, pad, outer):
 @pytest.mark.parametrize(
     "ignored", [[0], [1], [3], [0, 1, 2, 3]]
 )  # the first and the last row are waited for in their own way
-def test_rows_of_weight_zero_are_not_read(kernel_device, splits, ignored):
+@pytest.mark.parametrize("divergence", NAMES)
+def test_rows_of_weight_zero_are_not_read(kernel_device, splits, ignored, divergence):
     student, teacher, labels, ce, kl = given(kernel_device, 2 * TILE + 5)
     ce[ignored] = kl[ignored] = 0
     student[0, ignored] = teacher[0, ignored] = torch.nan
     labels[ignored] = -100
     gradient = torch.full_like(student, torch.nan)
-    launch = one_launch(2 * TILE + 5, splits)
-    statistics = kernels.loss_and_gradient(student, teacher, labels, ce, kl, 2.0, gradient, launch=launch)
+    launch = whole_or_shared(2 * TILE + 5, splits)
+    statistics = kernels.statistics_and_gradient(student, teacher, labels, ce, kl, gradient, launch, 2.0, divergence)
     assert torch.equal(statistics[:, ignored], stats.identity(len(ignored), device=kernel_device))
     assert not gradient[0, ignored].any()
     assert not gradient.isnan().any()
@@ -154,8 +184,8 @@ def test_no_row_and_one_row(kernel_device, splits, rows):
         check(given(kernel_device, 2 * TILE + 5, rows=1), 2.0, splits)
         return
     student, teacher, labels, ce, kl = given(kernel_device, TILE, rows=0)
-    launch = one_launch(TILE, splits)
-    statistics = kernels.loss_and_gradient(student, teacher, labels, ce, kl, 2.0, student, launch=launch)
+    launch = whole_or_shared(TILE, splits)
+    statistics = kernels.statistics_and_gradient(student, teacher, labels, ce, kl, student, launch, 2.0)
     assert statistics.shape == (6, 0)
 
 
@@ -166,7 +196,8 @@ def test_labels_in_every_tile(kernel_device, splits, label):
     student, _, labels, ce, kl = given(kernel_device, 3 * TILE + 5)
     labels.fill_(label)
     gradient = torch.empty_like(student)
-    kernels.loss_and_gradient(student, None, labels, ce, 0 * kl, 1.0, gradient, launch=one_launch(3 * TILE + 5, splits))
+    launch = whole_or_shared(3 * TILE + 5, splits)
+    kernels.statistics_and_gradient(student, None, labels, ce, 0 * kl, gradient, launch, 1.0)
     expected = torch.softmax(student.double(), -1)
     expected[..., label] -= 1
     assert relative_error(gradient, expected * ce[:, None]) < 1e-6
@@ -176,10 +207,13 @@ def test_bfloat16_by_the_default_plan(kernel_device):
     student, teacher, labels, ce, kl = given(kernel_device, 20_000)
     student, teacher = student.bfloat16(), teacher.bfloat16()
     gradient = torch.empty_like(student)
-    statistics = kernels.loss_and_gradient(student, teacher, labels, ce, kl, 2.0, gradient)
-    merged = stats.merge(kernels.row_statistics(student, teacher, ce, kl, 2.0, True), 2.0)
+    launch = single_pass(student, teacher, in_place=False, always=True)
+    statistics = kernels.statistics_and_gradient(student, teacher, labels, ce, kl, gradient, launch, 2.0)
+    counted = torch.ones(4, dtype=torch.bool, device=kernel_device)
+    merged = stats.merge(kernels.row_statistics(student, teacher, counted, torch.float32, True, 2.0), 2.0)
     expected = torch.empty_like(student)
-    kernels.logit_gradient(student, teacher, labels, merged, ce, kl, 2.0, expected)
+    of_rows = coefficients(merged, ce, kl, DIVERGENCES[FORWARD_KL], 2.0)
+    kernels.logit_gradient(student, teacher, labels, of_rows, expected, None, 2.0)
     assert torch.allclose(statistics, merged, rtol=4e-6)  # of 20 000 columns, in other orders
     assert (gradient != expected).double().mean() < 0.001  # one unit in the last place
 
@@ -189,16 +223,16 @@ def test_bfloat16_by_the_default_plan(kernel_device):
 @pytest.mark.parametrize("vocabulary", [1, 1000, 32_000, 128_256, 151_936, 262_144])
 @pytest.mark.parametrize("wide", [True, False])
 def test_plan_covers_every_column_once(name, rows, vocabulary, wide):
-    planned = one_launch_plan(rows, vocabulary, 4, 2, DEVICES[name], wide)
-    splits = max(1, planned.splits)
-    assert planned.columns_per_split * (splits - 1) < vocabulary <= planned.columns_per_split * splits
+    planned = best_single_pass(rows, vocabulary, 4, 2, DEVICES[name], wide)
+    splits = max(1, planned.launch.splits)
+    assert planned.launch.columns_per_split * (splits - 1) < vocabulary <= planned.launch.columns_per_split * splits
     assert 1 <= planned.rows_in_flight <= rows
-    if planned.splits:
-        assert planned.ctas == 1
-        assert planned.columns_per_split % (planned.lanes * planned.columns) == 0
+    if planned.launch.splits:
+        assert planned.launch.ctas == 1
+        assert planned.launch.columns_per_split % (planned.launch.lanes * planned.launch.columns) == 0
     else:
-        assert planned.ctas == 1 or (DEVICES[name].clusters and wide)
-        assert planned.ctas in (1, 2, 4, 8, 16)
+        assert planned.launch.ctas == 1 or (DEVICES[name].clusters and wide)
+        assert planned.launch.ctas in (1, 2, 4, 8, 16)
 
 
 @pytest.mark.parametrize("name", DEVICES)
@@ -207,29 +241,29 @@ def test_plan_covers_every_column_once(name, rows, vocabulary, wide):
 @pytest.mark.parametrize(("read", "written", "itemsize"), [(4, 2, 2), (4, 0, 2), (8, 4, 4), (2, 2, 2)])
 def test_plan_keeps_the_rows_in_flight_in_half_of_the_cache(name, vocabulary, wide, read, written, itemsize):
     device = DEVICES[name]
-    planned = one_launch_plan(8192, vocabulary, read, written, device, wide, itemsize)
+    planned = best_single_pass(8192, vocabulary, read, written, device, wide, itemsize)
     assert planned.hits
     assert planned.bytes_in_flight <= 1.05 * L2_SHARE * device.l2_bytes
     assert planned.rows_in_flight * vocabulary * read <= planned.bytes_in_flight
 
 
 def test_plan_of_the_shapes_that_were_modelled():
-    def plan(name, vocabulary):
-        return one_launch_plan(8192, vocabulary, 4, 2, DEVICES[name])
+    def best(name, vocabulary):
+        return best_single_pass(8192, vocabulary, 4, 2, DEVICES[name]).launch
 
-    assert [(plan("H100", V).ctas, plan("H100", V).splits) for V in (32_000, 128_256)] == [(4, 0), (16, 0)]
-    assert [plan("H100", V).splits for V in (50_304, 100_352, 151_936, 262_144)] == [25, 49, 75, 128]
-    assert [plan("A100", V).splits for V in (32_000, 128_256)] == [16, 63]
-    assert [plan("B200", V).splits for V in (128_256, 262_144)] == [32, 64]
-    assert [plan(name, 128_256).accesses for name in ("H100", "A100", "B200")] == [1, 2, 2]
+    assert [(best("H100", V).ctas, best("H100", V).splits) for V in (32_000, 128_256)] == [(4, 0), (16, 0)]
+    assert [best("H100", V).splits for V in (50_304, 100_352, 151_936, 262_144)] == [25, 49, 75, 128]
+    assert [best("A100", V).splits for V in (32_000, 128_256)] == [16, 63]
+    assert [best("B200", V).splits for V in (128_256, 262_144)] == [32, 64]
+    assert [best(name, 128_256).accesses for name in ("H100", "A100", "B200")] == [1, 2, 2]
 
 
 @pytest.mark.parametrize("name", DEVICES)
 @pytest.mark.parametrize("vocabulary", range(25_000, 270_000, 7_000))
 def test_plan_has_little_to_do_but_the_columns(name, vocabulary):
     """A last tile takes as long with few columns as with all: 1.3 of the floor's time where three are of use."""
-    planned = one_launch_plan(8192, vocabulary, 4, 2, DEVICES[name])
-    tile = planned.lanes * planned.columns
+    planned = best_single_pass(8192, vocabulary, 4, 2, DEVICES[name])
+    tile = planned.launch.lanes * planned.launch.columns
     columns = -(-vocabulary // tile) * tile  # as if the slices of a row were one
     assert columns <= vocabulary * planned.work <= 1.75 * vocabulary
 
@@ -237,9 +271,9 @@ def test_plan_has_little_to_do_but_the_columns(name, vocabulary):
 @pytest.mark.parametrize("name", DEVICES)
 @pytest.mark.parametrize("vocabulary", [500, 1000, 2000])
 def test_short_rows_take_one_program_each(name, vocabulary):
-    planned = one_launch_plan(8192, vocabulary, 4, 2, DEVICES[name])
-    assert (planned.ctas, planned.splits) == (1, 0)
-    assert planned.lanes * planned.columns <= 1.03 * vocabulary
+    planned = best_single_pass(8192, vocabulary, 4, 2, DEVICES[name])
+    assert (planned.launch.ctas, planned.launch.splits) == (1, 0)
+    assert planned.launch.lanes * planned.launch.columns <= 1.03 * vocabulary
 
 
 @pytest.mark.parametrize("name", DEVICES)
@@ -248,20 +282,20 @@ def test_short_rows_take_one_program_each(name, vocabulary):
 def test_few_rows_fill_the_device_as_far_as_they_can(name, rows, vocabulary):
     """With half of the programs that it can hold, or with a tile each."""
     device = DEVICES[name]
-    planned = one_launch_plan(rows, vocabulary, 4, 2, device)
-    shape = Shape(planned.num_warps, planned.columns, 64)  # or fewer registers
+    planned = best_single_pass(rows, vocabulary, 4, 2, device)
+    shape = Shape(planned.launch.num_warps, planned.launch.columns, 64)  # or fewer registers
     wanted = device.processors * resident_programs(device, shape) / 2
-    tile = planned.num_warps * device.warp_size * planned.columns
-    programs = planned.splits or planned.ctas
+    tile = planned.launch.num_warps * device.warp_size * planned.launch.columns
+    programs = planned.launch.splits or planned.launch.ctas
     assert rows * programs >= wanted or programs * tile >= min(vocabulary, 16 * tile)
 
 
 def test_a_device_without_room_gets_one_tile_a_program_and_is_told():
     tiny = DEVICES["A100"]._replace(l2_bytes=2**20)
-    planned = one_launch_plan(8192, 262_144, 4, 2, tiny)
-    assert planned.columns_per_split == planned.lanes * planned.columns
+    planned = best_single_pass(8192, 262_144, 4, 2, tiny)
+    assert planned.launch.columns_per_split == planned.launch.lanes * planned.launch.columns
     assert not planned.hits
-    assert one_launch_plan(8192, 262_144, 4, 2, tiny._replace(processors=1)).rows_in_flight == 1
+    assert best_single_pass(8192, 262_144, 4, 2, tiny._replace(processors=1)).rows_in_flight == 1
 
 
 @pytest.mark.parametrize(
@@ -288,5 +322,15 @@ def test_devices_that_are_known_by_name_and_others():
     )  # fmt: skip
     found = device_of_properties(other)
     assert (found.processors, found.l2_bytes, found.clusters, found.threads) == (84, 6 * 2**20, False, 1536)
+    # Its memory is no faster beside its multiprocessors than an H100's; that of an H20 is.
+    assert device_of_properties(
+        properties(**vars(other), clock_rate=1.8e6, memory_clock_rate=8e6, memory_bus_width=384)
+    ).sharing
+    h20 = properties(
+        name="NVIDIA H20", multi_processor_count=78, L2_cache_size=60 * 2**20, major=9,
+        clock_rate=1.98e6, memory_clock_rate=2.6e6, memory_bus_width=6144,
+    )  # fmt: skip
+    assert not device_of_properties(h20).sharing
+    assert found.sharing  # PyTorch before 2.8 says nothing of clocks
     amd = properties(name="AMD Instinct MI210", multi_processor_count=104, gcnArchName="gfx90a", major=9, warp_size=64)
     assert not device_of_properties(amd).clusters

@@ -1,0 +1,79 @@
+"""The gradients that linear_kd_loss computes, and the products that they cost."""
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from fused_kd import linear_kd_loss, reference
+from fused_kd.heads import sweep as linear
+from fused_kd.heads.operator import linear_row_losses
+from fused_kd.sweep import KDOptions, Weights
+
+from .heads import CHUNKED, F_S, F_T, N, V, make, run
+from .oracle import relative_error
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.mark.parametrize(
+    ("asked", "flops"),
+    [
+        (("hidden", "weight", "bias"), 3 * F_S + F_T),
+        (("hidden", "weight"), 3 * F_S + F_T),
+        (("hidden",), 2 * F_S + F_T),  # a frozen head, LoRA
+        (("weight",), 2 * F_S + F_T),
+        (("bias",), F_S + F_T),
+        ((), F_S + F_T),  # the loss only
+    ],
+)
+@pytest.mark.parametrize("chunked", [None, CHUNKED])
+def test_only_what_is_asked_for_is_computed(asked, flops, chunked):
+    given = make("cpu")
+    for name in {"hidden", "weight", "bias"} - set(asked):
+        getattr(given, name).requires_grad_(False)
+    with FlopCounterMode(display=False) as counter:
+        loss = linear_kd_loss(*given[:5], student_bias=given.bias, workspace_bytes=chunked)
+        if asked:
+            loss.backward()
+    assert counter.get_total_flops() == flops
+    whole = run(reference.linear_kd_loss, given.to(torch.float64))
+    for name in ("hidden", "weight", "bias"):
+        gradient = getattr(given, name).grad
+        assert (gradient is not None) == (name in asked)
+        assert gradient is None or relative_error(gradient, whole[name]) < 1e-6
+
+
+def test_no_gradient_work_without_gradients():
+    given = make("cpu")
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        linear_kd_loss(*given[:5])
+    assert counter.get_total_flops() == F_S + F_T
+    with FlopCounterMode(display=False) as counter:
+        linear_kd_loss(*given[:5], alpha=0.0)  # the teacher is not needed
+    assert counter.get_total_flops() == 3 * F_S
+
+
+@pytest.mark.parametrize("needed", [(True,) * 6, (True, True, False) * 2, (False, True) + (False,) * 4, (False,) * 6])
+def test_flops_are_counted_as_they_are_spent(needed):
+    """The operator is counted by its formula, and here is what the products inside it come to."""
+    given = make("cpu")
+    kd = KDOptions(1.0, V, True, True, torch.float32)
+    options = linear.LinearOptions(kd, needed, torch.float32, torch.float32, None, CHUNKED)
+    weights = torch.ones(N, dtype=torch.float64)
+    heads = [t.detach() for t in (given.hidden, given.weight, given.bias, *given[2:4], given.bias)]
+    with FlopCounterMode(display=False) as formula:
+        linear_row_losses(*heads, given.labels, weights, weights, options=options)
+    gradients = [linear.Gradients(linear.Head(*heads[i : i + 3]), needed[i : i + 3], torch.float32, V) for i in (0, 3)]
+    with FlopCounterMode(display=False) as spent:
+        linear.sweep(
+            linear.Head(*heads[:3]), linear.Head(*heads[3:]), given.labels, Weights(weights, weights), options,
+            gradients if any(needed) else [],
+        )  # fmt: skip
+    assert formula.get_total_flops() == spent.get_total_flops()
+
+
+def test_row_losses_project_again_in_backward():
+    given = make("cpu")
+    with FlopCounterMode(display=False) as counter:
+        linear_kd_loss(*given[:5], reduction="none").sum().backward()
+    assert counter.get_total_flops() == (F_S + F_T) + (3 * F_S + F_T)
