@@ -1,4 +1,4 @@
-"""Runs the compiled kernels without a GPU, on a simulator of its instructions, with every check that it has.
+"""A run of the compiled kernels without a GPU, on a simulator of GPU instructions, with every check that it has.
 
 Run `python -m benchmarks.compiled_kernels --help` in an environment where fused_kd is installed with its extra `cli`.
 """
@@ -15,8 +15,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.table import Table
 
-from fused_kd.cli.compiled.workers import in_workers, interpreted
-
+from .compiled.workers import in_workers, interpreted
 from .simulated import simulator
 from .simulated.cases import Case, covering_cases
 

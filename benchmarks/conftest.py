@@ -1,11 +1,11 @@
-"""What the suites share: a shape's inputs, made once for all its tests, and a peer that was seen to be right."""
+"""Fixtures of the suites: a shape's inputs, made once for all its tests, and a peer that was seen to be right."""
 
 from typing import NamedTuple
 
 import pytest
 import torch
 
-from fused_kd.cli.benchmarking import measure, peers, problems, shapes, suite
+from fused_kd.testing import agreement, peers, problems, shapes, steps
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPE = torch.bfloat16 if DEVICE.type == "cuda" else torch.float32
@@ -14,7 +14,7 @@ DTYPE = torch.bfloat16 if DEVICE.type == "cuda" else torch.float32
 class Case(NamedTuple):
     shape: shapes.Shape
     peer: peers.Peer
-    which: str  # of measure.PASSES
+    which: str  # of steps.PASSES
 
     @property
     def name(self) -> str:
@@ -22,7 +22,7 @@ class Case(NamedTuple):
         return f"{shape.name}-N{shape.rows}-V{shape.vocab_size}-{self.peer.name}-{self.which}".replace(" ", "_")
 
 
-def cases(of: list[shapes.Shape], passes: tuple[str, ...] = measure.PASSES):
+def cases(of: list[shapes.Shape], passes: tuple[str, ...] = steps.PASSES):
     found = [Case(shape, peer, which) for shape in of for peer in peers.of(shape) for which in passes]
     return pytest.mark.parametrize("case", found, ids=lambda case: case.name)
 
@@ -36,9 +36,9 @@ class _Latest:
     def of(self, shape: shapes.Shape) -> list[problems.Inputs]:
         if shape != self.shape:
             self.shape, self.buffers = None, []
-            measure.released(DEVICE)
+            steps.released(DEVICE)
             torch._dynamo.reset()
-            self.buffers = measure.rotation(problems.make(shape, DEVICE), DEVICE)
+            self.buffers = steps.rotation(problems.make(shape, DEVICE), DEVICE)
             self.shape = shape
         return self.buffers
 
@@ -54,14 +54,14 @@ def time_case(benchmark):
         shape, peer, which = case
         if (reason := peer.missing(DEVICE)) is not None:
             pytest.skip(f"{peer.name}: {reason}")
-        step, agreed = suite.prepared(peer, shape, _latest.of(shape), DEVICE)
+        step, agreed = agreement.prepared(peer, shape, _latest.of(shape), DEVICE)
         assert agreed.agrees, f"{peer.name} is not {peer.computes}: {agreed}"
         benchmark.group = f"{shape.label}, {which}"
         benchmark.extra_info |= {"peer": peer.name, "computes": peer.computes, "value_error": agreed.value_error}
         benchmark.extra_info["gradient_error"] = agreed.gradient_error
         if which == "both":
-            benchmark.extra_info["peak_bytes_beyond_inputs_and_gradients"] = measure.peak_beyond(step, DEVICE)
-            benchmark.extra_info["launches"] = measure.launches(step, DEVICE)
+            benchmark.extra_info["peak_bytes_beyond_inputs_and_gradients"] = steps.peak_beyond(step, DEVICE)
+            benchmark.extra_info["launches"] = steps.launches(step, DEVICE)
 
         def timed() -> None:
             step.run(which)

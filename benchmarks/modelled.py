@@ -1,16 +1,16 @@
-"""What the kernels would take on GPUs that are not here, by a simulator's model: ours and others' beside one another.
+"""The modelled time of our kernels and of others' on GPUs that are not here, by a simulator.
 
     FUSED_KD_SIMULATOR=folder python -m benchmarks.modelled --json benchmarks/results/modelled.json
 
-The compiled kernels run on a few rows of bfloat16 logits, T = 2, forward and backward; the simulator counts what they move
-and issue, and its model of the chip extrapolates to 8 192 rows (`one_launch.py` says how for ours).  It is a model: good
-for ratios between such kernels on one chip, not for times.  Of the L2 cache it grants half of the nominal capacity.  The
-floor is the time of reading both logits and writing the gradient once at the chip's achievable bandwidth.  Heads are left
-out: of a loss that projects hidden states only its own kernels count.
+The compiled kernels run on a few rows of bfloat16 logits, T = 2, forward and backward.  The simulator counts the bytes that
+they move and the instructions that they issue, and its model of the chip extrapolates to 8 192 rows (`one_launch.py` says
+how for ours).  The model is good for ratios between such kernels on one chip, not for times.  It grants half of the nominal
+L2 capacity.  The floor is the time of reading both logits and writing the gradient once at the chip's achievable bandwidth.
+Products of heads are left out: a loss that projects hidden states counts with its own kernels only.
 
-`compiled_kernels.py --help` says what the folder must hold; its launches also have `kernel`, `n_ctas`, and what its
-`extrapolate` takes.
-Exit code: 0, also where there is no simulator.
+`compiled_kernels.py --help` says what the folder must hold.  Its launches must also have `kernel`, `n_ctas` and the
+arguments of its `extrapolate`.
+Exit code: 0, also if there is no simulator.
 """
 
 import argparse
@@ -24,10 +24,9 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from fused_kd.cli import record
-from fused_kd.cli.benchmarking import peers, problems, shapes
-from fused_kd.cli.benchmarking.suite import TEMPERATURE
-from fused_kd.cli.words import spaced
+from fused_kd.testing import peers, problems, record, shapes
+from fused_kd.testing.problems import TEMPERATURE
+from fused_kd.testing.words import spaced
 
 from . import one_launch
 from .simulated.simulator import load
@@ -43,21 +42,21 @@ OTHERS = ("Liger CE + TVD", "Liger CE", "fla fused KL")
 
 
 def two_launches(logits: problems.Inputs) -> None:
-    """As planned for the rows that are modelled on the chip at hand."""
+    """Take the loss in two launches, planned for the modelled number of rows on the chip at hand."""
     from fused_kd import statistics as stats
     from fused_kd.backends import triton as kernels
-    from fused_kd.backends.triton.launch import plan
-    from fused_kd.logit_map import LogitMap
+    from fused_kd.divergences import FORWARD_KL, coefficients
+    from fused_kd.launch import two_passes
 
     (student,), (teacher,), labels = logits
     student, teacher = student.detach()[None], teacher[None]
-    weight, maps = torch.ones(labels.shape), (LogitMap(), LogitMap())
+    weight, counted = torch.ones(labels.shape), torch.ones(labels.shape, dtype=torch.bool)
     processors = torch.cuda.get_device_properties(0).multi_processor_count
-    launch = plan(MODELLED_ROWS, student.shape[-1], student.element_size(), processors)
-    parts = kernels.row_statistics(student, teacher, weight, weight, TEMPERATURE, True, *maps, launch)
+    launch = two_passes(MODELLED_ROWS, student.shape[-1], student.element_size(), processors)
+    parts = kernels.row_statistics(student, teacher, counted, torch.float32, True, TEMPERATURE, launch=launch)
     gradient = torch.empty_like(student)
-    merged = stats.merge(parts, TEMPERATURE)
-    kernels.logit_gradient(student, teacher, labels, merged, weight, weight, TEMPERATURE, gradient, None, *maps, launch)
+    of_rows = coefficients(stats.merge(parts, TEMPERATURE), weight, weight, FORWARD_KL, TEMPERATURE)
+    kernels.logit_gradient(student, teacher, labels, of_rows, gradient, None, TEMPERATURE, launch=launch)
 
 
 def of_peer(peer: peers.Peer) -> Callable[[problems.Inputs], None]:
@@ -66,7 +65,7 @@ def of_peer(peer: peers.Peer) -> Callable[[problems.Inputs], None]:
 
 
 def subjects() -> dict[str, tuple[str, str, Callable[[problems.Inputs], None]]]:
-    """What is computed and of which inputs, by name."""
+    """Return what each subject computes, and from which inputs, by name."""
     found = {TWO_LAUNCHES: ("CE + KL", "logits", two_launches)}
     for peer in peers.PEERS:
         if peer.name in OTHERS and peer.missing(torch.device("cuda")) is None:
@@ -96,7 +95,7 @@ def modelled(simulator: Any, chip: str, V: int, inputs: str, run: Callable[[prob
 
 
 def in_one_launch(simulator: Any, chip: str, V: int) -> dict[str, Any]:
-    """What kd_loss does there with a loss whose gradient is needed."""
+    """Model kd_loss in one launch, as it runs if the gradient is needed."""
     figures = one_launch.modelled(simulator, one_launch.Target(chip, V, MODELLED_ROWS, 0, 0), TEMPERATURE)
     names = ("bytes_a_pair", "modelled_seconds", "times_the_floor")
     return {"launches": 1, **{name: figures[name] for name in names}, "bound_by": [next(iter(figures["bounds"]))]}

@@ -1,23 +1,23 @@
-"""What the one-launch kernel would take on GPUs that are not here, by a simulator's model, beside what it has to reach.
+"""The modelled time of the one-launch kernel on GPUs that are not here, by a simulator, beside its targets.
 
     FUSED_KD_SIMULATOR=folder python -m benchmarks.one_launch --json benchmarks/results/one_launch.json
 
 `results/one_launch-triton-3.6.json` is the same with Triton 3.6, whose plans have no clusters.
 
-It is launched as planned for 8 192 rows of bfloat16 logits.  Of the form of whole rows four run, and the simulator
-extrapolates, as in `modelled.py`.  Of the shared form, whose programs read again what others have read, so many rows run
-that their programs fill the chip three times, and the model's figures for that launch are scaled as they are: with its
-last programs, which leave part of the chip idle.  It is a model: good for ratios between such kernels on one chip, not for
-times; the floor is that of `modelled.py`.
+The kernel is launched as planned for 8 192 rows of bfloat16 logits.  In the form of whole rows four rows run, and the
+simulator extrapolates, as in `modelled.py`.  In the shared form programs read again what other programs have read.  So
+enough rows run for their programs to fill the chip three times, and the figures of that launch are scaled to 8 192 rows.
+They include its last programs, which leave part of the chip idle.  The model is good for ratios between such kernels on one
+chip, not for times.  The floor is that of `modelled.py`.
 
 Columns of the table:
-  form       one program a row, blocks of a cluster, or programs a row; warps and columns a thread
-  in flight  rows, as planned and as the compiled kernel's registers make it
-  of floor   modelled time, over reading both logits and writing the gradient once at the achievable bandwidth
-  bounds     of the model's resources the largest three, over the floor's time
-  instr      machine instructions a pair, an estimate; the PTX instructions that were executed are counted
+  form       one program per row, the blocks of a cluster, or the programs per row; warps, and columns per thread
+  in flight  rows in flight, as planned and as the registers of the compiled kernel allow
+  of floor   modelled time over the floor's time
+  bounds     the model's three most used resources, each over the floor's time
+  instr      machine instructions per pair, estimated from the PTX instructions that were executed
 
-Exit code: 0, also where there is no simulator; with --check 1 where a target is missed.
+Exit code: 0, also if there is no simulator; with --check 1 if a target is missed.
 """
 
 import argparse
@@ -30,8 +30,8 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from fused_kd.cli import record
-from fused_kd.cli.benchmarking import tables
+from fused_kd.testing import record
+from fused_kd.testing.words import spaced
 
 from .simulated.simulator import load
 
@@ -61,13 +61,14 @@ TARGETS = (
 
 def modelled(simulator: Any, target: Target, temperature: float) -> dict[str, Any]:
     from fused_kd.backends import triton as kernels
-    from fused_kd.devices import DEVICES, one_launch_plan
-    from fused_kd.launch import as_compiled
+    from fused_kd.devices import DEVICES
+    from fused_kd.launch import best_single_pass
+    from fused_kd.launching import as_compiled
 
     wide = target.vocab_size % 16 == 0  # as `is_wide` finds the rows below
     device = as_compiled(DEVICES[target.chip.upper()])
-    planned = one_launch_plan(target.rows, target.vocab_size, 4, 2, device, wide)
-    is_whole = planned.splits == 0
+    planned = best_single_pass(target.rows, target.vocab_size, 4, 2, device, wide)
+    is_whole = planned.launch.splits == 0
     fill = max(1, FILLED * planned.rows_in_flight)
     rows = min(target.rows, WHOLE_ROWS if is_whole else min(MOST_ROWS, fill))
     generator = torch.Generator().manual_seed(0)
@@ -75,7 +76,7 @@ def modelled(simulator: Any, target: Target, temperature: float) -> dict[str, An
     labels = torch.randint(target.vocab_size, (rows,), generator=generator)
     weight, gradient = torch.ones(rows, dtype=torch.float64), torch.empty_like(student)
     with simulator.device(target.chip) as simulated:
-        kernels.loss_and_gradient(student, teacher, labels, weight, weight, temperature, gradient, launch=planned)
+        kernels.statistics_and_gradient(student, teacher, labels, weight, weight, gradient, planned.launch, temperature)
         launch = simulated.launches[-1]
         estimate = simulated.extrapolate(launch, rows=target.rows) if is_whole else launch.estimate()
     chip = launch.chip
@@ -87,8 +88,9 @@ def modelled(simulator: Any, target: Target, temperature: float) -> dict[str, An
     return {
         **target._asdict(), "temperature": temperature, "target_bytes_a_pair": target.bytes_a_pair,
         "target_times_the_floor": target.times_the_floor,
-        "plan": planned._asdict(), "rows_run": rows, "rows_modelled": modelled_rows,
-        "rows_in_flight": min(target.rows, resident / (planned.splits or planned.ctas)),
+        "plan": {**planned.launch._asdict(), "rows_in_flight": planned.rows_in_flight},
+        "rows_run": rows, "rows_modelled": modelled_rows,
+        "rows_in_flight": min(target.rows, resident / (planned.launch.splits or planned.launch.ctas)),
         "registers": launch.registers, "spilled": launch.spill_bytes,
         "bytes_a_pair": estimate.dram_bytes / pairs, "times_the_floor": estimate.kernel_us / floor,
         "modelled_seconds": estimate.kernel_us / 1e6 * target.rows / modelled_rows,
@@ -139,7 +141,7 @@ def table(results: list[dict[str, Any]]) -> Table:
         one = "one program" if plan["ctas"] == 1 else f"cluster of {plan['ctas']}"
         what = f"{plan['splits']} programs" if plan["splits"] else one
         table.add_row(
-            r["chip"], tables.spaced(r["vocab_size"]), tables.spaced(r["rows"]), f"{r['temperature']:g}",
+            r["chip"], spaced(r["vocab_size"]), spaced(r["rows"]), f"{r['temperature']:g}",
             f"{what}, {plan['num_warps']} warps, K = {plan['columns']}", str(r["rows_run"]),
             f"{plan['rows_in_flight']}, {r['rows_in_flight']:.0f}",
             f"{r['registers']}" + (f" (spills {r['spilled']})" if r["spilled"] else ""),

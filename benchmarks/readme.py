@@ -2,7 +2,8 @@
 
     python -m benchmarks.gpu                 # on a GPU: gpu.json
     fused-kd bench --json benchmarks/results/cpu.json --output benchmarks/results
-    fused-kd bench --part compiled --json benchmarks/results/compiled.json
+    python -m benchmarks.static_profile --kernel row_statistics --kernel logit_gradient \
+        --variant "bf16/bf16 T=2 ce+kl dense identity" --json benchmarks/results/compiled.json
     python -m benchmarks.readme
     python -m benchmarks.readme --check    # exit code 1 where a section is not what the records say
 
@@ -11,15 +12,16 @@ one_launch.json (`benchmarks.modelled`, `benchmarks.one_launch`) are needed too.
 """
 
 import argparse
+import itertools
 import json
+import operator
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from fused_kd.cli.benchmarking import peers, suite, tables
-from fused_kd.cli.benchmarking.suite import Result
-from fused_kd.cli.words import spaced
+from fused_kd.testing import peers
+from fused_kd.testing.words import spaced
 
 from .gpu import model, report
 
@@ -27,6 +29,7 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 README = ROOT / "README.md"
 PERFORMANCE = ROOT / "docs" / "performance.md"
+Result = dict[str, Any]  # of `fused-kd bench`, for one peer at one shape
 BEGIN, END = "<!-- written by benchmarks.readme: begin -->", "<!-- end -->"
 
 
@@ -73,22 +76,24 @@ def _read(name: str) -> dict[str, Any]:
 
 
 def _measured(record: dict[str, Any]) -> Iterator[str]:
-    results = [suite.from_dict(result) for result in record["results"]]
-    machine, versions = record["machine"], record["versions"]
+    results, machine, versions = record["results"], record["machine"], record["versions"]
     device = f"a CPU ({machine['processor']}, {machine['torch_threads']} threads)"
     installed = ", ".join(f"{package} {version}" for package, version in versions.items() if version)
     yield f"Measured on {device}, in one run, peers in turns; {installed}."
     yield "`fused-kd bench --json` wrote `benchmarks/results/cpu.json`."
     for inputs, function in (("logits", "`kd_loss`"), ("hidden", "`linear_kd_loss`")):
-        of_models = [r for r in results if r.group == "models" and r.inputs == inputs]
+        of_models = [r for r in results if r["group"] == "models" and r["inputs"] == inputs]
         yield ""
         yield f"{function}, forward and backward, T = 2: milliseconds (and times ours); memory beyond inputs and gradients."
         yield ""
         yield from _table(of_models)
-    skipped = tables.skipped(results)
-    if skipped:
+    reasons: dict[str, dict[str, None]] = {}
+    for result in results:
+        if result["reason"] is not None:
+            reasons.setdefault(result["reason"], {})[result["peer"]] = None
+    if reasons:
         yield ""
-        yield "Not measured here: " + "; ".join(f"{', '.join(names)} ({why})" for why, names in skipped.items()) + "."
+        yield "Not measured here: " + "; ".join(f"{', '.join(names)} ({why})" for why, names in reasons.items()) + "."
     yield ""
     for size in ("V", "N"):
         if (RESULTS / f"growing-{size}.png").exists():
@@ -96,26 +101,28 @@ def _measured(record: dict[str, Any]) -> Iterator[str]:
 
 
 def _table(results: list[Result]) -> Iterator[str]:
-    measured = [result for result in results if result.both is not None]
-    names = list(dict.fromkeys(result.peer for result in measured))
-    computes = {result.peer: result.computes for result in measured}
+    measured = [result for result in results if result["both"] is not None]
+    names = list(dict.fromkeys(result["peer"] for result in measured))
+    computes = {result["peer"]: result["computes"] for result in measured}
     headings = [name if computes[name] == "CE + KL" else f"{name} ({computes[name]})" for name in names]
     yield f"| models, dtype | N | V | {' | '.join(headings)} |"
     yield "| --- | ---: | ---: |" + " ---: |" * len(names)
-    for of_shape in tables.by_shape(measured):
-        by_peer = {result.peer: result for result in of_shape}
-        ours, first = by_peer[peers.OURS], of_shape[0]
-        cells = [_cell(by_peer.get(name), ours) for name in names]
-        size = f"{first.rows} | {spaced(first.vocab_size)}"
-        yield f"| {first.shape}, {first.dtype} | {size} | {' | '.join(cells)} |"
+    key = operator.itemgetter("vocab_size", "rows", "shape", "dtype")
+    for (vocabulary, rows, shape, dtype), group in itertools.groupby(sorted(measured, key=key), key=key):
+        by_peer = {result["peer"]: result for result in group}
+        cells = [_cell(by_peer.get(name), by_peer[peers.OURS]) for name in names]
+        yield f"| {shape}, {dtype} | {rows} | {spaced(vocabulary)} | {' | '.join(cells)} |"
 
 
 def _cell(result: Result | None, ours: Result) -> str:
-    if result is None or result.both is None or ours.both is None or result.peak_bytes is None:
+    if result is None or result["peak_bytes"] is None:
         return "-"
-    ratio = "" if result is ours else f" ({result.both.median / ours.both.median:.1f})"
-    text = f"{tables.milliseconds(result.both)}{ratio}; {result.peak_bytes / 1e6:.0f} MB"
-    return f"**{text}**" if result is ours else text + tables.wrong(result)
+    seconds, of_ours = (of["both"]["median"] for of in (result, ours))
+    ratio = "" if result is ours else f" ({seconds / of_ours:.1f})"
+    digits = 0 if seconds >= 0.1 else 1 if seconds >= 0.01 else 3
+    text = f"{1000 * seconds:.{digits}f}{ratio}; {result['peak_bytes'] / 1e6:.0f} MB"
+    wrong = " WRONG" if result["agrees"] is False else ""
+    return f"**{text}**" if result is ours else text + wrong
 
 
 def _compiled(record: dict[str, Any]) -> Iterator[str]:
@@ -126,8 +133,10 @@ def _compiled(record: dict[str, Any]) -> Iterator[str]:
     yield ""
     yield "| kernel | target | instructions | MUFU | bytes | registers | spilled | resident warps |"
     yield "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |"
-    for p in record["compiled"]:
-        counts = f"{p['instructions']:.1f} | {p['mufu']:.2f} | {p['bytes']:.1f}"
+    for p in sorted(record["variants"], key=lambda p: p["kernel"], reverse=True):
+        if p["teacher_grad"] or p.get("divergence", "forward_kl") != "forward_kl":
+            continue
+        counts = f"{p['instructions']:.1f} | {p['kinds']['mufu']:.2f} | {p['bytes']:.1f}"
         yield f"| {p['kernel']} | {p['target']} | {counts} | {p['registers']} | {p['spill']} | {p['resident_warps']} |"
 
 

@@ -1,4 +1,4 @@
-"""Figures that do not depend on the machine's mood, beside those recorded: a regression of the code fails here.
+"""The regression gate: figures that hardly depend on the machine's load, compared with the recorded ones.
 
 Run `python -m benchmarks.regression --help` in an environment where fused_kd is installed with its extra `cli`.
 """
@@ -13,7 +13,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from fused_kd.cli.record import versions, write_json
+from fused_kd.testing.record import versions, write_json
 
 from .gate import compiled, memory, steps, times
 from .gate.comparison import BETTER, OK, WORSE, Comparison, compare
@@ -25,7 +25,7 @@ Measures what a change of the code can make worse on any machine, without a GPU,
 benchmarks/results/regression.json.
 
 Groups of figures:
-  compiled         instructions, MUFU and bytes a pair, registers and spills of both kernels (bfloat16, T = 1, 2 and any
+  compiled         instructions, MUFU and bytes per pair, registers and spills of both kernels (bfloat16, T = 1, 2 and any
                    other, every target); as recorded with the Triton at hand, or with the nearest release, and then loosely
   launches         of a training step on a GPU: Triton kernels, and PyTorch's operators that launch something
   multiplications  of a training step from hidden states, in projections of the student
@@ -90,7 +90,7 @@ def table(comparisons: Sequence[Comparison], everything: bool) -> Table:
 
 
 def more_operators(before: Operators, now: Operators, comparisons: Sequence[Comparison]) -> Iterator[str]:
-    """What steps that launch more than recorded call more often."""
+    """Name the operators that steps with more launches than recorded call more often."""
     for c in comparisons:
         if c.kind == "other launches" and c.verdict == WORSE:
             more = Counter(now.get(c.name, {})) - Counter(before.get(c.name, {}))

@@ -11,28 +11,30 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from fused_kd.cli import record
-from fused_kd.cli.compiled.bounds import Violation, one_launch_violations, violations
-from fused_kd.cli.compiled.profile import OneLaunchFigures, Profile
-from fused_kd.cli.compiled.variants import (
+from fused_kd.devices import DEVICES
+from fused_kd.testing import record
+
+from .compiled.bounds import Violation, one_launch_violations, violations
+from .compiled.profile import OneLaunchFigures, Profile
+from .compiled.variants import (
     KERNELS,
     ONE_LAUNCH,
     TARGETS,
     Variant,
     all_variants,
     figures,
+    launch_shape,
     one_launch_variants,
-    planned_shape,
 )
-from fused_kd.cli.compiled.workers import in_workers
+from .compiled.workers import in_workers
 
 DESCRIPTION = """\
 Compiles every variant of the Triton kernels (dtypes, temperatures, terms of the loss, memory layouts, softcap or scale)
 for sm_80, sm_90, sm_100 and gfx942, and counts what the machine code of each main loop does for one pair, a pair being
 one (student, teacher) element.  No GPU is needed: Triton's wheel holds compilers and disassemblers.
 
-Columns of the table, counts a pair:
-  regs, spill, shared   registers a thread, bytes spilled, bytes of shared memory a program
+Columns of the table, counts per pair:
+  regs, spill, shared   registers per thread, bytes spilled, bytes of shared memory per program
   warps                 resident on a multiprocessor (compute unit) at these registers
   flight                KB of loads that these warps have outstanding at most, if all of them wait for memory
   instr                 instructions that a warp issues; of them:
@@ -53,7 +55,10 @@ def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=DESCRIPTION, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--target", action="append", choices=TARGETS, help="only this target (repeatable)")
+    parser.add_argument(
+        "--target", action="append", choices=sorted({device.target for device in DEVICES.values()}),
+        help=f"only this target (repeatable; default: {' '.join(TARGETS)})",
+    )  # fmt: skip
     parser.add_argument(
         "--kernel", action="append", choices=(*KERNELS, *ONE_LAUNCH), help="only this kernel (repeatable)"
     )
@@ -62,7 +67,7 @@ def parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--list", action="store_true", help="print the names of the variants and stop")
     parser.add_argument("--check", action="store_true", help="exit with 1 if a bound is broken, and say which")
-    parser.add_argument("--listing", action="store_true", help="print the main loops, line by line")
+    parser.add_argument("--listing", action="store_true", help="print the main loops, line by line, and write them too")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every figure to FILE")
     parser.add_argument("--workers", type=int, default=2, help="processes that compile (default: 2)")
     return parser
@@ -107,16 +112,18 @@ def table_of_one_launch(found: dict[Variant, OneLaunchFigures]) -> Table:
     for name in ("form", "target", "T", "regs", "planned", "spill", "shared", "warps", "shuffles"):
         table.add_column(name, no_wrap=True)
     for v, r in found.items():
-        counts = (r.registers, planned_shape(v).registers, r.spill, r.shared, r.resident_warps, r.shuffles)
+        counts = (r.registers, launch_shape(v).registers, r.spill, r.shared, r.resident_warps, r.shuffles)
         table.add_row(v.kernel, v.target, v.temperature_name, *map(str, counts))
     return table
 
 
-def write_json(path: Path, profiles: dict[Variant, Profile], failures: Iterable[str]) -> None:
+def write_json(path: Path, profiles: dict[Variant, Profile], failures: Iterable[str], listing: bool) -> None:
     entries = [
         {**vars(variant), **profile.as_dict(), "violations": [str(v) for v in violations(variant, profile)]}
         for variant, profile in profiles.items()
     ]
+    for entry in entries if not listing else ():
+        del entry["listing"]
     record.write_json(path, {"versions": record.versions(), "variants": entries, "failures": list(failures)})
 
 
@@ -131,8 +138,8 @@ def broken_bounds(
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parser().parse_args(arguments)
-    variants = chosen_variants(options, all_variants())
-    of_one_launch = chosen_variants(options, one_launch_variants())
+    variants = chosen_variants(options, all_variants(options.target or TARGETS))
+    of_one_launch = chosen_variants(options, one_launch_variants(options.target or TARGETS))
     if not variants + of_one_launch:
         parser().error("no variant has all of these; see --list")
     if options.list:
@@ -153,7 +160,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for variant, profile in profiles.items():
             print("", variant.name, *profile.listing, sep="\n")
     if options.json:
-        write_json(options.json, profiles, failures)
+        write_json(options.json, profiles, failures, options.listing)
     for failure in failures:
         print(f"FAILED {failure}")
     broken = list(broken_bounds(profiles, in_one_launch)) if options.check else []

@@ -5,7 +5,7 @@
 A peer that cannot run here is skipped with the reason; one that is not what it says it is fails.
 """
 
-from fused_kd.cli.benchmarking import shapes
+from fused_kd.testing import shapes
 
 from .conftest import DEVICE, DTYPE, cases
 

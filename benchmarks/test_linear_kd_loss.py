@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from fused_kd import linear_kd_loss
-from fused_kd.cli.benchmarking import problems, shapes
+from fused_kd.testing import problems, shapes
 from fused_kd.testing.memory import peak_bytes
 
 from .conftest import DEVICE, DTYPE, cases

@@ -1,9 +1,9 @@
-"""How the cost of kd_loss and its peers grows with V and with N, forward and backward together.
+"""The growing cost of kd_loss and its peers with V and with N, forward and backward together.
 
 pytest benchmarks/test_sweeps.py --benchmark-columns=median,iqr --benchmark-group-by=group
 """
 
-from fused_kd.cli.benchmarking import shapes
+from fused_kd.testing import shapes
 
 from .conftest import DEVICE, DTYPE, cases
 

@@ -20,9 +20,8 @@ from typing import Any, NamedTuple
 from rich.console import Console
 from rich.table import Table
 
-from fused_kd.cli.arguments import at_least_one
-from fused_kd.cli.record import write_json
-from fused_kd.cli.words import spaced
+from fused_kd.testing.record import write_json
+from fused_kd.testing.words import spaced
 
 DESCRIPTION = """\
 Makes a virtual environment for each pair of PyTorch and Triton, installs fused_kd there with its extra `test`, compiles
@@ -74,7 +73,7 @@ def parser() -> argparse.ArgumentParser:
         "--folder", type=Path, help="where the environments are, or are made (default: a temporary folder)"
     )
     parser.add_argument("--keep", action="store_true", help="keep the environments that are made")
-    parser.add_argument("--workers", type=at_least_one, default=2, help="processes that compile or test (default: 2)")
+    parser.add_argument("--workers", type=int, default=2, help="processes that compile or test (default: 2)")
     return parser
 
 

@@ -1,4 +1,4 @@
-"""Figures beside those recorded: which are within their limits, and what to do about the others."""
+"""The comparison of figures with the recorded ones: those within their limits, and advice on the others."""
 
 from collections.abc import Iterator
 from typing import NamedTuple

@@ -5,20 +5,20 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from fused_kd.cli.compiled.profile import Profile
-from fused_kd.cli.compiled.variants import Variant, all_variants, measure
-from fused_kd.cli.compiled.workers import in_workers
-
+from ..compiled.profile import Profile
+from ..compiled.variants import DIVERGENCES, Variant, all_variants, measure
+from ..compiled.workers import in_workers
 from .figures import Figures
 
 
 def is_kept(variant: Variant) -> bool:
     usual = (variant.terms, variant.layout, variant.logit_map) == ("ce+kl", "dense", "identity")
+    usual = usual and variant.divergence == DIVERGENCES[0]
     return usual and variant.dtypes == "bf16/bf16" and variant.temperature_name in ("1", "2", "other")
 
 
 def compile_all(workers: int) -> Figures:
-    """What does not compile is named, has no figures, and is missed."""
+    """Compile and profile the kept variants; one that does not compile is named, and its figures are missing."""
     results = in_workers(measure, [variant for variant in all_variants() if is_kept(variant)], workers)
     for variant, result in results.items():
         if isinstance(result, BaseException):
@@ -27,10 +27,10 @@ def compile_all(workers: int) -> Figures:
 
 
 def from_profile(file: Path) -> Figures:
-    """Of the variants in what `static_profile.py --json` wrote."""
+    """Read the figures of the variants that `static_profile.py --json` wrote."""
     fields = Variant.__dataclass_fields__
     entries = json.loads(file.read_text())["variants"]
-    variants = [(Variant(**{name: entry[name] for name in fields}), entry) for entry in entries]
+    variants = [(Variant(**{name: entry[name] for name in fields if name in entry}), entry) for entry in entries]
     return _figures((variant, entry) for variant, entry in variants if is_kept(variant))
 
 

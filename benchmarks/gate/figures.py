@@ -1,4 +1,4 @@
-"""What kinds of figures `regression.py` keeps, and by how much one may be worse than recorded."""
+"""The kinds of figures that `regression.py` keeps, and by how much one may be worse than recorded."""
 
 import contextlib
 from collections.abc import Iterator

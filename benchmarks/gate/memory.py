@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from fused_kd import kd_loss, linear_kd_loss
-from fused_kd.cli.words import dtype_name
 from fused_kd.testing.memory import peak_bytes
+from fused_kd.testing.words import dtype_name
 
 from .figures import Figures, one_thread
 
@@ -33,7 +33,7 @@ def live_bytes() -> Figures:
 
 
 def _beyond(loss: Callable[[], Tensor], leaves: Sequence[Tensor], inplace: bool = False) -> int:
-    """In place a gradient has no memory of its own to be subtracted."""
+    """Return the peak beyond gradients; an in-place gradient has no memory of its own to be subtracted."""
     gradients: list[Tensor] = []
     peak = peak_bytes(lambda: gradients.extend(torch.autograd.grad(loss(), leaves)), CPU)
     return peak - (0 if inplace else sum(gradient.nbytes for gradient in gradients))

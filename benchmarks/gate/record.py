@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from fused_kd.cli.record import versions, write_json
+from fused_kd.testing.record import versions, write_json
 
 from .figures import KINDS, Figures
 
@@ -22,7 +22,7 @@ class Record:
         self.compiled: dict[str, Figures] = content.get("compiled", {})
 
     def triton(self, wanted: str) -> str:
-        """That release, or the nearest before it, or the first there is."""
+        """Return that release, or the nearest before it, or the first there is."""
         releases = sorted(self.compiled, key=_numbers)
         before = [release for release in releases if _numbers(release) <= _numbers(wanted)]
         return before[-1] if before else (*releases, wanted)[0]
@@ -32,7 +32,7 @@ class Record:
         return {kind: values for kind, values in everything.items() if kind in KINDS and KINDS[kind].group in groups}
 
     def update(self, figures: Figures, operators: Operators, triton: str) -> None:
-        """Of what was measured; the rest stays."""
+        """Record what was measured; the rest stays."""
         for kind, values in figures.items():
             of_kind = self.compiled.setdefault(triton, {}) if KINDS[kind].group == "compiled" else self.figures
             of_kind[kind] = values

@@ -1,4 +1,4 @@
-"""What a training step launches on a GPU, and what its products cost: counted on fake tensors, so no GPU is needed."""
+"""Launches of a training step on a GPU, and the cost of its products: counted on fake tensors, without a GPU."""
 
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -7,8 +7,7 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from fused_kd import kd_loss, linear_kd_loss
-from fused_kd.heads.sweep import plan
+from fused_kd import kd_loss, linear_kd_loss, plan_chunks
 from fused_kd.testing.launches import Launches, fake_gpu
 
 from .figures import Figures
@@ -45,7 +44,7 @@ def from_hidden_states(chunks: int, needed: tuple[bool, bool], dtype: torch.dtyp
     leaves = [tensor.requires_grad_() for tensor, need in zip(heads, needed + of_teacher, strict=True) if need]
     labels = torch.randint(V, (N,))
     names = ("hidden_grad", "weight_grad", "teacher_hidden_grad", "teacher_weight_grad")
-    one_row = plan(
+    one_row = plan_chunks(
         1, V, H_S, H_T, dtype=dtype, logits_dtype=options.get("logits_dtype"),
         **dict(zip(names, needed + of_teacher, strict=True)),
     )  # fmt: skip
@@ -68,7 +67,7 @@ def launched(make: Callable[[], Step]) -> Launches:
 
 
 def launches() -> tuple[Figures, Operators]:
-    """Of a step in bfloat16; of heads, with one chunk of logits, and what each further chunk adds."""
+    """Count the launches of a step in bfloat16; for heads, of one chunk of logits and of each further chunk."""
     figures: Figures = {"Triton launches": {}, "other launches": {}}
     operators = {}
     for name, kernels, others in _launches():
@@ -102,7 +101,7 @@ def _half(counts: Counter[str]) -> dict[str, float]:
 
 
 def multiplications() -> Figures:
-    """In those of one projection of the student; a projection of this teacher, whose head is twice as wide, takes two.
+    """Count multiplications in units of one student projection; a projection of this teacher, twice as wide, takes two.
 
     In float32: PyTorch's counter does not take the 16-bit products with a float32 result.  The package's operator is
     counted by a formula of its own where it stays closed; here its products are.

@@ -1,7 +1,7 @@
-"""Times of a training step on the CPU, float32, as multiples of those of eager PyTorch, taken by turns in one process.
+"""Times of a training step on the CPU, float32, over those of eager PyTorch, measured by turns in one process.
 
-On one thread, and of the processor's time, not the clock's: on two threads that others keep off the two cores, a step of
-`kd_loss`, which meets at hundreds of barriers, took seven times as long as eager PyTorch, not a fifth.
+A step runs on one thread, and its processor time counts, not the clock's.  `kd_loss` meets at hundreds of barriers per
+step.  With two threads on busy cores it took seven times as long as eager PyTorch, instead of a fifth.
 """
 
 import functools
@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fused_kd import kd_loss, linear_kd_loss
-from fused_kd.cli.benchmarking.peers import eager
-from fused_kd.cli.benchmarking.problems import ALPHA
+from fused_kd.testing.peers import eager
+from fused_kd.testing.problems import ALPHA
 
 from .figures import Figures, one_thread
 
@@ -47,7 +47,7 @@ def ratios() -> Figures:
 def _ratio(
     fused: Callable[..., Tensor], eager: Callable[..., Tensor], tensors: Sequence[Tensor], gradients: int, rounds: int
 ) -> float:
-    """Of the minima, which what else the machine does disturbs least."""
+    """Return the ratio of the minima, which other work on the machine disturbs least."""
     leaves = [tensor.requires_grad_() for tensor in tensors[:gradients]]
 
     def fused_step() -> Tensor:

@@ -7,15 +7,15 @@ from pathlib import Path
 
 import torch
 
-from fused_kd.launch import AUTO, TWO, is_chosen
-from fused_kd.testing.accuracy import planned
+from fused_kd.launching import ONE, TWO
+from fused_kd.testing import launching
 
 from .context import Context, here
 from .subjects import TEMPERATURE
 
 
 def steps(context: Context, file: Path, rows: int, vocabularies: list[int]) -> None:
-    """Run a step of kd_loss at each vocabulary, as planned and in two launches, and write to the file what was launched."""
+    """Run a step of kd_loss at each vocabulary, in one launch and in two, and write to the file what was launched."""
     from fused_kd import kd_loss
 
     with file.open("w") as lines:
@@ -26,9 +26,8 @@ def steps(context: Context, file: Path, rows: int, vocabularies: list[int]) -> N
             )
             labels = torch.randint(vocabulary, (rows,), device=context.device)
             student.requires_grad_()
-            for plan in (AUTO, TWO):
-                with planned(plan):
-                    count = 1 if is_chosen(student, teacher, vocabulary) else 2
+            for plan, count in ((ONE, 1), (TWO, 2)):
+                with launching(plan):
                     loss = kd_loss(student, teacher, labels, temperature=TEMPERATURE)
                     torch.autograd.grad(loss, student)
                     torch.cuda.synchronize()

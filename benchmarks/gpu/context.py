@@ -17,6 +17,7 @@ class Sizes(NamedTuple):
     rows: int  # N, tokens
     vocabularies: tuple[int, ...]  # V, the most telling first
     judged: tuple[int, ...]  # V at which a step has a target
+    short: tuple[int, ...]  # V of rows that a program takes whole
     hidden: int  # H, of student and teacher
     hidden_vocabularies: tuple[int, ...]
     chunk_rows: tuple[int, ...]  # tokens of a chunk of hidden states
@@ -33,16 +34,17 @@ class Sizes(NamedTuple):
 
 
 GPU = Sizes(
-    rows=8192, vocabularies=(128_256, 151_936, 32_000, 262_144), judged=(128_256, 151_936), hidden=4096,
+    rows=8192, vocabularies=(128_256, 151_936, 32_000, 262_144), judged=(128_256, 151_936), short=(4096, 8192, 16_384),
+    hidden=4096,
     hidden_vocabularies=(128_256, 151_936), chunk_rows=(256, 512, 1024, 2048, 4096, 8192),
-    programs=(16, 32, 48, 64, 96, 128), programs_of=((2, 16), (4, 8), (2, 8), (8, 8), (4, 16), (8, 16)),
+    programs=(16, 32, 64), programs_of=((2, 16), (2, 8), (4, 16), (8, 16)),
     graphs=(1040, 32_000), copy_bytes=2**31, matrix=8192, dtype=torch.bfloat16, batches=3, rounds=5,
     workers=max(2, min(14, (os.cpu_count() or 2) - 2)), checked=100,
 )  # fmt: skip
 REHEARSED = Sizes(
-    rows=4, vocabularies=(1040, 611), judged=(1040,), hidden=16, hidden_vocabularies=(304,), chunk_rows=(2, 4),
-    programs=(2,), programs_of=((4, 8),), graphs=(1040,), copy_bytes=2**12, matrix=16, dtype=torch.bfloat16, batches=1,
-    rounds=2, workers=2, checked=2,
+    rows=4, vocabularies=(1040, 611), judged=(1040,), short=(304,), hidden=16, hidden_vocabularies=(304,),
+    chunk_rows=(2, 4), programs=(2,), programs_of=((4, 8),), graphs=(1040,), copy_bytes=2**12, matrix=16,
+    dtype=torch.bfloat16, batches=1, rounds=2, workers=2, checked=2,
 )  # fmt: skip
 
 

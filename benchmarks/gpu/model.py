@@ -1,11 +1,11 @@
-"""Measured figures beside what the simulator's model says of them: how far the model can be trusted."""
+"""Measured figures beside the modelled ones of the simulator: the error of the model."""
 
 from typing import Any, NamedTuple
 
-from fused_kd.cli.benchmarking.peers import OURS
+from fused_kd.testing.peers import OURS
 
 from .context import GPU
-from .stages.fast import TWO_LAUNCHES
+from .stages.fast import ONE_LAUNCH, TWO_LAUNCHES
 from .subjects import TEMPERATURE
 
 CHIPS = ("A100", "H100", "H200", "B200")
@@ -13,7 +13,7 @@ LIKE = {"H200": "H100"}  # they differ in memory alone, and times are compared a
 NAMED = {"fla fused KL": "fla KL kernel"}  # in `benchmarks.modelled`, where heads are left out: here
 
 KERNEL = "the one-launch kernel, times the floor"
-MOVED = {OURS: "one launch, bytes of memory per pair", TWO_LAUNCHES: "two launches, bytes of memory per pair"}
+MOVED = {ONE_LAUNCH: "one launch, bytes of memory per pair", TWO_LAUNCHES: "two launches, bytes of memory per pair"}
 Key = tuple[str, int, float]  # figure, V, T
 
 
@@ -26,7 +26,7 @@ class Comparison(NamedTuple):
 
     @property
     def error(self) -> float:
-        """How far the model is above what was measured, as a share of it."""
+        """The model's excess over what was measured, as a share of that."""
         return self.modelled / self.measured - 1
 
 
@@ -60,7 +60,7 @@ def of_run(run: dict[str, Any]) -> dict[Key, float]:
         found[_step(r["subject"]), r["vocabulary"], r["temperature"]] = r["times_the_floor"]
     for r in results(run, "l2"):
         if "bytes_per_pair" in r:
-            name = OURS if len(r["kernels"]) == 1 else TWO_LAUNCHES
+            name = ONE_LAUNCH if len(r["kernels"]) == 1 else TWO_LAUNCHES
             found[MOVED[name], r["vocabulary"], TEMPERATURE] = r["bytes_per_pair"]
     return found
 
@@ -70,8 +70,8 @@ def of_model(modelled: dict[str, Any], one_launch: dict[str, Any], chip: str) ->
     for r in one_launch["results"]:
         if (r["chip"], r["rows"]) == (chip, GPU.rows):
             at = r["vocab_size"], r["temperature"]
-            found[(KERNEL, *at)] = found[(_step(OURS), *at)] = r["times_the_floor"]
-            found[(MOVED[OURS], *at)] = r["bytes_a_pair"]
+            found[(KERNEL, *at)] = found[(_step(ONE_LAUNCH), *at)] = r["times_the_floor"]
+            found[(MOVED[ONE_LAUNCH], *at)] = r["bytes_a_pair"]
     for r in modelled["results"]:
         if r["chip"] == chip and r["peer"] != OURS and "times_the_floor" in r:
             at = r["vocab_size"], 1.0 if r["computes"].endswith("T = 1") else TEMPERATURE

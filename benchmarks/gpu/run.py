@@ -17,7 +17,7 @@ from typing import Any
 
 from rich.console import Console
 
-from fused_kd.cli import record
+from fused_kd.testing import record
 
 from . import tables
 from .context import REHEARSAL, here

@@ -6,14 +6,14 @@ from typing import Any
 
 import torch
 
-from fused_kd.cli.benchmarking import agreement, measure, problems
-from fused_kd.cli.benchmarking.peers import Peer
-from fused_kd.cli.benchmarking.shapes import Shape
+from fused_kd.testing import agreement, problems, steps
+from fused_kd.testing.peers import Peer
+from fused_kd.testing.problems import TEMPERATURE
+from fused_kd.testing.shapes import Shape
 
 from .context import Context
 from .timing import timed
 
-TEMPERATURE = 2.0
 _agreed: dict[str, agreement.Agreement] = {}
 
 
@@ -34,7 +34,7 @@ class Subject:
         self.peer, self.temperature = peer, peer.temperature or temperature
         self.loss = peer.build()
         own = [buffer.copy() for buffer in buffers] if peer.overwrites else buffers
-        self.step = measure.Step(self.loss, own, self.temperature)
+        self.step = steps.Step(self.loss, own, self.temperature)
 
     def run(self) -> None:
         self.step.prepare("both")
@@ -81,4 +81,4 @@ def measured(
 def _measured(context: Context, shape: Shape, subject: Subject) -> dict[str, Any]:
     described = subject.described(shape, context.device)
     timing = timed({0: subject.run}, context.sizes.batches, context.sizes.rounds)[0]
-    return {**described, **timing._asdict(), "peak_bytes": measure.peak_beyond(subject.step, context.device)}
+    return {**described, **timing._asdict(), "peak_bytes": steps.peak_beyond(subject.step, context.device)}

@@ -1,4 +1,4 @@
-"""The record as tables for a person."""
+"""The record as readable tables."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from fused_kd.cli.words import spaced
+from fused_kd.testing.words import spaced
 
 from .stages import STAGES
 
@@ -106,7 +106,7 @@ def _short(value: Any) -> str:
 def _right(title: str, results: list[dict[str, Any]]) -> Table:
     def rows() -> Iterator[tuple[str, ...]]:
         for suite in dict.fromkeys(result["suite"] for result in results):
-            of_suite = [result for result in results if result["suite"] == suite]
+            of_suite = [result for result in results if result["suite"] == suite and "reason" not in result]
             wrong = [result for result in of_suite if result.get("finding")]
             epsilons = [e for result in of_suite for e in result.get("epsilons", {}).values()]
             worst = [f"{max(epsilons):.1f} float32 epsilons"] if epsilons else [

@@ -6,14 +6,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from fused_kd.cli.compiled.variants import MAPS, TEMPERATURES, TERMS
+from ..compiled.variants import DIVERGENCES, MAPS, TEMPERATURES, TERMS
 
 Option = tuple[str, object]  # a field of `Case` and its value
 ROWS = 6  # N; divisible by 2 and 3, for two ways to cut it into outer and inner
 
 
 class Placement(NamedTuple):
-    """How `[outer, inner, V]` logits lie in memory; what is between rows belongs to nobody."""
+    """The placement of `[outer, inner, V]` logits in memory; what is between rows belongs to nobody."""
 
     outer: int = 1
     multiple: int = 1  # of which strides are
@@ -45,7 +45,7 @@ LAYOUTS = {  # of student and teacher
 
 @dataclass(frozen=True)
 class Case:
-    """Statistics and gradient, in two launches or in one."""
+    """Statistics and gradient, in two launches or in a single pass."""
 
     dtypes: str
     temperature: float
@@ -59,13 +59,14 @@ class Case:
     gradients: str
     labels: str
     logits: str
+    divergence: str
 
     @property
     def name(self) -> str:
         return (
             f"{self.dtypes} T={self.temperature:g} {self.terms} maps {self.student_map}/{self.teacher_map} {self.layout} "
             f"V={self.vocabulary} splits={self.splits} {self.form} gradients: {self.gradients} "
-            f"{self.labels} {self.logits}"
+            f"{self.labels} {self.logits} {self.divergence}"
         )
 
     @property
@@ -84,22 +85,26 @@ OPTIONS: dict[str, tuple] = {
     # the compiler knows that it is a multiple of 16, and one of which it knows nothing.
     "vocabulary": (1, 611, 2048, 2608, 2611),
     "splits": (1, 3),  # of fewer tiles than splits the last splits have no columns
-    # The last two in one launch: one program or cluster a row, or `splits` programs.
+    # The last two are a single pass: one program or cluster per row, or `splits` programs.
     "form": ("two launches", "whole", "programs"),
     "gradients": ("student", "student in place", "both", "both in place"),
     "labels": ("i64", "i32"),
     "logits": ("finite", "masked"),  # masked: some columns are minus infinity
+    "divergence": DIVERGENCES,
 }
 
 
 def possible(options: dict[str, object]) -> bool:
-    """Whether options, not necessarily all of them, can meet in a launch."""
+    """Return whether options, not necessarily all of them, can meet in a launch."""
     teacher_gradient = str(options.get("gradients")).startswith("both")
+    divergence = options.get("divergence")
     without_teacher = options.get("terms") == "ce" and (
-        teacher_gradient or options.get("teacher_map", "identity") != "identity"
+        teacher_gradient or options.get("teacher_map", "identity") != "identity" or divergence == "reverse_kl"
     )
-    # A softcap makes minus infinity finite again: teacher mass where the student has none, an infinite divergence.
-    infinite = options.get("logits") == "masked" and options.get("teacher_map") == "softcap"
+    # A softcap makes minus infinity finite again: mass where the other distribution has none, an infinite divergence.
+    averaged, other = ("student", "teacher") if divergence == "reverse_kl" else ("teacher", "student")
+    finite_again = options.get(f"{averaged}_map") == "softcap" != options.get(f"{other}_map", "softcap")
+    infinite = options.get("logits") == "masked" and divergence is not None and finite_again
     in_one_launch = options.get("form", "two launches") != "two launches"
     return not (without_teacher or infinite or (in_one_launch and teacher_gradient))
 

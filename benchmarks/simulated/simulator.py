@@ -11,7 +11,7 @@ FOLDER = "FUSED_KD_SIMULATOR"  # the environment variable
 
 
 def is_there(parser: argparse.ArgumentParser) -> bool:
-    """Whether it can be imported, here and in processes that are started.  A folder without it is wrong use."""
+    """Return whether it can be imported, here and in processes that are started.  A folder without it is wrong use."""
     folder = os.environ.get(FOLDER)
     if not folder:
         print(f"skipped: {FOLDER} names no simulator")

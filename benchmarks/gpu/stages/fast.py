@@ -6,11 +6,10 @@ from typing import Any
 import torch
 
 from fused_kd import kd_loss
-from fused_kd.cli.benchmarking import measure, peers, problems
-from fused_kd.cli.benchmarking.peers import OURS, Loss, Peer
-from fused_kd.cli.benchmarking.shapes import Shape
-from fused_kd.launch import TWO
-from fused_kd.testing.accuracy import planned
+from fused_kd.launching import ONE, TWO
+from fused_kd.testing import launching, peers, problems, steps
+from fused_kd.testing.peers import OURS, Loss, Peer
+from fused_kd.testing.shapes import Shape
 
 from ..context import Context
 from ..graphs import captured
@@ -21,7 +20,7 @@ from .machine import copy_bandwidth
 TARGET = 1.25  # times the floor, a step at the judged vocabularies
 TEMPERATURES = (2.0, 3.0)
 FLOOR_PASSES = 3  # over an [N, V] array: both logits read, the gradient written
-TWO_LAUNCHES = f"{OURS}, two launches"
+ONE_LAUNCH, TWO_LAUNCHES = f"{OURS}, one launch", f"{OURS}, two launches"
 GRAPH = f"{OURS}, CUDA graph"
 OTHERS = ("eager PyTorch", "Liger CE + TVD", "fla KL kernel", "torch.compile")
 PEER_SECONDS = 10.0  # without so many left, a peer is not begun
@@ -37,8 +36,11 @@ def results(context: Context) -> Iterator[dict[str, Any]]:
 
 
 def ours(by_name: dict[str, Peer]) -> list[tuple[Peer, float]]:
-    two = Peer(TWO_LAUNCHES, "logits", lambda: in_two_launches(by_name[OURS].build()))
-    return [(peer, T) for T in TEMPERATURES for peer in (by_name[OURS], two)]
+    one, two = (
+        Peer(name, "logits", lambda plan=plan: as_planned(by_name[OURS].build(), plan))  # type: ignore[misc]
+        for name, plan in ((ONE_LAUNCH, ONE), (TWO_LAUNCHES, TWO))
+    )
+    return [(by_name[OURS], TEMPERATURES[1]), *((peer, TEMPERATURE) for peer in (by_name[OURS], one, two))]
 
 
 def others(by_name: dict[str, Peer]) -> list[tuple[Peer, float]]:
@@ -51,7 +53,7 @@ def at(
     dtype = context.sizes.dtype
     shape = Shape("gpu", "", "logits", context.sizes.rows, vocabulary, 0, 0, dtype)
     floor = FLOOR_PASSES * shape.logits * dtype.itemsize / bandwidth
-    buffers = measure.rotation(problems.make(shape, context.device), context.device)
+    buffers = steps.rotation(problems.make(shape, context.device), context.device)
     torch._dynamo.reset()
     wanted = select({peer.name: peer for peer in peers.of(shape)})
     for result in measured(context, shape, buffers, wanted, PEER_SECONDS):
@@ -67,9 +69,9 @@ def at(
     released()
 
 
-def in_two_launches(loss: Loss) -> Loss:
+def as_planned(loss: Loss, plan: str) -> Loss:
     def of_step(inputs: problems.Inputs, temperature: float) -> torch.Tensor:
-        with planned(TWO):
+        with launching(plan):
             return loss(inputs, temperature)
 
     return of_step

@@ -6,11 +6,10 @@ from typing import Any
 
 import torch
 
-from fused_kd import linear_kd_loss
-from fused_kd.cli.benchmarking import peers, problems
-from fused_kd.cli.benchmarking.peers import OURS, Loss, Peer
-from fused_kd.cli.benchmarking.shapes import Shape
-from fused_kd.heads.sweep import plan
+from fused_kd import linear_kd_loss, plan_chunks
+from fused_kd.testing import peers, problems
+from fused_kd.testing.peers import OURS, Loss, Peer
+from fused_kd.testing.shapes import Shape
 
 from ..context import Context
 from ..subjects import TEMPERATURE, measured, released
@@ -80,7 +79,7 @@ def bare_products(shape: Shape, inputs: problems.Inputs, trained: bool) -> Calla
 
 
 def plan_of(shape: Shape, trained: bool) -> Any:
-    return plan(
+    return plan_chunks(
         shape.rows, shape.vocab_size, shape.student_hidden, shape.teacher_hidden, dtype=shape.dtype, weight_grad=trained
     )
 

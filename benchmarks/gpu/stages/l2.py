@@ -1,7 +1,7 @@
 """L2: bytes of device memory that each kernel moves, counted by ncu.
 
 That a loss in one launch takes three passes over memory depends on its second reading, which has to hit L2.  One process
-runs a step at each vocabulary, as planned and in two launches, while ncu counts the kernels' traffic.
+runs a step at each vocabulary, in one launch and in two, while ncu counts the kernels' traffic.
 """
 
 import csv

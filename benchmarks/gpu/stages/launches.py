@@ -6,9 +6,9 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from fused_kd.cli.benchmarking import measure, peers, problems
-from fused_kd.cli.benchmarking.peers import OURS
-from fused_kd.cli.benchmarking.shapes import Shape
+from fused_kd.testing import peers, problems, steps
+from fused_kd.testing.peers import OURS
+from fused_kd.testing.shapes import Shape
 
 from ..context import Context
 from ..subjects import TEMPERATURE, released
@@ -24,7 +24,7 @@ def results(context: Context) -> Iterator[dict[str, Any]]:
     ]
     for shape in shapes:
         (ours,) = (peer for peer in peers.of(shape) if peer.name == OURS)
-        step = measure.Step(ours.build(), [problems.make(shape, context.device)], TEMPERATURE)
+        step = steps.Step(ours.build(), [problems.make(shape, context.device)], TEMPERATURE)
         events = list(launched(step, context.device))
         yield {
             "from": shape.inputs, "vocabulary": shape.vocab_size, "rows": shape.rows, "count": len(events),
@@ -34,7 +34,7 @@ def results(context: Context) -> Iterator[dict[str, Any]]:
         released()
 
 
-def launched(step: measure.Step, device: torch.device) -> Iterator[dict[str, Any]]:
+def launched(step: steps.Step, device: torch.device) -> Iterator[dict[str, Any]]:
     """Names and microseconds of what ran on the device, in order."""
     for _ in range(WARM_UPS):
         step.prepare("both")

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from fused_kd.cli import record
+from fused_kd.testing import record
 
 from ..context import Context
 from ..timing import Timing, timed

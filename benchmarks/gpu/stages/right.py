@@ -3,18 +3,20 @@
 Cases are shared out to processes, since most of their time is the compilation of kernels.
 """
 
+import contextlib
 import dataclasses
 import itertools
 import multiprocessing
 import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import TimeoutError as OutOfTime  # the built-in one since Python 3.11
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fused_kd.launch import ONE, TWO
+from fused_kd.launching import ONE, TWO
 from fused_kd.testing import accuracy, linear_accuracy
 
 from ...simulated.cases import covering_cases
@@ -22,7 +24,7 @@ from ..context import Context, is_rehearsal, prepare
 from ..subjects import reason
 
 RUNS = 3  # of each result, for equal bits
-SUITES = {"kd_loss": accuracy, "linear_kd_loss": linear_accuracy}
+SUITES = {"linear_kd_loss": linear_accuracy, "kd_loss": accuracy}
 BF16, FP32 = torch.bfloat16, torch.float32
 REHEARSED: dict[str, list[Any]] = {
     "kd_loss": [
@@ -34,24 +36,32 @@ REHEARSED: dict[str, list[Any]] = {
 
 
 def results(context: Context) -> Iterator[dict[str, Any]]:
-    work = [*cases(), *launches()]
+    work = [*launches(), *cases()]
     spawned = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(context.sizes.workers, spawned, initializer=prepare) as pool:
         futures = {pool.submit(measure, *item, str(context.device)): item for item in work}
-        for future in as_completed(futures):
-            suite, case = futures[future]
-            result = {"suite": suite, "case": getattr(case, "name", str(case))}
-            error = future.exception()
-            yield {**result, **(future.result() if error is None else {"finding": reason(error)})}
+        left = dict(futures)
+        with contextlib.suppress(OutOfTime):
+            for future in as_completed(futures, timeout=max(0.0, context.left())):
+                error = future.exception()
+                yield named(*left.pop(future)) | (future.result() if error is None else {"finding": reason(error)})
+        pool.shutdown(wait=False, cancel_futures=True)
+        yield from (named(*item) | {"reason": "no time was left"} for item in left.values())
+
+
+def named(suite: str, case: Any) -> dict[str, Any]:
+    return {"suite": suite, "case": getattr(case, "name", str(case))}
 
 
 def cases() -> list[tuple[str, Any]]:
-    """Return the quick table of `fused-kd check`, with both plans for each loss that can take one launch."""
+    """Return the quick table of `fused-kd check`, with both launches for each loss that can take one launch."""
     found = []
     for name, suite in SUITES.items():
         for case in REHEARSED[name] if is_rehearsal() else suite.cases(quick=True):  # type: ignore[attr-defined]
             has_choice = suite is linear_accuracy or (case.reduction != "none" and case.student_dtype != torch.float16)
-            found += [(name, dataclasses.replace(case, plan=plan)) for plan in ((ONE, TWO) if has_choice else (TWO,))]
+            found += [
+                (name, dataclasses.replace(case, launch=launch)) for launch in ((ONE, TWO) if has_choice else (TWO,))
+            ]
     return found
 
 
@@ -89,7 +99,10 @@ def of_launch(case: Any, device: torch.device) -> dict[str, Any]:
 def same_bits(runs: Sequence[Sequence[Tensor]]) -> bool:
     """Return whether each run has the results of the first, bit for bit; NaN is equal to itself."""
     return all(
-        torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
-        for run in runs[1:]
-        for a, b in itertools.zip_longest(runs[0], run)
+        torch.equal(bytes_of(a), bytes_of(b)) for run in runs[1:] for a, b in itertools.zip_longest(runs[0], run)
     )
+
+
+def bytes_of(tensor: Tensor) -> Tensor:
+    """Return the bytes of the elements; a copy, since a tensor of one column is contiguous with any stride."""
+    return tensor.clone(memory_format=torch.contiguous_format).view(torch.uint8)

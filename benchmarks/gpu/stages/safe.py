@@ -1,4 +1,4 @@
-"""Safe: compute-sanitizer on launches of every kernel, a CUDA graph on new data, and the tests that need a GPU."""
+"""Safe: a CUDA graph on new data, the tests that need a GPU, and compute-sanitizer on launches of every kernel."""
 
 import importlib.util
 import os
@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from fused_kd.cli.benchmarking import problems
-from fused_kd.cli.benchmarking.shapes import Shape
+from fused_kd.testing import problems
+from fused_kd.testing.shapes import Shape
 
 from ..context import Context
 from ..graphs import captured
@@ -30,8 +30,8 @@ OUTCOME = re.compile(r"(\d+) (passed|failed|errors?|skipped)")
 
 def results(context: Context) -> Iterator[dict[str, Any]]:
     yield from (replayed(context, vocabulary) for vocabulary in context.sizes.graphs)
-    yield from (checked(context, tool) for tool in TOOLS)
     yield tested(context)
+    yield from (checked(context, tool) for tool in TOOLS)
 
 
 def replayed(context: Context, vocabulary: int) -> dict[str, Any]:

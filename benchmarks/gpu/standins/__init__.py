@@ -4,6 +4,7 @@ Stages run line by line as they would on a GPU, on small tensors.  No figure of 
 or wrong does.
 """
 
+import contextlib
 import functools
 import warnings
 from collections.abc import Callable
@@ -12,10 +13,9 @@ from unittest.mock import patch
 
 import torch
 
-from fused_kd import launch as one_launch
 from fused_kd import operators as ops
 from fused_kd.devices import DEVICES
-from fused_kd.testing import accuracy, interpreter
+from fused_kd.testing import accuracy, interpreter, launching
 
 from . import cuda
 
@@ -30,7 +30,6 @@ def install(wrong: bool = False) -> None:
     interpreter.hasten()
     replacements: dict[Any, dict[str, Any]] = {
         torch.cuda: cuda.REPLACEMENTS,
-        one_launch: {"device_of": lambda device: DEVICE},
         accuracy: {"SAMPLE_ELEMENTS": 2**13},  # each costs hundreds of times what it does on a GPU
         ops: {"scale_": cuda.as_operator(ops.scale_)},
         torch: {"compile": functools.partial(torch.compile, backend="eager")},
@@ -38,6 +37,7 @@ def install(wrong: bool = False) -> None:
     for module, functions in replacements.items():
         for name, function in functions.items():
             patch.object(module, name, function).start()
+    contextlib.ExitStack().enter_context(launching(device=DEVICE))
     if wrong:
         _spoil()
 
@@ -45,8 +45,8 @@ def install(wrong: bool = False) -> None:
 def _spoil() -> None:
     """Make the kernels' gradients too large, as a wrong factor would."""
     kernels: Any = ops._kernels()
-    kernels.logit_gradient = _spoiled(kernels.logit_gradient, gradient=7)
-    kernels.loss_and_gradient = _spoiled(kernels.loss_and_gradient, gradient=6)
+    kernels.logit_gradient = _spoiled(kernels.logit_gradient, gradient=4)
+    kernels.statistics_and_gradient = _spoiled(kernels.statistics_and_gradient, gradient=5)
 
 
 def _spoiled(kernel: Callable[..., Any], gradient: int) -> Callable[..., Any]:
