@@ -47,11 +47,13 @@ def cut(tile: dict[str, int]) -> Iterator[None]:
         columns_per_split = -(-student.shape[2] // (whole * tile["splits"])) * whole
         return Launch(lanes, columns, max(1, lanes // 32), tile["splits"], columns_per_split)
 
-    def single_pass(student: Tensor, teacher: Tensor | None, **options: bool) -> SinglePass | None:
-        if of(student, teacher, **options) is None:
+    def single_pass(
+        student: Tensor, teacher: Tensor | None, vocab_size: int | None = None, **options: bool
+    ) -> SinglePass | None:
+        if of(student, teacher, vocab_size, **options) is None:
             return None
         itemsize = 4 if student.dtype == torch.bfloat16 else student.element_size()  # as it is written, interpreted
-        two = launch(student, max(itemsize, 0 if teacher is None else teacher.element_size()))
+        two = launch(student[..., :vocab_size], max(itemsize, 0 if teacher is None else teacher.element_size()))
         warp_size, accesses = two.lanes // two.num_warps, max(1, two.columns * itemsize // 16)
         return SinglePass(1, two.num_warps, warp_size, two.columns, two.splits, two.columns_per_split, accesses)
 
