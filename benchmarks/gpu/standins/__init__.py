@@ -23,6 +23,9 @@ DEVICE = DEVICES["H100"]._replace(clusters=False)  # what launches are planned f
 TOO_LARGE = 1.003  # a wrong kernel's gradient, times the right one
 
 
+_HELD = contextlib.ExitStack()  # contexts that last as long as the process: one that nobody holds is left at once
+
+
 def install(wrong: bool = False) -> None:
     """Put the stand-ins in their places, for this process; call it once."""
     warnings.filterwarnings("ignore", category=RuntimeWarning, module="triton.runtime.interpreter")
@@ -37,7 +40,7 @@ def install(wrong: bool = False) -> None:
     for module, functions in replacements.items():
         for name, function in functions.items():
             patch.object(module, name, function).start()
-    contextlib.ExitStack().enter_context(launching(device=DEVICE))
+    _HELD.enter_context(launching(device=DEVICE))
     if wrong:
         _spoil()
 
