@@ -10,8 +10,6 @@ from fused_kd.testing.words import spaced
 
 from .stages import STAGES
 
-COMPLETE = ("done", "no time was left")
-
 
 def findings(outcome: dict[str, Any]) -> list[str]:
     """List what is wrong in a stage's results."""

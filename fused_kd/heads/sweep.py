@@ -102,9 +102,7 @@ class LinearOptions(NamedTuple):
     """The options of a loss from hidden states that its sweep depends on."""
 
     kd: KDOptions
-    needed: tuple[
-        bool, ...
-    ]  # gradients that are needed: hidden states, weight, bias; the student's, then the teacher's
+    needed: tuple[bool, ...]  # gradients of hidden states, weight and bias: the student's, then the teacher's
     dtype: torch.dtype  # dtype of the student's products
     teacher_dtype: torch.dtype  # dtype of the teacher's products
     logits_dtype: torch.dtype | None  # None: the dtype of the products

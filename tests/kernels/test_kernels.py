@@ -177,7 +177,7 @@ def test_value_and_both_gradients_match_float64(kernel_device, splits, temperatu
 @pytest.mark.parametrize("temperature", [2.0, 2.5])
 @pytest.mark.parametrize("divergence", NAMES)
 def test_masked_logits(kernel_device, splits, temperature, divergence):
-    """Where both are minus infinity a column counts for nothing; so it does where the distribution without mass is the one
+    """A column counts for nothing if both are minus infinity; so it does if the distribution without mass is the one
     averaged over.  The other way round the divergence is infinite.
     """
     student, teacher, ce, kl = given(kernel_device, 3 * TILE + 5)

@@ -17,6 +17,7 @@ from fused_kd.launching import single_pass
 from fused_kd.logit_map import LogitMap
 
 from ..oracle import relative_error
+from .test_kernels import gradients_of
 
 LANES, K = 32, 8
 TILE = LANES * K
@@ -44,22 +45,8 @@ def given(device, vocabulary, rows=4, pad=0, outer=1):
 def in_two_passes(student, teacher, labels, ce, kl, temperature, splits, divergence=FORWARD_KL, *maps):
     columns = whole_or_shared(student.shape[-1], splits).columns_per_split
     launch = Launch(LANES, K, 1, max(1, splits), columns)
-    options = temperature, divergence, *maps
-    counted = (ce != 0) | (kl != 0)
-    parts = kernels.row_statistics(
-        student, teacher, counted, torch.float32, labels is not None, *options, launch=launch
-    )
-    statistics = stats.merge(parts, temperature, DIVERGENCES[divergence].mass)
-    of_rows = coefficients(
-        statistics,
-        None if labels is None else ce,
-        None if teacher is None else kl,
-        DIVERGENCES[divergence],
-        temperature,
-    )
-    gradient = torch.full_like(student, torch.nan)
-    kernels.logit_gradient(student, teacher, labels, of_rows, gradient, None, *options, launch=launch)
-    return statistics, gradient
+    options = {"maps": maps, "launch": launch}
+    return gradients_of(kernels, student, teacher, labels, ce, kl, temperature, divergence, **options)[:2]
 
 
 def check(inputs, temperature, splits, divergence=FORWARD_KL, *maps):
