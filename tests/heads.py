@@ -27,7 +27,7 @@ class Given(NamedTuple):
     bias: Tensor
 
     def to(self, dtype: torch.dtype) -> "Given":
-        """In another dtype, and for the student as leaves that want a gradient."""
+        """Return the tensors in another dtype; the student's are leaves that require grad."""
         tensors = {name: tensor for name, tensor in self._asdict().items() if name != "labels"}
         cast = {name: tensor.detach().to(dtype).clone() for name, tensor in tensors.items()}
         for name in ("hidden", "weight", "bias"):

@@ -81,7 +81,7 @@ def _pairs(values: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
 
 
 def _spoils_of_both(call: Call, rows: torch.Size, V: int, columns: int) -> list[Spoil]:
-    """Of the arguments that both losses have; the labels are below V, `columns` is the narrower width."""
+    """Return the spoils of the arguments that both losses have; the labels are below V, `columns` is the narrower width."""
     arguments = call.arguments
     labels, alpha, ignore_index = arguments["labels"], arguments["alpha"], arguments["ignore_index"]
     ones, classes = torch.ones(rows), torch.zeros(rows, dtype=torch.int64 if labels is None else labels.dtype)

@@ -79,7 +79,7 @@ def by_position(arguments: dict[str, Any]) -> dict[str, Any]:
 
 @dataclass
 class _Rows:
-    """What both losses draw of their rows and columns."""
+    """The rows and columns that both losses draw."""
 
     generator: torch.Generator
     shape: tuple[int, ...]
@@ -163,7 +163,7 @@ TILES = st.fixed_dictionaries(
 
 @st.composite
 def kd_calls(draw: st.DrawFn, float64: bool = False) -> Call:
-    """Of `kd_loss`."""
+    """Draw a call of `kd_loss`."""
     rows = draw(_rows(widest=200))
     shape, V, generator = rows.shape, rows.V, rows.generator
     dtypes = [torch.float64, *DTYPES] if float64 else DTYPES
@@ -228,7 +228,7 @@ def kd_calls(draw: st.DrawFn, float64: bool = False) -> Call:
 
 @st.composite
 def linear_kd_calls(draw: st.DrawFn, float64: bool = False) -> Call:
-    """Of `linear_kd_loss`."""
+    """Draw a call of `linear_kd_loss`."""
     rows = draw(_rows(widest=80))
     shape, V = rows.shape, rows.V
     dtypes = [torch.float64, *DTYPES] if float64 else DTYPES

@@ -103,7 +103,7 @@ def test_linear_kd_loss_is_one_graph_and_equal_to_the_last_bit(options, dynamic)
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_linear_kd_loss_under_autocast_is_one_graph(dtype):
-    """Of a head in float32 with hidden states in float32, or in bfloat16, as a last nn.Linear gives them."""
+    """A head in float32 with hidden states in float32, or in bfloat16, as a last nn.Linear gives them."""
     teacher, labels = (torch.randn(N, H_T), torch.randn(V, H_T)), torch.randint(V, (N,))
 
     def loss(hidden, weight):

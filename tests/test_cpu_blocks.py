@@ -111,7 +111,7 @@ class Operators(TorchDispatchMode):
 
 
 def operators(rows: int, vocabulary: int, ignored: slice, layout: Callable[[Tensor], Tensor]) -> int:
-    """Of both sweeps."""
+    """Count the operators of both sweeps."""
     student, teacher, gradient = (layout(torch.randn(rows // 2, 2, vocabulary)) for _ in range(3))
     weight = torch.ones(student.shape[:2].numel(), dtype=torch.float64)
     weight[ignored] = 0

@@ -173,7 +173,7 @@ def one_process(tied: bool = False, frozen: bool = False) -> dict[str, Tensor | 
 
 
 def readme_step(wrapper: str, ids: Tensor, labels: Tensor) -> dict[str, Tensor | None]:
-    """What the README shows, as it stands there or with the wrapper that it names beside DDP."""
+    """Run the step that the README shows, as it stands there or with the wrapper that it names beside DDP."""
     readme = (Path(__file__).parents[1] / "README.md").read_text()
     (block,) = (b for b in re.findall(r"```python\n(.*?)```", readme, re.DOTALL) if "DistributedDataParallel(" in b)
     model = Distillation()
@@ -297,7 +297,7 @@ def test_micro_batches_of_one_process_add_up(tied, micro_batches):
 
 
 def test_full_tensor_of_sharded_logits_is_right(ranks):
-    """What the error about a DTensor advises for logits."""
+    """Follow the advice that the error about a DTensor gives for logits."""
     exact = one_process()
     for results in ranks:
         for name, gradient in results["sharded logits"].items():

@@ -41,7 +41,7 @@ def test_the_reference_is_the_definition(divergence):
 
 
 def test_the_gradients_of_the_docstring():
-    """Of student and teacher for reverse KL, by hand: alpha T p (log(p / q) - D) and alpha T (q - p)."""
+    """The gradients of student and teacher for reverse KL, by hand: alpha T p (log(p / q) - D) and alpha T (q - p)."""
     student, teacher, _ = logits(dtype=torch.float64)
     for name, first, second in (("reverse_kl", student, teacher), ("forward_kl", teacher, student)):
         student.requires_grad_(), teacher.requires_grad_()

@@ -209,7 +209,7 @@ def test_invalid_call_of_the_linear_loss(arguments, options, error, message):
 
 
 def test_what_cannot_be_raised_gives_nan():
-    """Where values are not to be read (a GPU, torch.compile), what a wrong one counts for is NaN."""
+    """A wrong value makes its row NaN where values are not to be read (a GPU, torch.compile)."""
     labels = unread(L.clone())
     labels[0, 1] = 10
     student = S.clone().requires_grad_()

@@ -26,7 +26,7 @@ def make(device, dtype=torch.float32, scale=3.0, rows=N, vocabulary=V):
 
 
 def assert_close(ours: Tensor, eager: Tensor, oracle: Tensor) -> None:
-    """What is not finite is the same in both; the rest is within twice eager's error, or the rounding of its dtype."""
+    """Infinities and NaNs are the same in both; the rest is within twice eager's error, or the rounding of its dtype."""
     exact = oracle.to(ours.dtype)
     torch.testing.assert_close(ours.where(~exact.isfinite(), 0), exact.where(~exact.isfinite(), 0), equal_nan=True)
     finite = exact.isfinite()

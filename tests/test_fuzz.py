@@ -223,7 +223,7 @@ class Terms:
 
 
 def norms(values: Tensor, like: Tensor) -> Tensor:
-    """Of each row, where the bound is one a row."""
+    """Return one value per row, where the bound is per row."""
     if like.dim() == 0:
         return values.norm()
     return values.norm(dim=-1) if values.dim() > like.dim() else values.abs()

@@ -162,7 +162,7 @@ def test_gradcheck(reduction, alpha):
 
 
 def test_a_pytorch_that_does_not_say_whether_the_graph_is_kept(monkeypatch):
-    """What is saved has to survive the first backward then, as if there were a second one."""
+    """Saved tensors have to survive the first backward pass then, as if there were a second one."""
     monkeypatch.delattr(torch._C._autograd, "_get_current_graph_task_keep_graph")
     given = make("cpu")
     loss = linear_kd_loss(*given[:5])

@@ -29,7 +29,7 @@ N, V = 6, 501
 
 @pytest.fixture
 def on_an_h100():
-    """What is chosen by device is chosen as there."""
+    """Choose launches as on an H100."""
     with launching(device="H100"):
         yield
 
@@ -327,7 +327,7 @@ def test_a_row_whose_weight_is_zero_in_float32_alone_has_a_value(device):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.usefixtures("small_blocks")
 def test_peak_memory_is_not_above_that_of_two_launches(inplace, dtype):
-    """Of a step from hidden states: logits of both models, loss, backward through the head."""
+    """Take a step from hidden states: logits of both models, loss, backward through the head."""
     rows, vocabulary = 256, 8000
     logits_bytes = rows * vocabulary * dtype.itemsize
     hidden, weight, teacher_weight = (torch.randn(n, 16, dtype=dtype) for n in (rows, vocabulary, vocabulary))

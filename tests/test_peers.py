@@ -24,7 +24,7 @@ def test_the_loss_agrees_with_its_formula(peer, dtype):
 
 @pytest.mark.parametrize("peer", OTHERS, ids=lambda peer: f"{peer.name}-{peer.inputs}")
 def test_a_package_computes_what_is_said_of_it(peer):
-    """Where it is installed (extra "bench") and runs."""
+    """Check a peer that is installed (extra "bench") and runs here; skip the others."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if (reason := peer.missing(device)) is not None:
         pytest.skip(reason)

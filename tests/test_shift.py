@@ -14,7 +14,7 @@ B, L, V, H_S, H_T = 2, 5, 203, 8, 6
 
 
 def inputs(kind, device, shape=(B, L)):
-    """What has logits or hidden states, the heads' weights, and one label, weight and alpha per token."""
+    """Arguments of a loss: logits, or hidden states and head weights, and one label, weight and alpha per token."""
     labels = torch.randint(V, shape, device=device)
     if labels.numel():
         labels.view(-1)[-2] = -100

@@ -78,7 +78,7 @@ class Inputs:
 
 
 class Difference(NamedTuple):
-    """Of a compiled kernel's result from another, in float32 epsilons; see `differences`."""
+    """The difference of a compiled kernel's result from another, in float32 epsilons; see `differences`."""
 
     result: str  # of RESULTS
     against: str  # of AGAINST
@@ -89,7 +89,7 @@ class Difference(NamedTuple):
 
     @property
     def misrounded_bound(self) -> float:
-        """Of a sample: an element is rounded otherwise where float32's own error reaches across a tie.
+        """Return the bound for a sample: an element is rounded otherwise where float32's own error reaches across a tie.
 
         That is chance, as often as MISROUNDED_BOUND at most; of n elements three standard deviations more are chance too.
         """
@@ -165,7 +165,7 @@ def memory_of(view: Tensor) -> Tensor:
 
 
 def outside(view: Tensor, rows: Tensor) -> Tensor:
-    """Of its memory, a mask of the elements that are in none of the rows (a mask, [N]) of a view."""
+    """Return a mask of the elements of its memory that are in none of the rows (a mask, [N]) of a view."""
     inside = torch.zeros(memory_of(view).shape, dtype=torch.bool)
     of_view = inside.as_strided(view.shape, view.stride(), view.storage_offset())
     of_view.copy_(rows.view(*view.shape[:2], 1).expand(view.shape))

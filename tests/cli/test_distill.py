@@ -248,7 +248,7 @@ def test_after_a_crash_the_last_checkpoint_is_gone_on_with(distill, at_step, tmp
 
 
 class Crash(BaseException):
-    """What no handler of the command takes: as if the process were no more, the disk has what it had."""
+    """An interruption that no handler takes, as if the process were killed: the disk keeps what it had."""
 
 
 @settings(max_examples=5)

@@ -71,7 +71,7 @@ def training_step(step, path, ballast=0):
 
 
 def assert_measured(step, path, cpu_only):
-    """Of the whole step, and with ballast that makes backward the peak, so that all that forward leaves is seen too."""
+    """Measure the whole step, and once more with ballast that makes backward the peak: what forward leaves is seen too."""
     ledger = paths.ledgers(step)[path]
     first = next(index for index, operation in enumerate(ledger.operations) if operation.backward)
     forward, backward = max(ledger.held[:first]), max(ledger.held[first:])
