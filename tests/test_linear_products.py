@@ -5,15 +5,18 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fused_kd import linear_kd_loss, reference
 from fused_kd.heads import products as matmul
 from fused_kd.heads.products import accumulate, project
+from fused_kd.heads.sweep import Head
 from fused_kd.testing.blocks import blocks_of
 
 from .heads import H_S, N, V, make, run
 from .oracle import relative_error
+from .test_synchronisation import WithoutCuda
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -117,3 +120,12 @@ def test_float32_products_are_asked_for_where_pytorch_does_not_refuse_them(monke
     assert asked(torch.bfloat16)
     monkeypatch.setattr(torch.version, "hip", "7.0")
     assert not asked(torch.bfloat16)
+
+
+def test_a_16_bit_bias_gets_logits_without_room_between_the_rows():
+    """On a GPU PyTorch rounds the product and the bias once only there."""
+    shapes = (2, 8), (4096, 8), (4096,)
+    with FakeTensorMode(), WithoutCuda():
+        hidden, weight, bias = (torch.empty(shape, dtype=torch.bfloat16, device="cuda") for shape in shapes)
+        assert Head(hidden, weight, bias).logits_buffer(2, None).is_contiguous()
+        assert not Head(hidden, weight, None).logits_buffer(2, None).is_contiguous()
