@@ -45,7 +45,7 @@ def two_launches(logits: problems.Inputs) -> None:
     """Take the loss in two launches, planned for the modelled number of rows on the chip at hand."""
     from fused_kd import statistics as stats
     from fused_kd.backends import triton as kernels
-    from fused_kd.divergences import FORWARD_KL, coefficients
+    from fused_kd.divergences import Objective, coefficients
     from fused_kd.launch import two_passes
 
     (student,), (teacher,), labels = logits
@@ -53,10 +53,11 @@ def two_launches(logits: problems.Inputs) -> None:
     weight, counted = torch.ones(labels.shape), torch.ones(labels.shape, dtype=torch.bool)
     processors = torch.cuda.get_device_properties(0).multi_processor_count
     launch = two_passes(MODELLED_ROWS, student.shape[-1], student.element_size(), processors)
-    parts = kernels.row_statistics(student, teacher, counted, torch.float32, True, TEMPERATURE, launch=launch)
+    objective = Objective(temperature=TEMPERATURE)
+    parts = kernels.row_statistics(student, teacher, counted, torch.float32, True, objective, launch)
     gradient = torch.empty_like(student)
-    of_rows = coefficients(stats.merge(parts, TEMPERATURE), weight, weight, FORWARD_KL, TEMPERATURE)
-    kernels.logit_gradient(student, teacher, labels, of_rows, gradient, None, TEMPERATURE, launch=launch)
+    of_rows = coefficients(stats.merge(parts, TEMPERATURE), weight, weight, objective)
+    kernels.logit_gradient(student, teacher, labels, of_rows, gradient, None, objective, launch)
 
 
 def of_peer(peer: peers.Peer) -> Callable[[problems.Inputs], None]:

@@ -62,6 +62,7 @@ TARGETS = (
 def modelled(simulator: Any, target: Target, temperature: float) -> dict[str, Any]:
     from fused_kd.backends import triton as kernels
     from fused_kd.devices import DEVICES
+    from fused_kd.divergences import Objective
     from fused_kd.launch import best_single_pass
     from fused_kd.launching import as_compiled
 
@@ -75,8 +76,9 @@ def modelled(simulator: Any, target: Target, temperature: float) -> dict[str, An
     student, teacher = ((3 * torch.randn(1, rows, target.vocab_size, generator=generator)).bfloat16() for _ in range(2))
     labels = torch.randint(target.vocab_size, (rows,), generator=generator)
     weight, gradient = torch.ones(rows, dtype=torch.float64), torch.empty_like(student)
+    objective = Objective(temperature=temperature)
     with simulator.device(target.chip) as simulated:
-        kernels.statistics_and_gradient(student, teacher, labels, weight, weight, gradient, planned.launch, temperature)
+        kernels.statistics_and_gradient(student, teacher, labels, weight, weight, gradient, planned.launch, objective)
         launch = simulated.launches[-1]
         estimate = simulated.extrapolate(launch, rows=target.rows) if is_whole else launch.estimate()
     chip = launch.chip

@@ -20,10 +20,25 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .logit_map import IDENTITY_MAP, LogitMap
 from .statistics import D_1, D_T, M_S, UNIT, E
 from .statistics import C as DIFFERENCE
 
 Temperature = float | Tensor  # a scalar tensor only in a compiled graph whose temperature changes from call to call
+
+
+class Objective(NamedTuple):
+    """The options that define the loss of a row."""
+
+    student_map: LogitMap = IDENTITY_MAP
+    teacher_map: LogitMap = IDENTITY_MAP
+    # From here on as the user gives them, under the same names.  The temperature is a tensor outside the operators if it
+    # changes from call to call of a compiled graph; see `operators.TRACED`.
+    temperature: float = 1.0
+    divergence: str = "forward_kl"
+
+
+GIVEN = Objective._fields[2:]
 
 
 class Coefficient(IntEnum):
@@ -126,6 +141,25 @@ REVERSE_KL = Divergence("reverse_kl", mass=D_T, other=E, largest_slope=2.0**6)
 DIVERGENCES = {divergence.name: divergence for divergence in (FORWARD_KL, REVERSE_KL)}
 
 
+def values(
+    statistics: Tensor,  # [6, N], merged
+    label_logit: Tensor | None,  # [N], the student's logit of the label; None: no CE
+    objective: Objective,
+    *,
+    need_divergence: bool,  # False: no divergence
+) -> tuple[Tensor, Tensor]:  # [N] each, float64
+    """Return the cross-entropy and the divergence of each row, in nats; zeros for a term that is left out."""
+    divergence = DIVERGENCES[objective.divergence]
+    return (
+        _zeros(statistics) if label_logit is None else cross_entropy(statistics, label_logit),
+        divergence.value(statistics, objective.temperature) if need_divergence else _zeros(statistics),
+    )
+
+
+def _zeros(statistics: Tensor) -> Tensor:  # [N], float64
+    return torch.zeros_like(statistics[0], dtype=torch.float64)
+
+
 def cross_entropy(
     statistics: Tensor,  # [6, N]
     label_logit: Tensor,  # [N], the student's logit of the label
@@ -138,8 +172,7 @@ def coefficients(
     statistics: Tensor,  # [6, N], merged
     ce_weight: Tensor | None,  # [N], weight of each row's CE times the upstream gradient; None: no CE in the loss
     divergence_weight: Tensor | None,  # [N], the same for the divergence, T^2 included; None: no divergence in the loss
-    divergence: Divergence,
-    temperature: Temperature,
+    objective: Objective,
     *,
     teacher_grad: bool = True,  # False: R may be left out, where the student's gradient has none
 ) -> Tensor:  # [7, N], in the dtype of the statistics
@@ -147,6 +180,7 @@ def coefficients(
 
     They are all 0 for a row whose two weights are 0.  Operators do not read the logits of such a row.
     """
+    divergence, temperature = DIVERGENCES[objective.divergence], objective.temperature
     m_s, d_1, d_T, m_t, e, difference = statistics
     # If both terms are there, only R may be left out, and then it may be any number.
     zeros = torch.zeros_like(m_s) if ce_weight is None or divergence_weight is None else m_s

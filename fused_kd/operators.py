@@ -10,14 +10,14 @@ import os
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from types import ModuleType
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from . import statistics as stats
 from .backends import cpu
-from .divergences import DIVERGENCES
+from .divergences import DIVERGENCES, Objective
 from .launch import SinglePass
 from .logit_map import LogitMap
 
@@ -50,18 +50,32 @@ def operator(name: str) -> torch._ops.OpOverloadPacket:
     return getattr(getattr(torch.ops, namespace), name)  # type: ignore[no-any-return]
 
 
-_OPTIONS = "float temperature, str divergence, float[] student_map, float[] teacher_map"
+OBJECTIVE_SCHEMA = "float temperature, str divergence, float[] numbers"
+
+
+def packed(objective: Objective) -> tuple[float, str, list[float]]:
+    """Return the arguments of OBJECTIVE_SCHEMA, which every schema contains."""
+    student_map, teacher_map, temperature, divergence = objective[:4]
+    return temperature, divergence, [*student_map, *teacher_map, *objective[4:]]
+
+
+def unpacked(temperature: float, divergence: str, numbers: Sequence[float]) -> Objective:
+    """Return the objective from the arguments of OBJECTIVE_SCHEMA."""
+    student_scale, student_softcap, teacher_scale, teacher_softcap, *others = numbers
+    maps = LogitMap(student_scale, student_softcap), LogitMap(teacher_scale, teacher_softcap)
+    return Objective(*maps, temperature, divergence, *others)
+
+
 _GRADIENT_ARGUMENTS = (
-    f"Tensor? teacher, Tensor? labels, Tensor coefficients, SymInt vocab_size, bool teacher_grad, {_OPTIONS}"
+    f"Tensor? teacher, Tensor? labels, Tensor coefficients, SymInt vocab_size, bool teacher_grad, {OBJECTIVE_SCHEMA}"
 )
 _SINGLE_PASS_ARGUMENTS = (
     "Tensor? teacher, Tensor? labels, Tensor ce_weight, Tensor divergence_weight, SymInt vocab_size, ScalarType dtype, "
-    "int[] launch, "
-    f"{_OPTIONS}"
+    f"int[] launch, {OBJECTIVE_SCHEMA}"
 )
 ROW_STATISTICS = define(
     "row_statistics",
-    f"(Tensor student, Tensor? teacher, Tensor counted, ScalarType dtype, bool need_ce, {_OPTIONS}) -> Tensor",
+    f"(Tensor student, Tensor? teacher, Tensor counted, ScalarType dtype, bool need_ce, {OBJECTIVE_SCHEMA}) -> Tensor",
 )
 LOGIT_GRADIENT = define("logit_gradient", f"(Tensor student, {_GRADIENT_ARGUMENTS}) -> (Tensor, Tensor)")
 LOGIT_GRADIENT_INPLACE = define("logit_gradient_", f"(Tensor(a!) student, {_GRADIENT_ARGUMENTS}) -> Tensor")
@@ -137,21 +151,6 @@ def _device_of(student: Tensor) -> AbstractContextManager[object]:
     return torch.cuda.device(student.device) if student.is_cuda else nullcontext()
 
 
-class Options(NamedTuple):
-    """The last arguments of every operator, in the order of the schemas."""
-
-    temperature: float
-    divergence: str
-    student_map: LogitMap
-    teacher_map: LogitMap
-
-
-def _options(
-    temperature: float, divergence: str, student_map: Sequence[float], teacher_map: Sequence[float]
-) -> Options:
-    return Options(temperature, divergence, LogitMap(*student_map), LogitMap(*teacher_map))
-
-
 @implements(ROW_STATISTICS)
 def _row_statistics(
     student: Tensor,  # [outer, inner, V]
@@ -159,16 +158,16 @@ def _row_statistics(
     counted: Tensor,  # [N], bool; a row that is not counted is not read, and has the statistics of no columns
     dtype: torch.dtype,  # float32 or float64
     need_ce: bool,  # False: d_1 is not computed
-    *options: Any,
+    *arguments: Any,
 ) -> Tensor:  # [6, N]
-    given = _options(*options)
+    objective = unpacked(*arguments)
     with _device_of(student):
-        parts = _backend(student, dtype).row_statistics(student, teacher, counted, dtype, need_ce, *given)
-        return stats.merge(parts, given.temperature, DIVERGENCES[given.divergence].mass)
+        parts = _backend(student, dtype).row_statistics(student, teacher, counted, dtype, need_ce, objective)
+        return stats.merge(parts, objective.temperature, DIVERGENCES[objective.divergence].mass)
 
 
 @fakes(ROW_STATISTICS)
-def _(student, teacher, counted, dtype, *options):  # type: ignore[no-untyped-def]
+def _(student, teacher, counted, dtype, *arguments):  # type: ignore[no-untyped-def]
     return counted.new_empty(6, counted.shape[0], dtype=dtype)
 
 
@@ -180,13 +179,13 @@ def write_gradient(
     labels: Tensor | None,  # [N]; None: no CE
     coefficients: Tensor,  # [7, N]; a row whose coefficients are 0 is not read and has gradient 0
     vocab_size: int,  # V; columns from V to V' have gradient 0
-    *options: Any,
+    objective: Objective,
 ) -> None:
     """Write the gradients of the logits into the given tensors."""
     with _device_of(student):
         _backend(student, coefficients.dtype).logit_gradient(
             student[..., :vocab_size], teacher, labels, coefficients, gradient[..., :vocab_size], teacher_gradient,
-            *_options(*options),
+            objective,
         )  # fmt: skip
         gradient[..., vocab_size:] = 0
 
@@ -210,7 +209,7 @@ def _logit_gradient(student: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
 
 
 @fakes(LOGIT_GRADIENT)
-def _(student, teacher, labels, coefficients, vocab_size, teacher_grad, *options):  # type: ignore[no-untyped-def]
+def _(student, teacher, labels, coefficients, vocab_size, teacher_grad, *arguments):  # type: ignore[no-untyped-def]
     return _new_gradient(student), _new_teacher_gradient(teacher, teacher_grad, student)
 
 
@@ -220,7 +219,7 @@ def _logit_gradient_(student: Tensor, *arguments: Any) -> Tensor:
 
 
 @fakes(LOGIT_GRADIENT_INPLACE)
-def _(student, teacher, labels, coefficients, vocab_size, teacher_grad, *options):  # type: ignore[no-untyped-def]
+def _(student, teacher, labels, coefficients, vocab_size, teacher_grad, *arguments):  # type: ignore[no-untyped-def]
     return _new_teacher_gradient(teacher, teacher_grad, student)
 
 
@@ -232,12 +231,12 @@ def _write_into(
     coefficients: Tensor,
     vocab_size: int,
     teacher_grad: bool,
-    *options: Any,
+    *arguments: Any,
 ) -> Tensor:
     """Write the student's gradient, and return the teacher's, which is empty if it is not wanted."""
     teacher_gradient = _new_teacher_gradient(teacher, teacher_grad, student)
     written = teacher_gradient if teacher_grad else None
-    write_gradient(gradient, written, student, teacher, labels, coefficients, vocab_size, *options)
+    write_gradient(gradient, written, student, teacher, labels, coefficients, vocab_size, unpacked(*arguments))
     return teacher_gradient
 
 
@@ -251,13 +250,13 @@ def _write_in_single_pass(
     vocab_size: int,  # V; columns from V to V' have gradient 0
     dtype: torch.dtype,  # of the statistics
     launch: Sequence[int],  # the fields of a launch.SinglePass
-    *options: Any,
+    *arguments: Any,
 ) -> Tensor:  # [6, N]
     """Write the gradient, and return the statistics of each row."""
     with _device_of(student):
         statistics: Tensor = _backend(student, dtype).statistics_and_gradient(
             student[..., :vocab_size], teacher, labels, ce_weight, divergence_weight, gradient[..., :vocab_size],
-            SinglePass(*launch), *_options(*options),
+            SinglePass(*launch), unpacked(*arguments),
         )  # fmt: skip
         gradient[..., vocab_size:] = 0
     return statistics

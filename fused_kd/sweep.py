@@ -9,10 +9,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import launching, operators
-from .divergences import DIVERGENCES, coefficients, cross_entropy
+from . import divergences, launching, operators
+from .divergences import Objective
 from .launch import SinglePass
-from .logit_map import IDENTITY_MAP, LogitMap
 from .rows import weighted_values
 from .statistics import statistics_dtype
 
@@ -20,21 +19,16 @@ from .statistics import statistics_dtype
 class KDOptions(NamedTuple):
     """The options of a loss that its sweeps depend on."""
 
-    temperature: float | Tensor  # a tensor only outside the operators and under a compiler; see `operators.TRACED`
     vocab_size: int  # the number of leading columns that are real
     ce_in_loss: bool  # False: CE is computed for the caller's log only
     divergence_in_loss: bool  # False: the divergence is computed for the caller's log only
     dtype: torch.dtype  # dtype of the statistics: float32, or float64 for float64 logits
-    student_map: LogitMap = IDENTITY_MAP
-    teacher_map: LogitMap = IDENTITY_MAP
-    # From here on as the user gives them, under the same names.
-    divergence: str = "forward_kl"
+    objective: Objective
 
 
-GIVEN = KDOptions._fields[KDOptions._fields.index("teacher_map") + 1 :]
 KD_SCHEMA = (  # the fields as arguments of an operator
-    "float temperature, SymInt vocab_size, bool ce_in_loss, bool divergence_in_loss, ScalarType statistics_dtype, "
-    "float[] student_map, float[] teacher_map, str divergence"
+    "SymInt vocab_size, bool ce_in_loss, bool divergence_in_loss, ScalarType statistics_dtype, "
+    + operators.OBJECTIVE_SCHEMA
 )
 
 
@@ -81,10 +75,9 @@ def sweep(
     statistics = merged_statistics(logits, weights, options)
     found = values(statistics, label_logits(logits, options), logits, options)
     if gradients is not None:
-        row_coefficients = gradient_coefficients(
-            statistics, weights, options, teacher_grad=gradients.teacher is not None
-        )
-        operators.write_gradient(*gradients, *gradient_arguments(logits, row_coefficients, options))
+        learns = gradients.teacher is not None
+        row_coefficients = gradient_coefficients(statistics, weights, options, teacher_grad=learns)
+        write_gradients(gradients, logits, row_coefficients, options)
     return found
 
 
@@ -93,8 +86,9 @@ def merged_statistics(logits: Logits, weights: Weights, options: KDOptions) -> T
     student, teacher, labels = logits
     # Compared in float64: a weight of 1e-50 is 0 in float32, and its row still has a value.
     counted = torch.logical_or(weights.ce, weights.divergence)
+    real, need_ce = student[..., : options.vocab_size], labels is not None
     statistics: Tensor = operators.row_statistics(
-        student[..., : options.vocab_size], teacher, counted, options.dtype, labels is not None, *_last(options)
+        real, teacher, counted, options.dtype, need_ce, *operators.packed(options.objective)
     )
     return statistics
 
@@ -105,7 +99,7 @@ def label_logits(logits: Logits, options: KDOptions) -> Tensor | None:  # [N]
     if labels is None:
         return None
     index = labels.clamp(0, options.vocab_size - 1).long().view(*student.shape[:2], 1)
-    return options.student_map.of(student.gather(2, index).flatten().to(options.dtype))
+    return options.objective.student_map.of(student.gather(2, index).flatten().to(options.dtype))
 
 
 def values(
@@ -115,12 +109,9 @@ def values(
     options: KDOptions,
 ) -> Values:
     """Return CE and divergence of the rows."""
-    ce = None if label_logit is None else cross_entropy(statistics, label_logit)
-    divergence = None
-    if logits.teacher is not None:
-        divergence = DIVERGENCES[options.divergence].value(statistics, options.temperature)
-    zeros = torch.zeros_like(statistics[0], dtype=torch.float64) if ce is None or divergence is None else None
-    return Values(statistics, zeros if ce is None else ce, zeros if divergence is None else divergence)  # type: ignore[arg-type]
+    has_teacher = logits.teacher is not None
+    ce, divergence = divergences.values(statistics, label_logit, options.objective, need_divergence=has_teacher)
+    return Values(statistics, ce, divergence)
 
 
 def gradient_coefficients(
@@ -131,30 +122,47 @@ def gradient_coefficients(
     teacher_grad: bool,
 ) -> Tensor:  # [7, N]
     """Return the coefficients of each row's gradient.  A term that is only logged adds nothing to them."""
-    return coefficients(
+    return divergences.coefficients(
         statistics,
         weights.ce if options.ce_in_loss else None,
         weights.divergence if options.divergence_in_loss else None,
-        DIVERGENCES[options.divergence],
-        options.temperature,
+        options.objective,
         teacher_grad=teacher_grad,
     )
+
+
+def write_gradients(
+    gradients: Buffers,
+    logits: Logits,
+    row_coefficients: Tensor,  # [7, N]
+    options: KDOptions,
+) -> None:
+    """Write the gradients of the logits."""
+    student, teacher, labels = _in_loss(logits, options)
+    V, objective = options.vocab_size, options.objective
+    operators.write_gradient(*gradients, student, teacher, labels, row_coefficients, V, objective)
 
 
 def gradient_arguments(
     logits: Logits,
     row_coefficients: Tensor,  # [7, N]
     options: KDOptions,
-    *teacher_grad: bool,  # passed for the operators that return gradients
+    teacher_grad: bool,
 ) -> tuple[Any, ...]:
-    """Return the arguments of the gradient operators, from the student on.
-
-    The teacher, or the labels, are None where their term is only logged.
-    """
+    """Return the arguments of the operators that return gradients."""
     return (
-        logits.student, logits.teacher if options.divergence_in_loss else None,
-        logits.labels if options.ce_in_loss else None, row_coefficients, options.vocab_size, *teacher_grad, *_last(options),
-    )  # fmt: skip
+        *_in_loss(logits, options),
+        row_coefficients,
+        options.vocab_size,
+        teacher_grad,
+        *operators.packed(options.objective),
+    )
+
+
+def _in_loss(logits: Logits, options: KDOptions) -> Logits:
+    """Return the logits without the teacher, or without the labels, if their term is only logged."""
+    student, teacher, labels = logits
+    return Logits(student, teacher if options.divergence_in_loss else None, labels if options.ce_in_loss else None)
 
 
 def single_pass(
@@ -166,7 +174,9 @@ def single_pass(
     """
     label_logit = label_logits(logits, options)  # read now, since the launch may overwrite the logits
     operator = operators.statistics_and_gradient_ if in_place else operators.statistics_and_gradient
-    found = operator(*logits, *weights, options.vocab_size, options.dtype, list(launch), *_last(options))
+    found = operator(
+        *logits, *weights, options.vocab_size, options.dtype, list(launch), *operators.packed(options.objective)
+    )
     statistics, gradient = (found, logits.student) if in_place else found
     return values(statistics, label_logit, logits, options), gradient
 
@@ -189,15 +199,10 @@ def chosen_launch(
     if not same_terms or options.dtype != statistics_dtype(student, teacher):
         return None
     # Triton 3.8 and 3.9 cannot compile a cluster's kernel with both terms and a softcap: `PlanCTAPass` fails.
-    is_capped = options.student_map.is_capped or options.teacher_map.is_capped
+    is_capped = options.objective.student_map.is_capped or options.objective.teacher_map.is_capped
     return launching.single_pass(
         student, teacher, options.vocab_size, in_place=in_place, clusters=not is_capped, always=always
     )
-
-
-def _last(options: KDOptions) -> tuple[Any, ...]:
-    """Return the arguments that end every operator's schema; see `operators.Options`."""
-    return options.temperature, options.divergence, options.student_map, options.teacher_map
 
 
 def weighted_sum(ce: Tensor, divergence: Tensor, weights: Weights, options: KDOptions) -> Tensor:  # [N] each, float64

@@ -7,12 +7,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .divergences import GIVEN, Objective
 from .heads.products import RELEASE
 from .logit_map import LogitMap
 from .options import KDLossOutput, Options
 from .rows import RowWeights, row_weights
 from .statistics import statistics_dtype
-from .sweep import GIVEN, KDOptions
+from .sweep import KDOptions
 
 
 class Terms(NamedTuple):
@@ -76,11 +77,12 @@ def make_terms(
     ce_in_loss = isinstance(alpha, Tensor) or alpha < 1
     divergence_in_loss = isinstance(alpha, Tensor) or alpha > 0
     dtype = statistics_dtype(student, teacher)
-    temperature, given = _constant_or_tensor(options.temperature), [getattr(options, name) for name in GIVEN]
+    temperature, *others = [getattr(options, name) for name in GIVEN]
+    objective = Objective(*maps, _constant_or_tensor(temperature), *others)  # type: ignore[arg-type]
     return Terms(
         labels if ce_in_loss or options.return_parts else None,
         weights,
-        KDOptions(temperature, vocabulary, ce_in_loss, divergence_in_loss, dtype, *maps, *given),
+        KDOptions(vocabulary, ce_in_loss, divergence_in_loss, dtype, objective),
         teacher is not None and (divergence_in_loss or options.return_parts),
         options.reduction,
         student.shape[:-1],

@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fused_kd import kd_loss
 from fused_kd.backends import cpu
+from fused_kd.divergences import Objective
 from fused_kd.testing.blocks import blocks_of
 
 from .oracle import assert_matches_oracle
@@ -117,7 +118,9 @@ def operators(rows: int, vocabulary: int, ignored: slice, layout: Callable[[Tens
     weight[ignored] = 0
     labels = torch.zeros(weight.shape, dtype=torch.int64)
     with Operators() as found:
-        cpu.statistics_and_gradient(student, teacher, labels, weight, weight, gradient, None, 3.0)
+        cpu.statistics_and_gradient(
+            student, teacher, labels, weight, weight, gradient, None, Objective(temperature=3.0)
+        )
     return found.count
 
 

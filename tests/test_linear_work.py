@@ -5,6 +5,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from fused_kd import linear_kd_loss, reference
+from fused_kd.divergences import Objective
 from fused_kd.heads import sweep as linear
 from fused_kd.heads.operator import linear_row_losses
 from fused_kd.sweep import KDOptions, Weights
@@ -57,7 +58,7 @@ def test_no_gradient_work_without_gradients():
 def test_flops_are_counted_as_they_are_spent(needed):
     """The operator is counted by its formula, and here is what the products inside it come to."""
     given = make("cpu")
-    kd = KDOptions(1.0, V, True, True, torch.float32)
+    kd = KDOptions(V, True, True, torch.float32, Objective())
     options = linear.LinearOptions(kd, needed, torch.float32, torch.float32, None, CHUNKED)
     weights = torch.ones(N, dtype=torch.float64)
     heads = [t.detach() for t in (given.hidden, given.weight, given.bias, *given[2:4], given.bias)]

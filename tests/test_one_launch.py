@@ -16,6 +16,7 @@ from fused_kd import launching as launch_module
 from fused_kd.backends import cpu
 from fused_kd.backends import triton as kernels
 from fused_kd.devices import DEVICES
+from fused_kd.divergences import Objective
 from fused_kd.launching import ONE, TWO, VARIABLE, device_of, requested, single_pass
 from fused_kd.logit_map import LogitMap
 from fused_kd.sweep import KDOptions, Logits, chosen_launch
@@ -178,7 +179,7 @@ def test_a_softcap_is_not_launched_as_a_cluster(on_an_h100, student_cap, teacher
     """Triton does not compile that."""
     logits = torch.empty(1, 8192, 16_384, dtype=torch.bfloat16)
     maps = [LogitMap(1.0, cap or math.inf) for cap in (student_cap, teacher_cap)]
-    options = KDOptions(2.0, 16_384, False, True, torch.float32, *maps)
+    options = KDOptions(16_384, False, True, torch.float32, Objective(*maps, temperature=2.0))
     with launching(device=DEVICES["H100"]):  # of a Triton that compiles clusters
         launch = chosen_launch(Logits(logits, logits, None), options, in_place=False)
     assert (launch.ctas > 1) == (student_cap is teacher_cap)

@@ -11,14 +11,13 @@ from hypothesis import strategies as st
 from fused_kd import divergences, reference
 from fused_kd import statistics as stats
 from fused_kd.backends import cpu
-from fused_kd.divergences import FORWARD_KL, REVERSE_KL
+from fused_kd.divergences import FORWARD_KL, REVERSE_KL, Objective
 
 
 def of_columns(student, teacher, temperature, divergence=FORWARD_KL):
     counted = torch.ones(student.shape[0], dtype=torch.bool)
-    return cpu.row_statistics(student[None], teacher[None], counted, student.dtype, True, temperature, divergence.name)[
-        0
-    ]
+    objective = Objective(temperature=temperature, divergence=divergence.name)
+    return cpu.row_statistics(student[None], teacher[None], counted, student.dtype, True, objective)[0]
 
 
 def merged(parts, temperature, divergence=FORWARD_KL):
@@ -139,7 +138,8 @@ def test_coefficients_give_the_gradient_of_both_logits(divergence, temperature):
     )
     z, y = student.detach(), teacher.detach()
     statistics = of_columns(z, y, temperature, divergence)
-    m_s, m_t, A, B, C, W, R = divergences.coefficients(statistics, w_ce, w, divergence, temperature)[:, :, None]
+    objective = Objective(temperature=temperature, divergence=divergence.name)
+    m_s, m_t, A, B, C, W, R = divergences.coefficients(statistics, w_ce, w, objective)[:, :, None]
     u, v = z - m_s, y - m_t
     p, q, is_label = (u / temperature).exp(), (v / temperature).exp(), torch.nn.functional.one_hot(labels, 24)
     if divergence is FORWARD_KL:
@@ -155,10 +155,10 @@ def test_coefficients_of_rows_that_do_not_count_are_zero():
     statistics[:, 1] = stats.identity(1, torch.float64)[:, 0]
     w_ce, w = row_weights(3)
     w_ce[1] = w[1] = 0
-    found = divergences.coefficients(statistics, w_ce, w, FORWARD_KL, 2.0)
+    found = divergences.coefficients(statistics, w_ce, w, Objective(temperature=2.0))
     assert not found[:, 1].any()
     assert found[:, [0, 2]].isfinite().all()
     assert found[:, [0, 2]].ne(0).all()
-    only_ce = divergences.coefficients(statistics, w_ce, None, FORWARD_KL, 2.0)
+    only_ce = divergences.coefficients(statistics, w_ce, None, Objective(temperature=2.0))
     B, C, R = divergences.Coefficient.B, divergences.Coefficient.C, divergences.Coefficient.R
     assert not only_ce[[B, C, R]].any()

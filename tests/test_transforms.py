@@ -7,7 +7,7 @@ import torch
 
 from fused_kd import kd_loss, linear_kd_loss
 from fused_kd import operators as ops
-from fused_kd.logit_map import LogitMap
+from fused_kd.divergences import Objective
 
 B, N, V, H_S, H_T = 3, 4, 50, 8, 6
 
@@ -126,10 +126,8 @@ def test_the_second_derivative_of_a_gradient_of_alpha_is_refused():
 
 def test_an_operator_by_itself_refuses_to_be_differentiated():
     student = torch.randn(1, 4, V, requires_grad=True)
-    counted, maps = torch.ones(4, dtype=torch.bool), ([1.0, torch.inf], [1.0, torch.inf])
-    statistics = torch.ops.fused_kd.row_statistics(
-        student, None, counted, torch.float32, True, 1.0, "forward_kl", *maps
-    )
+    counted, maps = torch.ones(4, dtype=torch.bool), [1.0, torch.inf] * 2
+    statistics = torch.ops.fused_kd.row_statistics(student, None, counted, torch.float32, True, 1.0, "forward_kl", maps)
     with pytest.raises(NotImplementedError, match="an operator by itself"):
         statistics.sum().backward()
 
@@ -139,7 +137,7 @@ def test_vmap_of_an_operator_over_its_last_dimension():
     student, counted = torch.randn(1, 4, V, B), torch.rand(4, B) > 0.3
 
     def statistics(student, counted):
-        last = 2.0, "forward_kl", LogitMap(), LogitMap()
+        last = ops.packed(Objective(temperature=2.0))
         return ops.row_statistics(student, None, counted, torch.float32, True, *last)
 
     batched = torch.func.vmap(statistics, (3, 1))(student, counted)

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from fused_kd import statistics as stats
 from fused_kd.backends import cpu
-from fused_kd.divergences import DIVERGENCES, coefficients
+from fused_kd.divergences import DIVERGENCES, Objective, coefficients
 from fused_kd.launch import SinglePass, two_passes
 from fused_kd.launching import compiles_clusters, device_of
 from fused_kd.logit_map import LogitMap
@@ -225,30 +225,31 @@ def run(case: Case, given: Inputs, clusters: bool = True) -> dict[str, Tensor]:
     maps = LOGIT_MAPS[case.student_map], LOGIT_MAPS[case.teacher_map]
     teacher, labels = given.teacher if need_kl else None, given.labels if need_ce else None
     weights = given.ce_weight, given.kl_weight
-    options = case.temperature, case.divergence, *maps
+    objective = Objective(*maps, case.temperature, case.divergence)
     read = [tensor.element_size() for tensor in (given.student, teacher) if tensor is not None]
     written = read if given.teacher_gradient is not None else read[:1]
     torch.use_deterministic_algorithms(True)  # what PyTorch allocates is NaN until it is written
     if case.form != "two launches":
         merged = kernels.statistics_and_gradient(
-            given.student, teacher, labels, *weights, given.gradient, single_pass(case, max(read), clusters), *options
+            given.student, teacher, labels, *weights, given.gradient, single_pass(case, max(read), clusters), objective
         )
         torch.use_deterministic_algorithms(False)
         return _named(merged[None], given.gradient, None)
     parts = kernels.row_statistics(
-        given.student, teacher, ~given.ignored, torch.float32, need_ce, *options, launch(case, min(read))
+        given.student, teacher, ~given.ignored, torch.float32, need_ce, objective, launch(case, min(read))
     )
     torch.use_deterministic_algorithms(False)
     kernels.logit_gradient(
         given.student, teacher, labels, _coefficients(case, parts, weights),
-        given.gradient, given.teacher_gradient, *options, launch(case, max(written)),
+        given.gradient, given.teacher_gradient, objective, launch(case, max(written)),
     )  # fmt: skip
     return _named(parts, given.gradient, given.teacher_gradient)
 
 
 def _coefficients(case: Case, parts: Tensor, weights: tuple[Tensor, Tensor]) -> Tensor:
     wanted = (weight if need else None for weight, need in zip(weights, TERMS[case.terms], strict=True))
-    return coefficients(_merged(case, parts), *wanted, DIVERGENCES[case.divergence], case.temperature)
+    objective = Objective(temperature=case.temperature, divergence=case.divergence)
+    return coefficients(_merged(case, parts), *wanted, objective)
 
 
 def _merged(case: Case, parts: Tensor) -> Tensor:
@@ -265,10 +266,10 @@ def formula(case: Case) -> dict[str, Tensor]:
     gradient = torch.empty_like(student)
     teacher_gradient = None if given.teacher_gradient is None else torch.empty_like(teacher)
     logits = (student, teacher if need_kl else None)
-    options = case.temperature, case.divergence, *maps
-    parts = cpu.row_statistics(*logits, ~given.ignored, torch.float64, need_ce, *options)
+    objective = Objective(*maps, case.temperature, case.divergence)
+    parts = cpu.row_statistics(*logits, ~given.ignored, torch.float64, need_ce, objective)
     labels = given.labels if need_ce else None
-    cpu.logit_gradient(*logits, labels, _coefficients(case, parts, weights), gradient, teacher_gradient, *options)
+    cpu.logit_gradient(*logits, labels, _coefficients(case, parts, weights), gradient, teacher_gradient, objective)
     # The maximum of no columns is the lowest finite number, of another dtype here.
     return _named(parts.clamp_min(torch.finfo(torch.float32).min), gradient, teacher_gradient)
 

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from .. import statistics as stats
-from ..divergences import DIVERGENCES, FORWARD_KL, Coefficient
+from ..divergences import DIVERGENCES, Coefficient, Objective
 from ..divergences import coefficients as coefficients_of
-from ..logit_map import IDENTITY_MAP, LogitMap
+from ..logit_map import LogitMap
 from ..rows import as_rows
 from ..scaling import scaled
 
@@ -43,13 +43,10 @@ def row_statistics(
     counted: Tensor,  # [N], bool; a row that is not counted is not read
     dtype: torch.dtype,
     need_ce: bool,
-    temperature: float,
-    divergence: str = FORWARD_KL.name,
-    student_map: LogitMap = IDENTITY_MAP,
-    teacher_map: LogitMap = IDENTITY_MAP,
+    objective: Objective,
 ) -> Tensor:  # [1, 6, N]: one part, since no row is split
     """Return the statistics of each row."""
-    kind = DIVERGENCES[divergence]
+    kind, temperature = DIVERGENCES[objective.divergence], objective.temperature
     result = stats.identity(counted.numel(), dtype)
     buffers = _buffers(student, dtype, count=4 if kind.is_over_student else 3)
     block_statistics = stats.identity(buffers.shape[1], dtype)
@@ -58,7 +55,7 @@ def row_statistics(
         u, p, v, *others = buffers[:, :n]
         q = others[0] if others else p  # forward KL no longer needs p when it takes q
         out = block_statistics[:, :n]
-        z = _load(student, rows, student_map, u)
+        z = _load(student, rows, objective.student_map, u)
         torch.amax(z, 1, out=out[stats.M_S])
         torch.sub(z, out[stats.M_S, :, None], out=u)
         if teacher is None:
@@ -69,7 +66,7 @@ def row_statistics(
         out[stats.D_T] = _sum(p)
         if need_ce:
             out[stats.D_1] = _sum(_exponential_at_1(u, p, temperature, out=v))
-        y = _load(teacher, rows, teacher_map, v)
+        y = _load(teacher, rows, objective.teacher_map, v)
         torch.amax(y, 1, out=out[stats.M_T])
         torch.sub(y, out[stats.M_T, :, None], out=v)
         _exponential(v, temperature, out=q)
@@ -80,8 +77,8 @@ def row_statistics(
             c = _sum(torch.mul(mass, difference.masked_fill_(mass == 0, 0.0), out=spare))
         out[stats.C] = c / stats.UNIT
         if c.isinf().any():  # mass where the other distribution has none, or an overflow outside the unit
-            u = _load(student, rows, student_map, u).div(stats.UNIT) - out[stats.M_S, :, None] / stats.UNIT
-            v = _load(teacher, rows, teacher_map, v).div(stats.UNIT) - out[stats.M_T, :, None] / stats.UNIT
+            u = _load(student, rows, objective.student_map, u).div(stats.UNIT) - out[stats.M_S, :, None] / stats.UNIT
+            v = _load(teacher, rows, objective.teacher_map, v).div(stats.UNIT) - out[stats.M_T, :, None] / stats.UNIT
             mass, difference, _ = kind.term(u, v, p, q)
             out[stats.C] = _sum(difference.masked_fill_(mass == 0, 0.0).mul_(mass))
         result[:, rows] = out
@@ -95,13 +92,10 @@ def logit_gradient(
     coefficients: Tensor,  # [7, N]; a row whose A, B, C and W are 0 is not read
     gradient: Tensor,  # [outer, inner, V], written; may be the student
     teacher_gradient: Tensor | None,  # [outer', inner', V], written; may be the teacher
-    temperature: float,
-    divergence: str = FORWARD_KL.name,
-    student_map: LogitMap = IDENTITY_MAP,
-    teacher_map: LogitMap = IDENTITY_MAP,
+    objective: Objective,
 ) -> None:
     """Write the gradients of both models' logits; the teacher's only if there is memory for it."""
-    kind = DIVERGENCES[divergence]
+    kind, temperature = DIVERGENCES[objective.divergence], objective.temperature
     counted = (coefficients[Coefficient.A : Coefficient.R] != 0).any(0)
     gradient, teacher_gradient = as_rows(gradient), None if teacher_gradient is None else as_rows(teacher_gradient)
     for written in (gradient, teacher_gradient):
@@ -115,12 +109,12 @@ def logit_gradient(
         block_coefficients = coefficients[:, rows] if isinstance(rows, slice) else coefficients.index_select(1, rows)
         m_s, m_t, A, B, C, W, R = block_coefficients[:, :, None]  # [rows, 1] each
         u, p, v, *others = buffers[:, : _length(rows)]
-        torch.sub(_load(student, rows, student_map, u), m_s, out=u)
+        torch.sub(_load(student, rows, objective.student_map, u), m_s, out=u)
         if teacher is None:
             result = _exponential(u, 1.0, out=p).mul_(A)
         else:
             _exponential(u, temperature, out=p)
-            torch.sub(_load(teacher, rows, teacher_map, v), m_t, out=v)
+            torch.sub(_load(teacher, rows, objective.teacher_map, v), m_t, out=v)
             difference = torch.sub(v, u, out=others[0]) if others else None
             joins_ce = temperature == 1 and not kind.is_over_student  # both terms are multiples of e^u
             separate_ce = labels is not None and not joins_ce
@@ -134,11 +128,11 @@ def logit_gradient(
             # A label that names no class is clamped: the weights of its row are NaN, and so is the whole gradient.
             label = labels[rows].long().clamp(0, result.shape[1] - 1)
             result.scatter_add_(1, label[:, None], -W)
-        _multiply_by_slope(result, student, rows, student_map, buffer=u)
+        _multiply_by_slope(result, student, rows, objective.student_map, buffer=u)
         _write(gradient, rows, result)
         if teacher is not None and teacher_gradient is not None:
             result = kind.teacher_gradient(p, q, difference, B, C, R, temperature)
-            _multiply_by_slope(result, teacher, rows, teacher_map, buffer=u)
+            _multiply_by_slope(result, teacher, rows, objective.teacher_map, buffer=u)
             _write(teacher_gradient, rows, result)
 
 
@@ -150,21 +144,17 @@ def statistics_and_gradient(
     divergence_weight: Tensor,  # [N]; a row with both weights 0 is not read
     gradient: Tensor,  # [outer, inner, V], written; may be the student
     launch: object,  # not used: the launch of the kernel that does the same on a GPU
-    temperature: float,
-    divergence: str = FORWARD_KL.name,
-    student_map: LogitMap = IDENTITY_MAP,
-    teacher_map: LogitMap = IDENTITY_MAP,
+    objective: Objective,
 ) -> Tensor:  # [6, N]
     """Write the gradient and return the statistics, by both sweeps."""
-    options = temperature, divergence, student_map, teacher_map
     counted = torch.logical_or(ce_weight, divergence_weight)
     dtype = stats.statistics_dtype(student, teacher)
-    statistics = row_statistics(student, teacher, counted, dtype, labels is not None, *options)[0]
+    statistics = row_statistics(student, teacher, counted, dtype, labels is not None, objective)[0]
     row_coefficients = coefficients_of(
         statistics, None if labels is None else ce_weight, None if teacher is None else divergence_weight,
-        DIVERGENCES[divergence], temperature, teacher_grad=False,
+        objective, teacher_grad=False,
     )  # fmt: skip
-    logit_gradient(student, teacher, labels, row_coefficients, gradient, None, *options)
+    logit_gradient(student, teacher, labels, row_coefficients, gradient, None, objective)
     return statistics
 
 

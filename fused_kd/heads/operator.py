@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from .. import operators
-from ..logit_map import LogitMap
 from ..sweep import KD_SCHEMA, KDOptions, Weights
 from .sweep import Gradients, Head, LinearOptions, gradient_unit, sweep
 
@@ -27,6 +26,7 @@ LINEAR_ROW_LOSSES = operators.define(
     f"-> ({', '.join(['Tensor'] * 9)})",
 )
 _operator = operators.operator(LINEAR_ROW_LOSSES)
+KD_ARGUMENTS = len(KD_SCHEMA.split(", "))  # the objective is three of them
 
 
 def linear_row_losses(
@@ -39,16 +39,16 @@ def linear_row_losses(
     """
     if not torch.compiler.is_compiling():
         _register_flops()
-    kd, *rest = options
-    ce, divergence, unit, *gradients = _operator(*tensors, *kd, *rest)
+    (*kd, objective), *rest = options
+    ce, divergence, unit, *gradients = _operator(*tensors, *kd, *operators.packed(objective), *rest)
     return [ce, divergence, unit, *(gradient for gradient, need in zip(gradients, options.needed, strict=True) if need)]
 
 
 def _options(arguments: Sequence[Any]) -> LinearOptions:
     """Return the options from the arguments that follow the tensors in the schema."""
-    kd = KDOptions(*arguments[: len(KDOptions._fields)])
-    kd = kd._replace(student_map=LogitMap(*kd.student_map), teacher_map=LogitMap(*kd.teacher_map))
-    return LinearOptions(kd, *arguments[len(KDOptions._fields) :])
+    *kd, temperature, divergence, numbers = arguments[:KD_ARGUMENTS]
+    objective = operators.unpacked(temperature, divergence, numbers)
+    return LinearOptions(KDOptions._make([*kd, objective]), *arguments[KD_ARGUMENTS:])
 
 
 def _new_gradients(heads: Sequence[Tensor | None], options: LinearOptions) -> list[Gradients]:

@@ -179,8 +179,9 @@ def gradient_unit(weights: Weights, options: KDOptions) -> Tensor:
     mean over thousands of rows: about 1e-9 where a probability is 1e-6, which float16 cannot hold.  A loss scale comes with
     the upstream gradient, too late.  Division by a power of two is exact.
     """
-    scale = max(options.student_map.scale, options.teacher_map.scale)
-    slope = DIVERGENCES[options.divergence].largest_slope
-    largest = scale * (weights.ce.abs() + slope * weights.divergence.abs() / options.temperature)
+    objective = options.objective
+    scale = max(objective.student_map.scale, objective.teacher_map.scale)
+    slope = DIVERGENCES[objective.divergence].largest_slope
+    largest = scale * (weights.ce.abs() + slope * weights.divergence.abs() / objective.temperature)
     largest = torch.cat([largest.nan_to_num(0.0, 0.0), largest.new_zeros(1)]).amax()  # 0 if there are no rows
     return torch.where(largest > NEGLIGIBLE, torch.exp2(largest.log2().floor()) / LARGEST_GRADIENT, 1.0)

@@ -15,9 +15,9 @@ from fused_kd.backends import triton as kernels
 from fused_kd.backends.triton import elements
 from fused_kd.backends.triton.arguments import divergence_number
 from fused_kd.backends.triton.tiles import Statistics
-from fused_kd.divergences import DIVERGENCES, coefficients
+from fused_kd.divergences import DIVERGENCES, Objective, coefficients
 from fused_kd.launch import Launch, two_passes
-from fused_kd.logit_map import LogitMap
+from fused_kd.logit_map import IDENTITY_MAP, LogitMap
 
 from ..oracle import relative_error
 
@@ -38,13 +38,19 @@ def given(device, vocabulary, rows=3, student_dtype=torch.float32, pad=0):
     return student, teacher, weights, 1 - 0.5 * weights
 
 
+def objective(temperature, divergence="forward_kl", maps=()):
+    return Objective(*maps or (IDENTITY_MAP, IDENTITY_MAP), temperature, divergence)
+
+
 def statistics_of(
     backend, student, teacher, temperature, divergence, *, counted=None, need_ce=True, maps=(), **options
 ):
     """Return the merged statistics of a backend, in the dtype that the CPU has for such logits and the kernels always."""
     counted = torch.ones(student.shape[1], dtype=torch.bool, device=student.device) if counted is None else counted
     dtype = torch.float32 if backend is kernels else student.dtype
-    parts = backend.row_statistics(student, teacher, counted, dtype, need_ce, temperature, divergence, *maps, **options)
+    parts = backend.row_statistics(
+        student, teacher, counted, dtype, need_ce, objective(temperature, divergence, maps), **options
+    )
     return stats.merge(parts, temperature, DIVERGENCES[divergence].mass)
 
 
@@ -61,13 +67,12 @@ def gradients_of(
         statistics,
         None if labels is None else ce,
         None if teacher is None else kl,
-        DIVERGENCES[divergence],
-        temperature,
+        objective(temperature, divergence),
     )
     gradient = torch.full_like(student, torch.nan)
     of_teacher = torch.full_like(teacher, torch.nan) if teacher_grad else None
     backend.logit_gradient(
-        student, teacher, labels, of_rows, gradient, of_teacher, temperature, divergence, *maps, **options
+        student, teacher, labels, of_rows, gradient, of_teacher, objective(temperature, divergence, maps), **options
     )
     return statistics, gradient, of_teacher
 
@@ -111,7 +116,7 @@ def test_row_statistics_are_those_of_each_split(kernel_device, splits):
     student, teacher, *_ = given(kernel_device, 3 * TILE)
     counted = torch.ones(3, dtype=torch.bool, device=kernel_device)
     options = {"launch": launch(3 * TILE, splits)}
-    parts = kernels.row_statistics(student, teacher, counted, torch.float32, True, 2.0, **options)
+    parts = kernels.row_statistics(student, teacher, counted, torch.float32, True, objective(2.0), **options)
     assert parts.shape == (splits, 6, 3)
     width = options["launch"].columns_per_split
     for split, part in enumerate(parts):
@@ -224,8 +229,8 @@ def test_gradients_in_the_places_of_the_logits(kernel_device, pad, divergence):
     student, teacher, ce, kl = given(kernel_device, 16 * TILE, pad=pad)
     labels = torch.zeros(3, dtype=torch.int64, device=kernel_device)
     statistics, *expected = gradients_of(kernels, student, teacher, labels, ce, kl, 2.0, divergence, teacher_grad=True)
-    of_rows = coefficients(statistics, ce, kl, DIVERGENCES[divergence], 2.0)
-    kernels.logit_gradient(student, teacher, labels, of_rows, student, teacher, 2.0, divergence)
+    of_rows = coefficients(statistics, ce, kl, objective(2.0, divergence))
+    kernels.logit_gradient(student, teacher, labels, of_rows, student, teacher, objective(2.0, divergence))
     assert all(torch.equal(a, b) for a, b in zip((student, teacher), expected, strict=True))
 
 
@@ -322,7 +327,7 @@ def test_the_single_pass_makes_the_coefficients_of_the_two_passes(kernel_device,
     ce[1], kl[2], ce[3], kl[3] = 0, 0, 0, 0  # one term, the other, none
     kl[4] = 1e-45  # counts, and underflows in the product with 1 / T
     statistics = statistics_of(kernels, student, teacher, temperature, divergence, counted=(ce != 0) | (kl != 0))
-    expected = coefficients(statistics, ce, kl, DIVERGENCES[divergence], temperature)
+    expected = coefficients(statistics, ce, kl, objective(temperature, divergence))
     found = torch.empty_like(expected)
     kernel = triton.jit(coefficients_kernel)  # here, where `kernel_device` has said whether it is interpreted
     kernel[(5,)](statistics, ce, kl, found, 5, 1 / temperature, divergence_number(divergence))

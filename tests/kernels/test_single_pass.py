@@ -17,7 +17,7 @@ from fused_kd.launching import single_pass
 from fused_kd.logit_map import LogitMap
 
 from ..oracle import relative_error
-from .test_kernels import gradients_of
+from .test_kernels import gradients_of, objective
 
 LANES, K = 32, 8
 TILE = LANES * K
@@ -55,7 +55,7 @@ def check(inputs, temperature, splits, divergence=FORWARD_KL, *maps):
     student = inputs[0]
     gradient = torch.full_like(student, torch.nan)
     launch = whole_or_shared(student.shape[-1], splits)
-    ours = kernels.statistics_and_gradient(*inputs, gradient, launch, temperature, divergence, *maps)
+    ours = kernels.statistics_and_gradient(*inputs, gradient, launch, objective(temperature, divergence, maps))
     assert ours.shape == (6, student.shape[0] * student.shape[1])
     if splits <= 1:
         assert torch.equal(ours, statistics)
@@ -88,7 +88,7 @@ def test_columns_in_two_accesses(kernel_device, vocabulary, splits, temperature)
     gradient = torch.full_like(student, torch.nan)
     columns = -(-vocabulary // (splits * 2 * TILE)) * 2 * TILE
     launch = SinglePass(1, 1, 32, 2 * K, -(-vocabulary // columns), columns, 2)
-    ours = kernels.statistics_and_gradient(student, teacher, labels, ce, kl, gradient, launch, temperature)
+    ours = kernels.statistics_and_gradient(student, teacher, labels, ce, kl, gradient, launch, objective(temperature))
     assert relative_error(ours, statistics.double()) < 4e-7
     assert relative_error(gradient, expected.double()) < 4e-7
 
@@ -115,7 +115,9 @@ def test_rows_further_apart_than_float32_reaches(kernel_device, splits, divergen
     statistics, expected = in_two_passes(student, teacher, labels, ce, kl, 0.5, splits, divergence)
     gradient = torch.full_like(student, torch.nan)
     launch = whole_or_shared(student.shape[-1], splits)
-    ours = kernels.statistics_and_gradient(student, teacher, labels, ce, kl, gradient, launch, 0.5, divergence)
+    ours = kernels.statistics_and_gradient(
+        student, teacher, labels, ce, kl, gradient, launch, objective(0.5, divergence)
+    )
     assert ours.isfinite().all()
     assert not gradient.isnan().any()
     torch.testing.assert_close(ours, statistics, rtol=4e-6, atol=1e-6 / stats.UNIT)
@@ -137,9 +139,9 @@ def test_gradient_in_the_students_place(kernel_device, splits, pad, outer):
     student, teacher, labels, ce, kl = given(kernel_device, 5 * TILE, pad=pad, outer=outer)
     apart = torch.empty_like(student)
     launch = whole_or_shared(5 * TILE, splits)
-    expected = kernels.statistics_and_gradient(student, teacher, labels, ce, kl, apart, launch, 2.0)
+    expected = kernels.statistics_and_gradient(student, teacher, labels, ce, kl, apart, launch, objective(2.0))
     check((student, teacher, labels, ce, kl), 2.0, splits)
-    statistics = kernels.statistics_and_gradient(student, teacher, labels, ce, kl, student, launch, 2.0)
+    statistics = kernels.statistics_and_gradient(student, teacher, labels, ce, kl, student, launch, objective(2.0))
     assert torch.equal(student, apart)
     assert torch.equal(statistics, expected)
 
@@ -156,7 +158,9 @@ def test_rows_of_weight_zero_are_not_read(kernel_device, splits, ignored, diverg
     labels[ignored] = -100
     gradient = torch.full_like(student, torch.nan)
     launch = whole_or_shared(2 * TILE + 5, splits)
-    statistics = kernels.statistics_and_gradient(student, teacher, labels, ce, kl, gradient, launch, 2.0, divergence)
+    statistics = kernels.statistics_and_gradient(
+        student, teacher, labels, ce, kl, gradient, launch, objective(2.0, divergence)
+    )
     assert torch.equal(statistics[:, ignored], stats.identity(len(ignored), device=kernel_device))
     assert not gradient[0, ignored].any()
     assert not gradient.isnan().any()
@@ -172,7 +176,7 @@ def test_no_row_and_one_row(kernel_device, splits, rows):
         return
     student, teacher, labels, ce, kl = given(kernel_device, TILE, rows=0)
     launch = whole_or_shared(TILE, splits)
-    statistics = kernels.statistics_and_gradient(student, teacher, labels, ce, kl, student, launch, 2.0)
+    statistics = kernels.statistics_and_gradient(student, teacher, labels, ce, kl, student, launch, objective(2.0))
     assert statistics.shape == (6, 0)
 
 
@@ -184,7 +188,7 @@ def test_labels_in_every_tile(kernel_device, splits, label):
     labels.fill_(label)
     gradient = torch.empty_like(student)
     launch = whole_or_shared(3 * TILE + 5, splits)
-    kernels.statistics_and_gradient(student, None, labels, ce, 0 * kl, gradient, launch, 1.0)
+    kernels.statistics_and_gradient(student, None, labels, ce, 0 * kl, gradient, launch, objective(1.0))
     expected = torch.softmax(student.double(), -1)
     expected[..., label] -= 1
     assert relative_error(gradient, expected * ce[:, None]) < 1e-6
@@ -195,12 +199,12 @@ def test_bfloat16_by_the_default_plan(kernel_device):
     student, teacher = student.bfloat16(), teacher.bfloat16()
     gradient = torch.empty_like(student)
     launch = single_pass(student, teacher, in_place=False, always=True)
-    statistics = kernels.statistics_and_gradient(student, teacher, labels, ce, kl, gradient, launch, 2.0)
+    statistics = kernels.statistics_and_gradient(student, teacher, labels, ce, kl, gradient, launch, objective(2.0))
     counted = torch.ones(4, dtype=torch.bool, device=kernel_device)
-    merged = stats.merge(kernels.row_statistics(student, teacher, counted, torch.float32, True, 2.0), 2.0)
+    merged = stats.merge(kernels.row_statistics(student, teacher, counted, torch.float32, True, objective(2.0)), 2.0)
     expected = torch.empty_like(student)
-    of_rows = coefficients(merged, ce, kl, DIVERGENCES[FORWARD_KL], 2.0)
-    kernels.logit_gradient(student, teacher, labels, of_rows, expected, None, 2.0)
+    of_rows = coefficients(merged, ce, kl, objective(2.0))
+    kernels.logit_gradient(student, teacher, labels, of_rows, expected, None, objective(2.0))
     assert torch.allclose(statistics, merged, rtol=4e-6)  # of 20 000 columns, in other orders
     assert (gradient != expected).double().mean() < 0.001  # one unit in the last place
 

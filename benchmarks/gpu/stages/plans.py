@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fused_kd import statistics as stats
-from fused_kd.divergences import FORWARD_KL, coefficients
+from fused_kd.divergences import Objective, coefficients
 from fused_kd.launching import AUTO, TWO, device_of
 from fused_kd.testing import launching
 
@@ -91,19 +91,19 @@ def launched(text: str, *inputs: Tensor) -> Callable[[], object]:
     from fused_kd.launching import single_pass
 
     student, teacher, labels, weight, gradient = inputs
-    counted = weight != 0
+    counted, objective = weight != 0, Objective(temperature=TEMPERATURE)
 
     def in_two() -> None:
-        parts = kernels.row_statistics(student, teacher, counted, torch.float32, True, TEMPERATURE)
+        parts = kernels.row_statistics(student, teacher, counted, torch.float32, True, objective)
         statistics = stats.merge(parts, TEMPERATURE)
-        of_rows = coefficients(statistics, weight, weight, FORWARD_KL, TEMPERATURE)
-        kernels.logit_gradient(student, teacher, labels, of_rows, gradient, None, TEMPERATURE)
+        of_rows = coefficients(statistics, weight, weight, objective)
+        kernels.logit_gradient(student, teacher, labels, of_rows, gradient, None, objective)
 
     if text == TWO:
         return in_two
     planned = single_pass(student, teacher, in_place=False, always=True)
     return lambda: kernels.statistics_and_gradient(
-        student, teacher, labels, weight, weight, gradient, planned, TEMPERATURE
+        student, teacher, labels, weight, weight, gradient, planned, objective
     )
 
 

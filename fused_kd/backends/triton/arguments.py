@@ -1,8 +1,9 @@
-"""The kernel arguments that encode a temperature, a map of the logits and a divergence."""
+"""The kernel arguments that encode an objective: temperature, maps of the logits, divergence."""
 
 import math
 from typing import NamedTuple
 
+from ...divergences import Objective
 from ...logit_map import LogitMap
 from .elements import DIVERGENCES
 from .tiles import CAPPED, IDENTITY, SCALED
@@ -40,3 +41,22 @@ def map_arguments(logit_map: LogitMap) -> MapArguments:
     if logit_map.is_capped:
         return MapArguments(logit_map.scale / logit_map.softcap, logit_map.softcap, CAPPED.value)
     return MapArguments(logit_map.scale, 1.0, (IDENTITY if logit_map.is_identity else SCALED).value)
+
+
+class ObjectiveArguments(NamedTuple):
+    """The kernel arguments that encode an `Objective`."""
+
+    T: TemperatureArguments
+    student_map: MapArguments
+    teacher_map: MapArguments
+    divergence: int
+
+
+def objective_arguments(objective: Objective) -> ObjectiveArguments:
+    """Return the arguments that encode an objective."""
+    return ObjectiveArguments(
+        temperature_arguments(objective.temperature),
+        map_arguments(objective.student_map),
+        map_arguments(objective.teacher_map),
+        divergence_number(objective.divergence),
+    )

@@ -26,10 +26,10 @@ import torch
 import triton
 import triton.language as tl
 
+from ...divergences import Objective
 from ...launch import Launch
 from ...launching import default_launch, is_wide
-from ...logit_map import IDENTITY_MAP, LogitMap
-from .arguments import divergence_number, map_arguments, temperature_arguments
+from .arguments import objective_arguments
 from .elements import pair_of, student_gradient, teacher_gradient
 from .tiles import (
     IDENTITY,
@@ -208,10 +208,7 @@ def logit_gradient(
     coefficients: torch.Tensor,  # [7, N], float32; a row whose A, B, C and W are all 0 is not read and has gradient 0
     gradient: torch.Tensor,  # [outer, inner, V], written; may be the student
     teacher_gradient: torch.Tensor | None,  # [outer', inner', V], written; may be the teacher
-    temperature: float,
-    divergence: str = "forward_kl",
-    student_map: LogitMap = IDENTITY_MAP,
-    teacher_map: LogitMap = IDENTITY_MAP,
+    objective: Objective,
     launch: Launch | None = None,
 ) -> None:
     """Write the student's gradient, and the teacher's if there is memory for it."""
@@ -221,7 +218,7 @@ def logit_gradient(
     launch = launch or default_launch(student, max(tensor.element_size() for tensor in gradients))
     outer, inner, V = student.shape
     N = outer * inner
-    T, s, t = temperature_arguments(temperature), map_arguments(student_map), map_arguments(teacher_map)
+    T, s, t, divergence = objective_arguments(objective)
     second = student if teacher is None else teacher
     written = [roundable(tensor) for tensor in gradients]
     first, last = written[0], written[-1]  # without a teacher's gradient both are the student's
@@ -230,7 +227,7 @@ def logit_gradient(
         inner, *student.stride(), second.shape[1], *second.stride(),
         first.shape[1], *first.stride(), last.shape[1], *last.stride(),
         N, V, launch.columns_per_split, T.exp2_scale, T.inverse, s.factor, s.cap, t.factor, t.cap,
-        NEED_CE=labels is not None, NEED_KL=teacher is not None, DIVERGENCE=divergence_number(divergence),
+        NEED_CE=labels is not None, NEED_KL=teacher is not None, DIVERGENCE=divergence,
         TEACHER_GRAD=teacher_gradient is not None, POWER=T.power, LANES=launch.lanes, K=launch.columns,
         WIDE=is_wide(student, second, *written), STUDENT_MAP=s.kind, TEACHER_MAP=t.kind, **launch.options,
     )  # fmt: skip

@@ -42,10 +42,10 @@ import torch
 import triton
 import triton.language as tl
 
+from ...divergences import Objective
 from ...launch import SinglePass
 from ...launching import is_wide
-from ...logit_map import IDENTITY_MAP, LogitMap
-from .arguments import divergence_number, map_arguments, temperature_arguments
+from .arguments import objective_arguments
 from .elements import coefficients_of, merged
 from .gradient import roundable, row_gradient
 from .statistics import LOWEST, far_differences, sweep_statistics
@@ -241,10 +241,7 @@ def statistics_and_gradient(
     divergence_weight: torch.Tensor,  # [N], likewise; a row with both weights 0 is not read and has gradient 0
     gradient: torch.Tensor,  # [outer, inner, V], written; may be the student
     launch: SinglePass,
-    temperature: float,
-    divergence: str = "forward_kl",
-    student_map: LogitMap = IDENTITY_MAP,
-    teacher_map: LogitMap = IDENTITY_MAP,
+    objective: Objective,
 ) -> torch.Tensor:  # [6, N], float32: the merged statistics
     """Write the gradient and return the statistics of each row."""
     outer, inner, V = student.shape
@@ -255,7 +252,7 @@ def statistics_and_gradient(
     second = student if teacher is None else teacher
     written = roundable(gradient)
     wide = is_wide(student, second, written)
-    T, s, t = temperature_arguments(temperature), map_arguments(student_map), map_arguments(teacher_map)
+    T, s, t, divergence = objective_arguments(objective)
     tensors = (
         student,
         second,
@@ -268,7 +265,7 @@ def statistics_and_gradient(
     strides = *_row_strides(student), *_row_strides(second), *_row_strides(written)
     numbers = T.exp2_scale, T.inverse, s.factor, s.cap, t.factor, t.cap
     options = {
-        "NEED_CE": labels is not None, "NEED_KL": teacher is not None, "DIVERGENCE": divergence_number(divergence),
+        "NEED_CE": labels is not None, "NEED_KL": teacher is not None, "DIVERGENCE": divergence,
         "POWER": T.power, "LANES": launch.lanes, "K": launch.columns, "WIDE": launch.accesses if wide else 0,
         "STUDENT_MAP": s.kind, "TEACHER_MAP": t.kind, **launch.options,
     }  # fmt: skip

@@ -25,10 +25,10 @@ import torch
 import triton
 import triton.language as tl
 
+from ...divergences import Objective
 from ...launch import Launch
 from ...launching import default_launch, is_wide
-from ...logit_map import IDENTITY_MAP, LogitMap
-from .arguments import divergence_number, map_arguments, temperature_arguments
+from .arguments import objective_arguments
 from .elements import (
     IN_UNITS,
     OF_UNITS,
@@ -184,10 +184,7 @@ def row_statistics(
     counted: torch.Tensor,  # [N], bool; a row that is not counted is not read
     dtype: torch.dtype,  # dtype of the statistics; the kernel has only float32
     need_ce: bool,
-    temperature: float,
-    divergence: str = "forward_kl",
-    student_map: LogitMap = IDENTITY_MAP,
-    teacher_map: LogitMap = IDENTITY_MAP,
+    objective: Objective,
     launch: Launch | None = None,
 ) -> torch.Tensor:  # [S, 6, N], float32
     """Return the statistics of each row's S splits, which `fused_kd.statistics.merge` merges."""
@@ -195,13 +192,13 @@ def row_statistics(
     launch = launch or default_launch(student, min(student.element_size(), second.element_size()))
     outer, inner, V = student.shape
     N = outer * inner
-    T, s, t = temperature_arguments(temperature), map_arguments(student_map), map_arguments(teacher_map)
+    T, s, t, divergence = objective_arguments(objective)
     statistics = torch.empty(launch.splits, 6, N, dtype=dtype, device=student.device)
     row_statistics_kernel[(N, launch.splits)](
         student, second, counted, statistics,
         inner, *student.stride(), second.shape[1], *second.stride(),
         N, V, launch.columns_per_split, T.exp2_scale, s.factor, s.cap, t.factor, t.cap,
-        NEED_CE=need_ce, NEED_KL=teacher is not None, DIVERGENCE=divergence_number(divergence),
+        NEED_CE=need_ce, NEED_KL=teacher is not None, DIVERGENCE=divergence,
         POWER=T.power, LANES=launch.lanes, K=launch.columns,
         WIDE=is_wide(student, second), STUDENT_MAP=s.kind, TEACHER_MAP=t.kind, **launch.options,
     )  # fmt: skip
