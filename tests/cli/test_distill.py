@@ -217,8 +217,9 @@ def test_a_signal_in_the_last_step_changes_nothing(distill, at_step, tmp_path):
 def test_signals_to_a_process(distill, folder, tmp_path, numbers):
     """One is taken at a step's end; two end the command at once, in one line; afterwards it can be gone on with."""
     command = [*COMMAND, *distill.arguments("--steps", 3000, "--checkpoint-every", 1)]
-    with process(command) as running:
-        wait_for(tmp_path / "out" / "checkpoint.pt", running)
+    asleep = tmp_path / "asleep"  # the second of two comes before the end of the step that the first one waits for
+    with process(command, SLEEP_IN_STEP="3" if len(numbers) > 1 else "0", ASLEEP=str(asleep)) as running:
+        wait_for(asleep if len(numbers) > 1 else tmp_path / "out" / "checkpoint.pt", running)
         for number in numbers:
             running.send_signal(number)
             time.sleep(0.02)
@@ -236,7 +237,7 @@ def test_signals_to_a_process(distill, folder, tmp_path, numbers):
 def test_after_a_crash_the_last_checkpoint_is_gone_on_with(distill, at_step, tmp_path):
     assert distill("--output", tmp_path / "whole") == 0
     command = [*COMMAND, *distill.arguments("--checkpoint-every", 4)]
-    with process(command, SLEEP_IN_STEP="7") as running:
+    with process(command, SLEEP_IN_STEP="7", ASLEEP=str(tmp_path / "asleep")) as running:
         wait_for(tmp_path / "out" / "checkpoint.pt", running)
         running.kill()
         running.communicate()
@@ -299,6 +300,7 @@ torch.set_num_threads(1)
 clip, count, slow = torch.nn.utils.clip_grad_norm_, itertools.count(1), int(os.environ.get("SLEEP_IN_STEP", 0))
 def clipped(*arguments, **options):
     if next(count) == slow:
+        open(os.environ["ASLEEP"], "w").close()
         time.sleep(60)
     return clip(*arguments, **options)
 torch.nn.utils.clip_grad_norm_ = clipped
