@@ -2,7 +2,8 @@
 
 The interpreter replaces the functions of `triton.language` to run a kernel.  It looks through them all again at each call
 of a device function, although they stay replaced until the launch ends.  It computes sums and products of integers once
-more in 64 bits, for an assertion that only runs in debug mode.  It computes the shape and numpy type of every tensor anew.
+more in 64 bits, for an assertion that only runs in debug mode.  It computes the shape and numpy type of every tensor anew,
+and looks for a common type of two operands that have one.
 
 Before Triton 3.7 it turns an array of one element into an index by `int(array)`, which numpy from 2.4 on refuses.
 """
@@ -22,6 +23,7 @@ def hasten() -> None:
     _take_indices_from_arrays(interpreter)
     _call_device_functions_at_once(interpreter)
     _leave_out_overflow_checks(interpreter)
+    _leave_equal_types_alone(interpreter)
     _remember_types(interpreter)
     _remember_shapes(interpreter)
 
@@ -51,6 +53,23 @@ def _leave_out_overflow_checks(interpreter: Any) -> None:
     options: Any = getattr(builder, "options", None)
     if getattr(options, "sanitize_overflow", False) and getattr(options, "debug", None) is False:
         builder.options = dataclasses.replace(options, sanitize_overflow=False)
+
+
+def _leave_equal_types_alone(interpreter: Any) -> None:
+    """Hand on two operands of one type as they are.  The interpreter finds out at length that nothing is to convert."""
+    semantic: Any = type(getattr(interpreter, "interpreter_semantic", None))
+    convert = getattr(semantic, "binary_op_type_checking_impl", None)
+    if convert is None or hasattr(convert, "__wrapped__"):
+        return
+    tensor, numbers = interpreter.tl.tensor, ("fp32", "int32")
+
+    @functools.wraps(convert)
+    def converted(self: Any, lhs: Any, rhs: Any, *args: Any, **kwargs: Any) -> Any:
+        if type(lhs) is type(rhs) is tensor and lhs.dtype.name in numbers and lhs.type.name == rhs.type.name:
+            return lhs, rhs
+        return convert(self, lhs, rhs, *args, **kwargs)
+
+    semantic.binary_op_type_checking_impl = converted
 
 
 def _remember_types(interpreter: Any) -> None:
