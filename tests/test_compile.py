@@ -2,6 +2,7 @@
 
 import functools
 import io
+import itertools
 import shutil
 
 import pytest
@@ -10,7 +11,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from fused_kd import KDLoss, LinearKDLoss, kd_loss, linear_kd_loss
 from fused_kd import operators as ops
-from fused_kd.divergences import FORWARD_KL, coefficients
+from fused_kd.divergences import Objective, coefficients
 from fused_kd.heads.products import RELEASE
 from fused_kd.logit_map import IDENTITY_MAP, LogitMap
 
@@ -18,8 +19,10 @@ from .oracle import relative_error
 
 N, V = 6, 501
 H_S, H_T = 16, 24
-BACKEND = "inductor" if shutil.which("g++") or shutil.which("clang++") else "aot_eager"
-compile_ = functools.partial(torch.compile, backend=BACKEND)
+GRAPH = "aot_eager"  # captures the graphs of both passes; Inductor also compiles them, at a second per kernel on a CPU
+INDUCTOR = "inductor" if shutil.which("g++") or shutil.which("clang++") else GRAPH
+by_inductor = functools.partial(pytest.param, INDUCTOR, marks=pytest.mark.slow)  # the same with Inductor's code
+both = pytest.mark.parametrize("backend", [GRAPH, by_inductor()])
 
 
 @pytest.fixture(autouse=True)
@@ -35,27 +38,39 @@ def gradients(function, *leaves):
     return [value.detach(), *(gradient for gradient in found if gradient is not None)]
 
 
-def equal_to_the_last_bit(function, *leaves, **options):
+def equal_to_the_last_bit(function, *leaves, backend, **options):
     """Gradients, and the value but for the order in which the compiler adds rows."""
     (value, *ours), (eager_value, *eager) = (
-        gradients(f, *leaves) for f in (compile_(function, fullgraph=True, **options), function)
+        gradients(f, *leaves) for f in (torch.compile(function, backend=backend, fullgraph=True, **options), function)
     )
     return relative_error(value, eager_value.double()) < 2e-7 and all(map(torch.equal, ours, eager))
 
 
-@pytest.mark.parametrize("dynamic", [False, True])
+IN_PLACE = {"num_items": 10, "return_parts": True, "inplace_backward": True}
+IN_PLACE_OF_BOTH = {"inplace_backward": True, "teacher_grad": True}
+
+
 @pytest.mark.parametrize(
-    "options",
+    ("backend", "dynamic", "options"),
     [
-        {},
-        {"temperature": 3.0, "reduction": "none"},
-        {"alpha": 1.0, "reduction": "sum", "vocab_size": 400, "teacher_grad": True},
-        {"alpha": 0.0, "logit_softcap": 5.0, "logit_scale": (0.5, 1.0)},
-        {"num_items": 10, "return_parts": True, "inplace_backward": True},
-        {"inplace_backward": True, "teacher_grad": True},
+        *itertools.product(
+            [GRAPH],
+            [False, True],
+            [
+                {},
+                {"temperature": 3.0, "reduction": "none"},
+                {"alpha": 1.0, "reduction": "sum", "vocab_size": 400, "teacher_grad": True},
+                {"alpha": 0.0, "logit_softcap": 5.0, "logit_scale": (0.5, 1.0)},
+                IN_PLACE,
+                IN_PLACE_OF_BOTH,
+            ],
+        ),
+        by_inductor(True, {}),
+        by_inductor(False, IN_PLACE),
+        by_inductor(False, IN_PLACE_OF_BOTH),
     ],
 )
-def test_kd_loss_is_one_graph(options, dynamic):
+def test_kd_loss_is_one_graph(backend, dynamic, options):
     labels = torch.randint(400, (2, N))
     labels[0, 3] = -100
 
@@ -64,30 +79,42 @@ def test_kd_loss_is_one_graph(options, dynamic):
         result = kd_loss(3 * hidden.tanh(), teacher, labels[:, : hidden.shape[1]], **options)
         return (result.loss + 0 * result.divergence if options.get("return_parts") else result).sum()
 
-    compiled = compile_(loss, fullgraph=True, dynamic=dynamic)
-    for rows in (N, N - 2):
+    compiled = torch.compile(loss, backend=backend, fullgraph=True, dynamic=dynamic)
+    for rows in (N, N - 2) if dynamic else (N,):
         leaves = [torch.randn(2, rows, V, requires_grad=True) for _ in range(2)]
         for ours, eager in zip(gradients(compiled, *leaves), gradients(loss, *leaves), strict=True):
             assert relative_error(ours, eager.double()) < 1e-6  # the compiler's own tanh
 
 
-def test_kd_loss_is_equal_to_the_last_bit():
+@both
+def test_kd_loss_is_equal_to_the_last_bit(backend):
     teacher, labels = torch.randn(N, V), torch.randint(V, (N,))
     student = torch.randn(N, V, requires_grad=True)
-    assert equal_to_the_last_bit(lambda student: kd_loss(student, teacher, labels, temperature=2.0), student)
+    assert equal_to_the_last_bit(
+        lambda student: kd_loss(student, teacher, labels, temperature=2.0), student, backend=backend
+    )
 
 
-@pytest.mark.parametrize("dynamic", [False, True])
+BOTH_IN_CHUNKS = {"workspace_bytes": 10_240, "teacher_grad": True}
+
+
 @pytest.mark.parametrize(
-    "options",
+    ("backend", "dynamic", "options"),
     [
-        {},
-        {"temperature": 3.0, "reduction": "none", "logits_dtype": torch.float32},
-        {"alpha": 1.0, "reduction": "sum", "vocab_size": 400, "logit_softcap": 5.0},
-        {"workspace_bytes": 10_240, "teacher_grad": True},
+        *itertools.product(
+            [GRAPH],
+            [False, True],
+            [
+                {},
+                {"temperature": 3.0, "reduction": "none", "logits_dtype": torch.float32},
+                {"alpha": 1.0, "reduction": "sum", "vocab_size": 400, "logit_softcap": 5.0},
+                BOTH_IN_CHUNKS,
+            ],
+        ),
+        *itertools.starmap(by_inductor, itertools.product([False, True], [{}, BOTH_IN_CHUNKS])),
     ],
 )
-def test_linear_kd_loss_is_one_graph_and_equal_to_the_last_bit(options, dynamic):
+def test_linear_kd_loss_is_one_graph_and_equal_to_the_last_bit(backend, dynamic, options):
     weight, teacher_weight, bias = (torch.randn(*shape, requires_grad=True) for shape in ((V, H_S), (V, H_T), (V,)))
     labels = torch.randint(400, (N,))
 
@@ -96,13 +123,15 @@ def test_linear_kd_loss_is_one_graph_and_equal_to_the_last_bit(options, dynamic)
             teacher = [tensor.detach() for tensor in teacher]
         return linear_kd_loss(hidden, weight, *teacher, labels[: hidden.shape[0]], student_bias=bias, **options).sum()
 
-    for rows in (N, N - 2):
+    for rows in (N, N - 2) if dynamic else (N,):
         hidden, teacher_hidden = torch.randn(rows, H_S, requires_grad=True), torch.randn(rows, H_T, requires_grad=True)
-        assert equal_to_the_last_bit(loss, hidden, weight, bias, teacher_hidden, teacher_weight, dynamic=dynamic)
+        leaves = hidden, weight, bias, teacher_hidden, teacher_weight
+        assert equal_to_the_last_bit(loss, *leaves, backend=backend, dynamic=dynamic)
 
 
+@both
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_linear_kd_loss_under_autocast_is_one_graph(dtype):
+def test_linear_kd_loss_under_autocast_is_one_graph(dtype, backend):
     """A head in float32 with hidden states in float32, or in bfloat16, as a last nn.Linear gives them."""
     teacher, labels = (torch.randn(N, H_T), torch.randn(V, H_T)), torch.randint(V, (N,))
 
@@ -111,7 +140,8 @@ def test_linear_kd_loss_under_autocast_is_one_graph(dtype):
             return linear_kd_loss(hidden, weight, *teacher, labels, temperature=2.0)
 
     for hidden in (torch.randn(N, H_S), torch.randn(N, H_S, dtype=torch.bfloat16)):
-        assert equal_to_the_last_bit(loss, hidden.requires_grad_(), torch.randn(V, H_S, requires_grad=True))
+        leaves = hidden.requires_grad_(), torch.randn(V, H_S, requires_grad=True)
+        assert equal_to_the_last_bit(loss, *leaves, backend=backend)
 
 
 def given_to(loss):
@@ -128,17 +158,22 @@ RECOMPILES = RELEASE < (2, 9)  # for every temperature: nothing tells there whet
 
 
 @pytest.mark.skipif(RECOMPILES, reason="PyTorch 2.7 does not say which numbers of a graph are constants")
-@pytest.mark.parametrize("temperatures", [TEMPERATURES, list(range(1, 10))], ids=["floats", "integers"])
-@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize(
+    ("backend", "temperatures", "reduction"),
+    [
+        *itertools.product([GRAPH], [TEMPERATURES, list(range(1, 10))], ["mean", "none"]),
+        by_inductor(TEMPERATURES, "mean"),
+    ],
+)
 @pytest.mark.parametrize("loss", [kd_loss, linear_kd_loss])
-def test_a_temperature_that_changes_is_compiled_twice(loss, reduction, temperatures):
+def test_a_temperature_that_changes_is_compiled_twice(loss, backend, temperatures, reduction):
     """The first time as a constant of the graph; the second graph takes any."""
     student, *rest = given_to(loss)
 
     def step(student, temperature):
         return loss(student, *rest, temperature=temperature, reduction=reduction, alpha=0.3).sum()
 
-    counted = CompileCounterWithBackend(BACKEND)
+    counted = CompileCounterWithBackend(backend)
     compiled = torch.compile(step, backend=counted, fullgraph=True)
     for temperature in temperatures:
         (value, *ours), (eager_value, *eager) = (
@@ -153,7 +188,7 @@ def test_a_temperature_that_changes_is_compiled_twice(loss, reduction, temperatu
 @pytest.mark.parametrize("module", [KDLoss, LinearKDLoss])
 def test_a_temperature_of_a_module_that_changes_is_compiled_twice(module):
     given, loss = given_to(module), module(temperature=2.0)
-    counted = CompileCounterWithBackend(BACKEND)
+    counted = CompileCounterWithBackend(GRAPH)
     compiled = torch.compile(loss, backend=counted, fullgraph=True)
     for temperature in TEMPERATURES:
         loss.temperature = temperature
@@ -188,7 +223,7 @@ def test_a_label_that_is_no_class_gives_nan_in_a_compiled_loss(loss, label):
     labels[2] = label
     with pytest.raises(IndexError, match=f"labels: .* got {label}"):
         loss(student, *rest, labels)
-    compiled = compile_(loss, fullgraph=True)
+    compiled = torch.compile(loss, backend=GRAPH, fullgraph=True)
     assert compiled(student, *rest, labels).isnan()
     rows = compiled(student, *rest, labels, reduction="none")
     (gradient,) = torch.autograd.grad(rows, student, torch.ones_like(rows))
@@ -200,7 +235,7 @@ def test_a_label_that_is_no_class_gives_nan_in_a_compiled_loss(loss, label):
 def test_a_compiled_teacher_that_requires_grad_is_warned_of():
     student, teacher = torch.randn(N, V, requires_grad=True), torch.randn(N, V, requires_grad=True)
     with pytest.warns(UserWarning, match="teacher_logits requires grad"):
-        compile_(lambda s, t: kd_loss(s, t, alpha=1.0))(student, teacher).backward()
+        torch.compile(lambda s, t: kd_loss(s, t, alpha=1.0), backend=GRAPH)(student, teacher).backward()
     assert teacher.grad is None
 
 
@@ -244,8 +279,9 @@ def test_export_of_the_forward_pass(from_logits, strict):
         assert torch.equal(loaded(*inputs), step(*inputs))
 
 
+@both
 @pytest.mark.parametrize("from_logits", [True, False])
-def test_the_compiler_keeps_no_more_logits_alive_than_eager_mode(from_logits):
+def test_the_compiler_keeps_no_more_logits_alive_than_eager_mode(from_logits, backend):
     step, inputs = Step(from_logits), step_inputs(4 * N)
 
     def saved(function):
@@ -261,7 +297,8 @@ def test_the_compiler_keeps_no_more_logits_alive_than_eager_mode(from_logits):
             function(*inputs)
         return sorted(kept.values())
 
-    assert saved(compile_(step, fullgraph=True)) == saved(step) == ([4 * N * V] * 2 if from_logits else [])
+    expected = [4 * N * V] * 2 if from_logits else []
+    assert saved(torch.compile(step, backend=backend, fullgraph=True)) == saved(step) == expected
 
 
 @pytest.mark.parametrize("teacher_grad", [False, True])
@@ -269,13 +306,13 @@ def test_the_compiler_keeps_no_more_logits_alive_than_eager_mode(from_logits):
 def test_operators_pass_opcheck(maps, teacher_grad):
     student, teacher = torch.randn(2, 3, 11), torch.randn(1, 6, 9)
     weights, labels = torch.rand(6, dtype=torch.float64), torch.randint(9, (6,))
-    last = "forward_kl", *map(list, maps)
+    last = "forward_kl", [*maps[0], *maps[1]]
     traced = torch.tensor(2.0, dtype=torch.float64), *last
     given = student[..., :9], teacher, weights > 0.1, torch.float32, True
     torch.library.opcheck(ops.row_statistics.default, (*given, 2.0, *last))
     torch.library.opcheck(ops.row_statistics.traced, (*given, *traced))
     statistics = ops.row_statistics(*given, 2.0, *last)
-    of_rows = coefficients(statistics, weights, weights, FORWARD_KL, 2.0)
+    of_rows = coefficients(statistics, weights, weights, Objective(*maps, temperature=2.0))
     given = student, teacher, labels, of_rows, 9, teacher_grad
     arguments, traced = (*given, 2.0, *last), (*given, *traced)
     torch.library.opcheck(ops.logit_gradient.default, arguments)
@@ -298,16 +335,15 @@ def test_the_linear_operator_passes_opcheck(needed, dtype):
         torch.randint(8, (4,)),
         weights,
         weights,
-        2.0,
         8,
         True,
         True,
         torch.float32,
-        [1.0, 4.0],
-        [2.0, 4.0],
+        2.0,
         "forward_kl",
+        [1.0, 4.0, 2.0, 4.0],
     )
     options = list(needed), dtype, dtype, None, 2048
     torch.library.opcheck(torch.ops.fused_kd.linear_row_losses.default, (*arguments, *options))
-    traced = *arguments[:9], torch.tensor(2.0, dtype=torch.float64), *arguments[10:]
+    traced = *arguments[:13], torch.tensor(2.0, dtype=torch.float64), *arguments[14:]
     torch.library.opcheck(torch.ops.fused_kd.linear_row_losses.traced, (*traced, *options))

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow  # each test compiles in a process of its own
+
 PACKAGE = Path(importlib.util.find_spec("fused_kd").origin).parent  # type: ignore[union-attr, arg-type]
 
 GIVEN = """
@@ -80,7 +82,7 @@ import pathlib
 ops = sys.modules["fused_kd.operators"]
 path = pathlib.Path(ops.__file__)
 text = path.read_text()
-merge = "return stats.merge(parts, given.temperature, DIVERGENCES[given.divergence].mass)"
+merge = "return stats.merge(parts, objective.temperature, DIVERGENCES[objective.divergence].mass)"
 path.write_text(text.replace(merge, merge + " * torch.nan"))
 assert path.read_text() != text
 importlib.reload(ops)

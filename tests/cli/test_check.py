@@ -15,13 +15,24 @@ from fused_kd.launching import ONE, TWO
 from fused_kd.testing import accuracy, launching, linear_accuracy
 
 
+def quick_check(file, capsys, *options):
+    assert main(["check", "--backend", "cpu", "--quick", "--json", str(file), *options]) == 0
+    found = json.loads(file.read_text())["configurations"]
+    assert f"{len(found)} of {len(found)} configurations within their bounds on cpu" in capsys.readouterr().out
+    assert all(0 < c["gradient"] < 0.1 and c["failures"] == [] for c in found)
+    return len(found)
+
+
+@pytest.mark.slow
 def test_quick_check_passes_and_writes_every_figure(tmp_path, capsys):
-    file = tmp_path / "check.json"
-    assert main(["check", "--backend", "cpu", "--quick", "--json", str(file)]) == 0
-    assert "78 of 78 configurations within their bounds on cpu" in capsys.readouterr().out
-    record = json.loads(file.read_text())
-    assert len(record["configurations"]) == len(accuracy.cases(quick=True)) + len(linear_accuracy.cases(quick=True))
-    assert all(0 < c["gradient"] < 0.1 and c["failures"] == [] for c in record["configurations"])
+    """Two cores: 45 s."""
+    assert quick_check(tmp_path / "check.json", capsys) == 78
+
+
+def test_a_check_of_one_loss_passes_and_writes_every_figure(tmp_path, capsys):
+    few = [case for case in accuracy.cases(quick=True) if case.rows == 33][:4]
+    with accuracy.checking(few):
+        assert quick_check(tmp_path / "check.json", capsys, "--loss", "logits") == 4
 
 
 def test_the_table_has_what_it_promises():
