@@ -6,7 +6,9 @@ import math
 import pytest
 import torch
 
-from fused_kd import KDLoss, LinearKDLoss, kd_loss, linear_kd_loss, reference
+from fused_kd import KDLoss, LinearKDLoss, kd_loss, linear_kd_loss, operators, reference
+from fused_kd.divergences import Objective
+from fused_kd.logit_map import LogitMap
 
 from .oracle import assert_matches_oracle, relative_error, value_and_gradient
 
@@ -158,3 +160,9 @@ def test_a_module_takes_it(module):
     assert torch.equal(module(divergence="reverse_kl")(*given, labels), loss(*given, labels, divergence="reverse_kl"))
     assert not torch.allclose(module()(*given, labels), loss(*given, labels, divergence="reverse_kl"))
     assert repr(module(divergence="reverse_kl")) == f"{module.__name__}(divergence='reverse_kl')"
+
+
+def test_an_objective_goes_through_the_arguments_of_an_operator_and_comes_back():
+    objective = Objective(LogitMap(0.5), LogitMap(2.0, 30.0), 2.5, "reverse_kl")
+    assert operators.unpacked(*operators.packed(objective)) == objective
+    assert len(operators.packed(objective)) == len(operators.OBJECTIVE_SCHEMA.split(", "))
