@@ -55,8 +55,9 @@ OBJECTIVE_SCHEMA = "float temperature, str divergence, float[] numbers"
 
 def packed(objective: Objective) -> tuple[float, str, list[float]]:
     """Return the arguments of OBJECTIVE_SCHEMA, which every schema contains."""
-    student_map, teacher_map, temperature, divergence = objective[:4]
-    return temperature, divergence, [*student_map, *teacher_map, *objective[4:]]
+    numbers: list[float]
+    student_map, teacher_map, temperature, divergence, *numbers = objective
+    return temperature, divergence, [*student_map, *teacher_map, *numbers]
 
 
 def unpacked(temperature: float, divergence: str, numbers: Sequence[float]) -> Objective:
