@@ -232,6 +232,8 @@ def test_signals_to_a_process(distill, folder, tmp_path, numbers):
         assert report(tmp_path)["interrupted"] == error.splitlines()[-1].partition(": ")[2].partition(";")[0]
     steps = len(torch.load(tmp_path / "out" / "checkpoint.pt", weights_only=True)["training"]["values"])
     assert 1 <= steps < 3000
+    if len(numbers) == 2:
+        assert steps == 2  # the step in which they came did not end
 
 
 def test_after_a_crash_the_last_checkpoint_is_gone_on_with(distill, at_step, tmp_path):
