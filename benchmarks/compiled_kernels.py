@@ -28,7 +28,8 @@ DEFAULT_CHIPS = ("a100", "h100", "b200")
 DESCRIPTION = f"""\
 Launches both Triton kernels as compiled for each chip, on a simulator that executes their PTX on the CPU, and reports
 accesses out of bounds, races, reads of memory that nothing has written, of rows that do not count or of what lies between
-rows, writes beyond a gradient's rows, and results that are not those of Triton's interpreter or of the formula in float64.
+rows, writes beyond a gradient's rows, results that are not those of Triton's interpreter or of the formula in float64, and
+a single pass that has other bits than two launches.
 Any two of the options (dtypes, temperature, terms, maps of the logits, memory layout, size, splits of a row, which
 gradients and where they are written, labels, masked logits) meet in at least one launch.
 

@@ -310,6 +310,11 @@ def ptx(variant: Variant) -> str:
     return str(compile_variant(variant).asm["ptx"])
 
 
+def llir(variant: Variant) -> str:
+    """Return LLVM's representation, in which no multiplication is fused into an addition yet."""
+    return str(compile_variant(variant).asm["llir"])
+
+
 def ttir(variant: Variant) -> str:
     """Return Triton's first representation, where a pointer and the offset that is added to it still have their types."""
     return str(compile_variant(variant).asm["ttir"])

@@ -22,8 +22,8 @@ from torch import Tensor
 from fused_kd import statistics as stats
 from fused_kd.backends import cpu
 from fused_kd.divergences import DIVERGENCES, Objective, coefficients
-from fused_kd.launch import SinglePass, two_passes
-from fused_kd.launching import compiles_clusters, device_of
+from fused_kd.launch import Launch, SinglePass, two_passes
+from fused_kd.launching import compiles_clusters, device_of, is_wide
 from fused_kd.logit_map import LogitMap
 from fused_kd.testing.accuracy import EPSILON, unit_in_last_place
 
@@ -297,11 +297,44 @@ def simulate(folder: Path, item: tuple[Case, str]) -> Outcome:
     with importlib.import_module(MODULE).device(chip, check_races=True, check_init=True, cache_model=False) as device:
         poison(given, device.poison)
         before = [_bytes(view).clone() for view in given.views]
+        clusters = chip not in WITHOUT_CLUSTERS and compiles_clusters()
         try:
-            results = run(case, given, clusters=chip not in WITHOUT_CLUSTERS and compiles_clusters())
+            results = run(case, given, clusters)
+            other_bits = [] if case.form == "two launches" else list(_other_bits(case, results, clusters))
         except Exception as error:
             return Outcome((), (f"{type(error).__name__}: {error}",))
-    return _outcome(case, given, before, results, expected)
+    found = _outcome(case, given, before, results, expected)
+    return replace(found, findings=(*found.findings, *other_bits))
+
+
+def _other_bits(case: Case, results: dict[str, Tensor], clusters: bool) -> Iterator[str]:
+    """Compare a single pass with two launches.
+
+    Given the statistics, the gradient has the same bits.  Where the columns of a thread are summed in the same order, the
+    statistics have them too.
+    """
+    from fused_kd.backends import triton as kernels
+
+    given = inputs(case)  # the logits may have been overwritten
+    need_ce, need_kl = TERMS[case.terms]
+    teacher, labels = given.teacher if need_kl else None, given.labels if need_ce else None
+    objective = Objective(LOGIT_MAPS[case.student_map], LOGIT_MAPS[case.teacher_map], case.temperature, case.divergence)
+    read = [tensor.element_size() for tensor in (given.student, teacher) if tensor is not None]
+    one = single_pass(case, max(read), clusters)
+    two = Launch(one.lanes, one.columns, one.num_warps, 1, case.vocabulary)
+    of_rows = _coefficients(case, results["statistics"], (given.ce_weight, given.kl_weight))
+    kernels.logit_gradient(given.student, teacher, labels, of_rows, given.gradient, None, objective, two)
+    if not torch.equal(results["gradient"], given.gradient.flatten(0, 1)):
+        yield "the gradient has other bits than that of two launches from the same statistics"
+    given = inputs(case)
+    teacher = given.teacher if need_kl else None
+    alone = one.splits == 0 and one.ctas == 1  # nothing but threads is merged
+    if alone and not is_wide(given.student, given.teacher, given.gradient):
+        parts = kernels.row_statistics(
+            given.student, teacher, ~given.ignored, torch.float32, need_ce, objective, two
+        )  # fmt: skip
+        if not torch.equal(results["statistics"], parts):
+            yield "the statistics have other bits than those of two launches"
 
 
 def on_device(case: Case, device: torch.device) -> tuple[Outcome, dict[str, Tensor]]:

@@ -306,6 +306,32 @@ def test_a_sum_over_threads_rounds_alike_in_all_of_them():
         assert not shuffled & addends, case.name
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("divergence", variants.DIVERGENCES)
+def test_no_sum_of_two_products_is_left_to_the_compiler(divergence: str):
+    """It fuses either product into the addition, which rounds the other one: it chooses otherwise in another kernel, and
+    even for another column.  One launch would not have the gradient of two.
+    """
+    cases = [
+        variants.Variant("logit_gradient", "sm_90", "bf16", "bf16", T, "ce+kl", "padded", logit_map, True, divergence)
+        for T, logit_map in ((1.0, "identity"), (2.0, "identity"), (3.0, "softcap"), (2.5, "softcap"))
+    ]
+    for case, code in workers.in_workers(variants.llir, cases, workers=1).items():
+        products: set[str] = set()
+        additions = 0
+        for line in code.splitlines():
+            if re.match(r"[\w.$-]+:", line):
+                products = set()  # another basic block, over which nothing is fused
+            elif found := re.match(r"\s+(%\w+) = (fmul|fadd|fsub) .*?(\S+), (\S+?)(,|$)", line):
+                result, operation, *operands, _ = found.groups()
+                if operation == "fmul":
+                    products.add(result)
+                else:
+                    additions += 1
+                    assert not products.issuperset(operands), f"{case.name}: {line}"
+        assert additions > 20
+
+
 def test_wrong_arguments_exit_with_2():
     with pytest.raises(SystemExit) as exit_:
         static_profile.main(["--variant", "no-such-word"])

@@ -171,17 +171,27 @@ def not_zero(total):
 
 
 @triton.jit
+def quotient(a, b):
+    """Return a / b, correctly rounded if b is normal and finite; `/` is not on a GPU, and `tl.div_rn` costs registers."""
+    b = b.to(tl.float64)
+    r = (1.0 / b.to(tl.float32)).to(tl.float64)
+    r *= 2.0 - b * r
+    r *= 2.0 - b * r
+    return (a.to(tl.float64) * r).to(tl.float32)
+
+
+@triton.jit
 def coefficients_of(
     s,  # Statistics of a whole row
     w_ce, w,  # the row's weights of CE and of the divergence
     inverse_T,
     DIVERGENCE: tl.constexpr,
 ):  # fmt: skip
-    """Return the `Coefficients` of a row, as `fused_kd.divergences.coefficients` does."""
+    """Return the `Coefficients` of a row, as `fused_kd.divergences.coefficients` does, to the bit."""
     w *= inverse_T
     d_1, d_T, e = not_zero(s.d_1), not_zero(s.d_T), not_zero(s.e)
-    R = s.c / (e if DIVERGENCE == FORWARD_KL else d_T) * (inverse_T * OF_UNITS)
-    return Coefficients(s.m_s, s.m_t, w_ce / d_1, w / d_T, w / e, w_ce, R)
+    R = quotient(s.c, e if DIVERGENCE == FORWARD_KL else d_T) * (inverse_T * OF_UNITS)
+    return Coefficients(s.m_s, s.m_t, quotient(w_ce, d_1), quotient(w, d_T), quotient(w, e), w_ce, R)
 
 
 @triton.jit
@@ -203,6 +213,9 @@ def student_gradient(
     If both terms are needed and e^u is a power of e^{u/T}, then e^{u/T} is factored out, which saves one instruction per
     element.  The label's tile is computed without this: there p_1 - 1 and p_T - q each have to cancel by themselves.
     Otherwise, where p_1 is near 1, both would be lost in the rounding of the sum.
+
+    A sum of two products is written as `tl.fma`.  Otherwise the compiler chooses which of them it fuses into the addition.
+    It chooses another in another kernel, or for another column of a tile: one launch would not have the bits of two.
     """
     slope = k.B
     if NEED_KL and DIVERGENCE == REVERSE_KL:
@@ -210,19 +223,22 @@ def student_gradient(
     gradient = tl.zeros_like(x.u)
     # Nested pairs: Triton 3.3 does not compile a chain of `and`.
     if (NEED_CE and NEED_KL) and (POWER > 0 and not HAS_LABEL):
-        factor = k.A
-        for _ in tl.static_range(POWER - 1):
-            factor = factor * x.p
-        gradient = (factor + slope) * x.p
+        total = k.A + slope
+        if POWER > 1:
+            factor = k.A
+            for _ in tl.static_range(POWER - 2):
+                factor = factor * x.p
+            total = tl.fma(factor, x.p, slope)
+        gradient = total * x.p
         if DIVERGENCE == FORWARD_KL:
-            gradient -= k.C * x.q
+            gradient = tl.fma(total, x.p, -(k.C * x.q))
     else:
         if NEED_KL:
             gradient = slope * x.p
             if DIVERGENCE == FORWARD_KL:
-                gradient -= k.C * x.q
+                gradient = tl.fma(slope, x.p, -(k.C * x.q))  # the teacher's gradient has this product too
         if NEED_CE:
-            gradient += k.A * x.at_1
+            gradient = tl.fma(k.A, x.at_1, gradient)
     if HAS_LABEL:
         gradient -= tl.where(is_label, k.W, 0.0)
     return gradient
@@ -239,4 +255,4 @@ def teacher_gradient(
     if DIVERGENCE == FORWARD_KL:
         return k.C * x.q * mean_free_log_ratio(x.q, x.v - x.u, k.R, inverse_T)
     else:
-        return k.C * x.q - k.B * x.p
+        return tl.fma(-k.B, x.p, k.C * x.q)

@@ -140,7 +140,7 @@ def tanh(x):
     polynomial = polynomial * square - 0.053743497916
     polynomial = polynomial * square + 0.133314912849
     polynomial = polynomial * square - 0.333332839252
-    near = x + x * square * polynomial
+    near = tl.fma(x * square, polynomial, x)
     far = 1.0 - 2.0 / (tl.exp2(size * (2 * LOG2_E)) + 1.0)
     return tl.where(size < 0.625, near, tl.where(x < 0, -far, far))
 
