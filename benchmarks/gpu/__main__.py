@@ -6,6 +6,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+
 from .run import RESULTS, ROOT, run, run_stage
 from .stages import STAGES, TOTAL_SECONDS
 
@@ -19,7 +21,7 @@ Results are written as JSON after every stage, and while one runs.  Peers (liger
 orda-kernel) are measured where they are installed or in the folder of --wheels; else they are named as missing.  A target
 that is missed is printed, and does not fail.
 
-Exit code: 0; 1 if a result is wrong, or a stage did not come to its end; 2 for wrong arguments.
+Exit code: 0; 1 if a result is wrong, or a stage did not come to its end; 2 for wrong arguments, or without a GPU.
 """
 
 
@@ -65,6 +67,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.wheels and not options.wheels.is_dir():
         parser().error(f"--wheels: expected a folder of wheels, got {options.wheels}")
     rehearsal = "right" if options.rehearse else "wrong" if options.rehearse_wrong else None
+    if rehearsal is None and not torch.cuda.is_available():
+        print("no GPU is here: expected a CUDA device; --rehearse runs every stage without one", file=sys.stderr)
+        return 2
     file = options.json or (Path(os.devnull) if rehearsal else RESULTS)
     return run(options.stages, file, options.seconds, options.wheels, rehearsal)
 

@@ -171,6 +171,19 @@ def _megabytes(result: dict[str, Any], key: str) -> str:
     return f"{result[key] / 1e6:.0f}" if key in result else ""
 
 
+def _models(title: str, results: list[dict[str, Any]]) -> Table:
+    rows = (
+        (
+            r["models"], r["subject"], words(r), spaced(r["rows"]), spaced(r["vocabulary"]), milliseconds(r),
+            _megabytes(r, "peak_bytes"), _number(r, "loss", "{:.5f}"), _number(r, "loss_difference", "{:.1e}"),
+            _number(r, "gradient_difference", "{:.1e}"),
+        )
+        for r in results
+    )  # fmt: skip
+    headings = ("", "", "", "N", "V", "ms", "peak MB", "loss", "of it off the first", "gradient off the first")
+    return _table(title, headings, rows, words=3)
+
+
 def _plans(title: str, results: list[dict[str, Any]]) -> Table:
     """List the planned launch and the three fastest others, for each vocabulary."""
 
@@ -219,6 +232,6 @@ def _launches(title: str, results: list[dict[str, Any]]) -> Table:
 
 
 TABLES = {
-    "machine": _machine, "right": _right, "fast": _fast, "l2": _l2, "hidden": _hidden, "plans": _plans, "safe": _safe,
-    "launches": _launches,
+    "machine": _machine, "right": _right, "fast": _fast, "l2": _l2, "hidden": _hidden, "models": _models,
+    "plans": _plans, "safe": _safe, "launches": _launches,
 }  # fmt: skip

@@ -22,7 +22,7 @@ from benchmarks import readme
 from benchmarks.gpu import __main__ as command
 from benchmarks.gpu import model, report, run, subjects, tables
 from benchmarks.gpu.context import REHEARSED, Context
-from benchmarks.gpu.stages import STAGES, Stage, fast, l2, machine, plans, right, safe
+from benchmarks.gpu.stages import STAGES, Stage, fast, l2, machine, models, plans, right, safe
 from benchmarks.gpu.standins import cuda
 from benchmarks.gpu.timing import timed
 from benchmarks.simulated import launches
@@ -84,10 +84,22 @@ def test_a_rehearsal_leaves_no_record(stages, monkeypatch):
     called = []
     monkeypatch.setattr(command, "run", lambda *arguments: called.append(arguments) or 0)
     command.main(["--rehearse"])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     command.main([])
     assert [arguments[1] for arguments in called] == [Path(os.devnull), run.RESULTS]
     assert run.run(["works"], Path(os.devnull), 100.0, None, None) == 0
     assert Path(os.devnull).is_char_device()
+
+
+def test_without_a_gpu_nothing_is_run_or_written(stages, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    file = tmp_path / "record.json"
+    assert command.main(["--json", str(file)]) == 2
+    assert not file.exists()
+    out, error = capsys.readouterr()
+    assert out == ""
+    assert error.count("\n") == 1
+    assert "--rehearse" in error
 
 
 def test_without_time_a_stage_is_not_begun(stages, tmp_path):
@@ -343,6 +355,55 @@ def test_another_loss_than_it_says_is_told(rehearsed, name, key):
     assert result[key] == "not the loss that it says it is"
 
 
+def at_models(context):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "compile", lambda function, dynamic: function)
+        return list(models.results(context))
+
+
+def test_losses_at_the_heads_of_models_are_the_same_loss(rehearsed):
+    found = at_models(rehearsed)
+    assert [r["subject"] for r in found] == 2 * [models.FROM_HIDDEN, models.FROM_LOGITS, models.EAGER] + 2 * [
+        models.COMPILED
+    ]
+    assert {r["softcap"] for r in found} == {None, 30.0}
+    assert all(r["seconds"] > 0 and "finding" not in r for r in found)
+    compared = [r for r in found if r["subject"] != models.FROM_HIDDEN]
+    assert max(r["loss_difference"] for r in compared) < 1e-6
+    assert max(r["gradient_difference"] for r in compared) < 1e-5
+
+
+def test_another_loss_at_the_heads_of_models_is_found(rehearsed, monkeypatch):
+    monkeypatch.setitem(models.SOFTCAPS, "TinyLlama 1.1B from Llama 2 7B", 3.0)
+    monkeypatch.setattr(models, "eager", lambda inputs, softcap, eager=models.eager: eager(inputs, None))
+    wrong = {(r["models"], r["subject"]) for r in at_models(rehearsed) if "finding" in r}
+    assert ("TinyLlama 1.1B from Llama 2 7B", models.EAGER) in wrong
+    assert models.FROM_LOGITS not in {subject for _, subject in wrong}
+
+
+def test_without_memory_for_eager_at_the_heads_of_models_fewer_tokens_are_taken(rehearsed, monkeypatch):
+    def eager(inputs, softcap, eager=models.eager):
+        if len(inputs.labels) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return eager(inputs, softcap)
+
+    monkeypatch.setattr(models, "eager", eager)
+    monkeypatch.setattr(models, "COMPILING", 1000.0)
+    first, second = ([r for r in at_models(rehearsed) if r["models"] == pair.name] for pair in rehearsed.sizes.models)
+    for found in (first, second):
+        assert [r["rows"] for r in found] == [4, 4, 4, 2, 2, 2]
+        assert ["seconds" in r for r in found] == [True, True, False, True, True, True]
+        assert "out of memory" in found[2]["reason"]
+        assert found[5]["loss_difference"] < 1e-6
+
+
+def test_ours_that_fails_at_the_heads_of_models_is_a_finding(rehearsed, monkeypatch):
+    monkeypatch.setattr(models, "linear_kd_loss", fails("no such kernel")())
+    monkeypatch.setattr(models, "COMPILING", 1000.0)
+    found = at_models(rehearsed)
+    assert {r["subject"] for r in found if "finding" in r} == {models.FROM_HIDDEN}
+
+
 def test_a_step_that_cannot_be_captured_is_told(rehearsed, monkeypatch):
     monkeypatch.setattr(fast, "captured", lambda step: (_ for _ in ()).throw(RuntimeError("operation not permitted")))
     shape = shapes.Shape("", "", "logits", 2, 40, 0, 0, torch.float32)
@@ -412,6 +473,10 @@ def recorded(name: str = "NVIDIA H100 80GB HBM3", rehearsal: str | None = None) 
     """A record as a run writes it, of figures that are easy to count with."""
     timing = {"seconds": 0.003, "low": 0.0029, "high": 0.0031, "host_seconds": 0.0005, "samples": 15}
     of_size = {"vocabulary": 128_256, "rows": 8192}
+    gemma = {
+        "models": "Gemma 2", "rows": 8192, "vocabulary": 256_000, "hidden": 2304, "teacher_hidden": 3584, "softcap": 30.0,
+        "temperature": 2.0,
+    }  # fmt: skip
     step = {**of_size, **timing, "computes": "CE + KL", "floor_seconds": 0.0024, "gradient_error": 1e-3}
     stages = {
         "machine": [
@@ -435,6 +500,12 @@ def recorded(name: str = "NVIDIA H100 80GB HBM3", rehearsal: str | None = None) 
         "hidden": [
             {**of_size, "hidden": 4096, "head": "trained", "subject": "fused_kd", "computes": "CE + KL", **timing,
              "times_the_products": 1.1, "peak_bytes": 2e9, "planned_bytes": 1.9e9},
+        ],
+        "models": [
+            {**gemma, "subject": "linear_kd_loss", **timing, "loss": 9.5, "peak_bytes": 4e8},
+            {**gemma, "subject": "eager PyTorch", "reason": "OutOfMemoryError: CUDA out of memory"},
+            {**gemma, "models": "TinyLlama", "softcap": None, "subject": "eager PyTorch", **timing, "loss": 9.5,
+             "peak_bytes": 4e9, "loss_difference": 1.23e-5, "gradient_difference": 0.00234},
         ],
         "plans": [{**of_size, **timing, "plan": "auto", "seconds": 0.0025}],
         "launches": [{**of_size, "from": "logits", "count": 2, "microseconds": 9.5, "events": [
@@ -473,6 +544,10 @@ def test_documentation_of_a_run():
     assert "| fused_kd | CE + KL | 2 | **3.00 (1.30)** |" in text
     assert "| eager PyTorch |  | 2 | out of memory |" in text
     assert "| fused_kd | CE + KL | trained | 128 256 | 3.0 | 1.10 | 2000 | 1900 |" in text
+    sizes = "8 192 | 256 000 | 2 304 from 3 584"
+    assert f"| Gemma 2 | 30 | {sizes} | linear_kd_loss | 3.0 | 400 |  |  |" in text
+    assert f"| Gemma 2 | 30 | {sizes} | eager PyTorch | out of memory |  |  |  |" in text
+    assert f"| TinyLlama |  | {sizes} | eager PyTorch | 3.0 | 4000 | 1e-05 | 2e-03 |" in text
     assert "| 128 256 | 6.90 | - |" in text
     assert "| logits | 128 256 | 2 | 10 | 8 |" in text
     assert "| a step of Liger CE + TVD, times the floor | 128 256 | 2 | 3.00 | 2.70 | -10% |" in text

@@ -91,8 +91,10 @@ def tested(context: Context) -> dict[str, Any]:
     result: dict[str, Any] = {"check": "pytest -m gpu", **outcomes}
     if done.returncode in (0, 5):  # 5: there are none here
         return result
-    failed = [line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR", "E  "))]
-    return {**result, "finding": "\n".join(failed[:60]) or (done.stdout + done.stderr)[-2000:]}
+    lines = done.stdout.splitlines()
+    failed = [line for line in lines if line.startswith(("FAILED", "ERROR"))]
+    why = [line[:200] for line in lines if line.startswith("E  ")]
+    return {**result, "finding": "\n".join([*failed[:60], *why[:40]]) or (done.stdout + done.stderr)[-2000:]}
 
 
 def _run(command: list[str], environment: dict[str, str], seconds: float) -> "subprocess.CompletedProcess[str] | None":
