@@ -20,13 +20,16 @@ SAME = 1e-3  # largest relative difference between the logits of body and head a
 class SplitModel(nn.Module):
     """A model as logits = softcap(scale * (hidden weight^T + bias)), where `hidden` are the last hidden states of its body.
 
-    A model whose logits are computed in another way stays whole: `body` returns its logits, and `head` is None.
+    A model whose logits are computed in another way stays whole: `body` returns its logits, and `head` is None.  So does
+    one with an adapter on its head: the head's weight does not contain the adapter.
     """
 
     def __init__(self, model: Any) -> None:
         super().__init__()
         self.model = model
-        self.head: nn.Linear | None = model.get_output_embeddings()
+        head = model.get_output_embeddings()
+        # PEFT's layers keep the one that they adapt; LoRA changes no logits before its first step.
+        self.head: nn.Linear | None = None if hasattr(head, "base_layer") else head
         self.scale, self.softcap = scale_and_softcap(model.config)
 
     def body(self, tokens: Tensor) -> Tensor:  # [batch, sequence, H]
@@ -53,7 +56,7 @@ def split(model: Any, tokens: Tensor) -> SplitModel:
         same = ours.shape == own.shape and float((ours - own).norm()) <= SAME * float(own.norm())
     except (AttributeError, RuntimeError):
         same = False
-    if not same:
+    if result.head is None or not same:
         result.head, result.scale, result.softcap = None, 1.0, None
     return result
 
@@ -119,7 +122,10 @@ LOSSES: dict[str, Loss] = {
 
 def _head(side: str, model: SplitModel) -> nn.Linear:
     if model.head is None:
-        raise ValueError(f"the {side}'s logits are not an output head of its last hidden states")
+        raise ValueError(
+            f"the {side}'s logits are not an output head of its last hidden states, or an adapter is on that head: "
+            "pass the weight that acts to linear_kd_loss, or use kd_loss"
+        )
     return model.head
 
 
