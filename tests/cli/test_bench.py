@@ -2,7 +2,9 @@
 
 import dataclasses
 import json
+import re
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -11,7 +13,7 @@ import torch
 pytest.importorskip("rich")
 pytest.importorskip("matplotlib")
 from fused_kd.cli import main
-from fused_kd.cli.benchmarking import comparison, measure, suite, tables
+from fused_kd.cli.benchmarking import comparison, finding, measure, suite, tables
 from fused_kd.testing import peers, problems, shapes, steps
 
 CPU = torch.device("cpu")
@@ -172,10 +174,13 @@ def test_bench_prints_draws_and_writes(tiny, tmp_path, capsys):
     assert main([*arguments, "--part", "models"]) == 0
     printed = capsys.readouterr().out
     assert "Small 1 from 2, from hidden states (linear_kd_loss): N = 16, V = 301, H = 24 / 40, float32" in printed
-    assert "Liger fused linear CE" in printed.split("Skipped")[1]
+    assert "Liger fused linear CE" in printed.split("Left out")[1]
 
     assert main([*arguments, "--part", "sweeps", "--compare", str(file)]) == 0
     assert "0 of 0 figures moved" in capsys.readouterr().out  # the sweeps are other shapes
+    assert re.fullmatch(  # of the models
+        r"kd_loss is .* times as fast as .*, linear_kd_loss is .* (of|in) 2 configurations\.", last_of(printed)
+    )
     ends = (".png", "-from-hidden-states.png")
     assert {path.name for path in folder.iterdir()} == {f"growing-{size}{end}" for size in "VN" for end in ends}
     record = json.loads(file.read_text(), parse_constant=pytest.fail)
@@ -196,7 +201,59 @@ def test_a_wrong_loss_of_ours_is_exit_code_1(tiny, tmp_path, capsys):
     arguments = ["bench", "--device", "cpu", "--part", "sweeps", "--seconds", "0.01", "--output", str(tmp_path)]
     with peers.offering(wrong):
         assert main(arguments) == 1
-    assert "WRONG: value off by" in " ".join(capsys.readouterr().out.split())
+    out = capsys.readouterr().out
+    assert "WRONG: value off by" in " ".join(out.split())
+    assert last_of(out) == "kd_loss is WRONG in 4 of 4 configurations, marked above."
+
+
+def last_of(printed):
+    return printed.splitlines()[-1]
+
+
+def figures(inputs, peer, seconds, peak=1000, quartile=0.01, **other):
+    """A result at the shape of these inputs."""
+    shape = LOGITS._replace(inputs=inputs, name=other.pop("name", "small"))
+    spread = measure.Spread(seconds, seconds - quartile, seconds + quartile, 9)
+    base = suite.Result.of(shape, peers.Peer(peer, inputs, lambda: None, other.pop("part", "CE + KL")))
+    return dataclasses.replace(base, both=spread, peak_bytes=peak, agrees=True, **other)
+
+
+OURS, EAGER, COMPILED = peers.OURS, "eager PyTorch", "torch.compile"
+
+
+@pytest.mark.parametrize(
+    ("results", "done", "sentence"),
+    [
+        (
+            [figures("logits", OURS, 1.0, 20), figures("logits", EAGER, 5.5), figures("logits", COMPILED, 2.0)], 1,
+            "kd_loss is 5.5 times as fast as eager PyTorch with 2% of its memory; nothing is clearly faster than ours "
+            "in 1 configuration.",
+        ),
+        (
+            [figures("logits", OURS, 1.0, 20, name="a"), figures("logits", EAGER, 5.5, name="a"),
+             figures("logits", OURS, 1.0, 1500, name="b"), figures("logits", EAGER, 0.5, name="b"),
+             figures("logits", COMPILED, 0.4, name="b"), figures("logits", COMPILED, 0.4, name="a"),
+             figures("logits", "Liger CE", 0.1, name="a", part="CE"),  # less than the loss
+             figures("hidden", OURS, 1.0), figures("hidden", EAGER, 0.9, quartile=0.2)], 3,
+            "kd_loss is 0.5 to 5.5 times as fast as eager PyTorch with 2% to 150% of its memory, linear_kd_loss is 0.9 "
+            "times as fast as eager PyTorch with 100% of its memory; clearly faster than ours: torch.compile in 2, eager "
+            "PyTorch in 1 of 3 configurations.",
+        ),
+        (
+            [figures("logits", OURS, 1.0), dataclasses.replace(figures("logits", EAGER, 0.1), agrees=False)], 1,
+            "eager PyTorch did not run; nothing is clearly faster than ours in 1 configuration.",
+        ),
+        (
+            [dataclasses.replace(figures("hidden", OURS, 1.0), agrees=False), figures("hidden", EAGER, 5.0)], 1,
+            "linear_kd_loss is WRONG in 1 of 1 configurations, marked above.",
+        ),
+        ([], 0, "Nothing was measured: the command was interrupted in the first of 3 configurations."),
+    ],
+)  # fmt: skip
+def test_the_last_sentence_says_what_was_found(results, done, sentence):
+    assert finding.finding(results, done, done or 3) == sentence
+    if done:
+        assert finding.finding(results, done, 9) == f"Interrupted after {done} of 9 configurations: {sentence}"
 
 
 @pytest.mark.parametrize(
@@ -224,3 +281,10 @@ def test_a_file_that_is_no_record_is_refused(content, tmp_path, capsys):
     file.write_text(content)
     assert main(["bench", "--output", str(tmp_path), "--compare", str(file)]) == 2
     assert "--compare: expected a file that --json wrote" in capsys.readouterr().err
+
+
+def test_the_page_has_the_sentence_of_the_recorded_run():
+    root = Path(__file__).parents[2]
+    results = json.loads((root / "benchmarks" / "results" / "cpu.json").read_text())["results"]
+    sentence = finding.finding([suite.from_dict(result) for result in results], 1, 1)
+    assert sentence in " ".join((root / "docs" / "commands.md").read_text().split())

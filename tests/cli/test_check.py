@@ -1,7 +1,9 @@
 """`fused-kd check`: what it prints, its exit codes, and that it can fail."""
 
+import dataclasses
 import functools
 import json
+import re
 import subprocess
 import sys
 
@@ -10,7 +12,7 @@ import torch
 
 from fused_kd import kd_loss, linear_kd_loss
 from fused_kd.backends import triton as kernels
-from fused_kd.cli import main
+from fused_kd.cli import check, main
 from fused_kd.launching import ONE, TWO
 from fused_kd.testing import accuracy, launching, linear_accuracy
 
@@ -18,7 +20,10 @@ from fused_kd.testing import accuracy, launching, linear_accuracy
 def quick_check(file, capsys, *options):
     assert main(["check", "--backend", "cpu", "--quick", "--json", str(file), *options]) == 0
     found = json.loads(file.read_text())["configurations"]
-    assert f"{len(found)} of {len(found)} configurations within their bounds on cpu" in capsys.readouterr().out
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last.startswith(f"All {len(found)} configurations are within their bounds on cpu: the largest error is ")
+    shares = [c["loss"] / max(2 * c["loss_eager"], 2**-23) for c in found]
+    assert int(re.search(r"is (\d+)% of its bound", last)[1]) >= int(100 * max(shares))
     assert all(0 < c["gradient"] < 0.1 and c["failures"] == [] for c in found)
     return len(found)
 
@@ -115,7 +120,30 @@ def test_a_failed_configuration_gives_exit_code_1(capsys):
     wrong = functools.partial(accuracy.measure, loss=WRONG["0.1% too large"])
     with accuracy.checking([c for c in CASES if c.rows == 129][:2], wrong):
         assert main(["check", "--backend", "cpu", "--loss", "logits", "--verbose"]) == 1
-    assert "FAILED [129, 1023]" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "FAILED [129, 1023]" in out
+    assert out.endswith("\n2 of 2 configurations are WRONG on cpu, as listed above.\n")
+
+
+def test_the_last_sentence_says_what_was_found():
+    case = CASES[0]
+    errors = accuracy.Errors(
+        loss=1e-7, loss_eager=1e-7, gradient=1.5e-7, gradient_eager=1e-7, misrounded=0.0, nan=False, off=False
+    )
+    whole = check._finding([(case, errors)], 0, 1, "cpu")
+    bound = f"the largest error is 75% of its bound, that of the gradient: {case}."
+    assert whole == f"All 1 configurations are within their bounds on cpu: {bound}"
+    assert check._finding([(case, errors)], 0, 1140, "cpu") == (
+        f"Interrupted after 1 of 1 140 configurations: so far all are within their bounds on cpu: {bound}"
+    )
+    assert check._finding([(case, errors)], 1, 1140, "cpu") == (
+        "Interrupted after 1 of 1 140 configurations: 1 of 1 configurations are WRONG on cpu, as listed above."
+    )
+    assert check._finding([], 0, 1140, "cpu") == (
+        "Nothing was checked: the command was interrupted in the first of 1 140 configurations."
+    )
+    unknown = dataclasses.replace(errors, loss=float("nan"), nan=True)
+    assert unknown.shares(False) == {"loss": float("inf"), "gradient": pytest.approx(0.75)}
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
@@ -131,7 +159,7 @@ def test_the_interpreter_runs_the_kernels_on_cpu_tensors(monkeypatch, capsys):
     monkeypatch.setattr(kernels, "row_statistics", lambda *a, **k: swept.append(a) or kernel(*a, **k))
     with accuracy.checking([c for c in CASES if c.rows == 33][:1]):
         assert main(["check", "--backend", "interpreter", "--loss", "logits"]) == 0
-        assert "1 of 1 configurations within their bounds on interpreter" in capsys.readouterr().out
+        assert "All 1 configurations are within their bounds on interpreter: " in capsys.readouterr().out
         assert swept
         swept.clear()
         assert main(["check", "--backend", "cpu", "--loss", "logits"]) == 0

@@ -98,10 +98,14 @@ def test_distils_compares_and_saves(distill, teacher, loss, tmp_path, capsys):
     assert distill("--compare", "eager", "--loss", loss, teacher=teacher) == 0
     output = capsys.readouterr().out
     assert "trainings coincide" in output
+    last = output.splitlines()[-1]
+    assert last.startswith("The student of 2 layers went from KL ")
     assert "KL(teacher || student)" in output
 
     record = report(tmp_path)
     fused, eager = record["runs"]["fused"], record["runs"]["eager"]
+    assert f"KL {fused['before']['kl']:.3g} to {fused['after']['kl']:.3g} nats to its teacher" in last
+    assert f"heads and loss took {fused['loss_share_of_step']:.0%} of a step." in last
     assert record["student_layers_from_teacher"] == [0, 3]
     assert fused["after"]["kl"] < 0.9 * fused["before"]["kl"]
     assert fused["before"] == pytest.approx(eager["before"], rel=1e-5)
@@ -184,9 +188,12 @@ def test_an_interrupted_training_is_kept_and_gone_on_with_to_the_bit(distill, at
     assert distill(*options, "--output", tmp_path / "whole", teacher="gpt2") == 0
     at_step({5: lambda: os.kill(os.getpid(), signal.SIGINT)})
     assert distill(*options, teacher="gpt2") == 130
-    assert capsys.readouterr().err.endswith(
+    captured = capsys.readouterr()
+    assert captured.err.endswith(
         "fused-kd distill: interrupted after 5 of 24 steps; the same command with --resume goes on\n"
     )
+    last = captured.out.splitlines()[-1]
+    assert last.startswith("Interrupted after 5 of 24 steps: the student of 2 layers went from KL ")
     record = report(tmp_path)
     assert record["interrupted"] == "interrupted after 5 of 24 steps"
     assert len(record["runs"]["fused"]["curves"]["loss"]) == 5
@@ -399,12 +406,15 @@ def test_a_student_of_its_own_and_a_padded_vocabulary(distill, folder, tmp_path,
     assert "pass --vocab-size 256" in message
     assert distill("--student", padded, "--vocab-size", 256, "--compare", "eager") == 0
     assert report(tmp_path)["student_layers_from_teacher"] is None
+    assert capsys.readouterr().out.splitlines()[-1].startswith("The student went from KL ")
     assert transformers.AutoConfig.from_pretrained(tmp_path / "out" / "student").vocab_size == 320
 
 
 def test_a_diverged_training_gives_exit_code_1(distill, tmp_path, capsys):
     assert distill("--lr", 1e30) == 1
-    assert "training diverged" in capsys.readouterr().err
+    captured = capsys.readouterr()
+    assert "training diverged" in captured.err
+    assert captured.out.splitlines()[-1].startswith("The training DIVERGED: the student of 2 layers went from KL ")
     assert None in report(tmp_path)["runs"]["fused"]["curves"]["loss"]
 
 
@@ -425,7 +435,11 @@ def scaled(output, value, gradient):
 def test_losses_that_differ_give_exit_code_1(distill, mistake, monkeypatch, capsys):
     monkeypatch.setitem(huggingface.LOSSES, "linear", WRONG[mistake])
     assert distill("--compare", "eager") == 1
-    assert "DO NOT COINCIDE" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "Fused and eager trainings DO NOT COINCIDE" in out
+    assert "the fused and the eager training DO NOT COINCIDE: the student" in out.splitlines()[-1].replace(
+        "The f", "the f"
+    )
 
 
 @pytest.mark.parametrize("loss", ["linear", "logits", "eager"])
@@ -478,12 +492,19 @@ def test_models_are_split_into_body_and_head(name, options, scale, softcap):
     assert all(ce.item() == pytest.approx(own, rel=1e-5) for ce in losses.values()), losses
 
 
-@pytest.mark.parametrize("reason", ["its logits are not those of its head", "its body gives no hidden states"])
+@pytest.mark.parametrize(
+    "reason",
+    ["its logits are not those of its head", "its body gives no hidden states", "an adapter is on its head"],
+)
 def test_a_model_that_cannot_be_split_stays_whole(folder, reason):
     model = models.load_model(str(folder / "llama"), torch.float32)
     forward = model.forward
     if reason == "its body gives no hidden states":
         model.base_model_prefix = ""  # the model is its own body then
+    elif reason == "an adapter is on its head":
+        peft = pytest.importorskip("peft")
+        adapted = peft.LoraConfig(target_modules=["lm_head"], ensure_weight_tying=False)  # changes no logits yet
+        model = peft.get_peft_model(model, adapted).base_model.model
     else:
         model.forward = lambda **kwargs: forward(**kwargs).__class__(logits=forward(**kwargs).logits * 1.5)
     tokens = torch.randint(256, (2, 8))

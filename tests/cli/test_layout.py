@@ -1,6 +1,7 @@
 """Tables and help at the terminal's width: no word is lost, whatever it is."""
 
 import re
+import shlex
 
 import pytest
 import torch
@@ -8,11 +9,12 @@ from rich.cells import cell_len
 from rich.console import Console
 from rich.table import Table
 
-from fused_kd.cli import check, layout, main
+from fused_kd.cli import check, layout, main, parser
 from fused_kd.cli.planning import tables as planning
 from fused_kd.cli.planning.paths import LossStep, ledgers
 from fused_kd.testing import accuracy, linear_accuracy
 
+COMMANDS = ["", "plan", "check", "bench", "distill"]
 WIDTHS = [20, 40, 60, 80, 100, 120, 160]
 STEP = LossStep(8192, 128_256, 2048, 4096)
 
@@ -131,11 +133,12 @@ def test_plan_at_40_columns(monkeypatch, capsys):
     assert main(["plan", "--vocab-size", "128256", "--student-hidden", "2048", "--teacher-hidden", "4096"]) == 0
     out = capsys.readouterr().out
     assert max(map(cell_len, out.splitlines())) <= 40
-    assert "linear_kd_loss: a chunk's products" in " ".join(out.split())
+    assert out.splitlines()[0].startswith("8 192 tokens, V = 128 256,")
+    assert "Use linear_kd_loss: 8 chunks" in out
 
 
 @pytest.mark.parametrize("width", [40, 80, 120])
-@pytest.mark.parametrize("command", ["", "check", "bench", "plan", "distill"])
+@pytest.mark.parametrize("command", COMMANDS)
 def test_help_is_as_wide_as_the_terminal(command, width, monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", "10000")
     with pytest.raises(SystemExit):
@@ -147,7 +150,7 @@ def test_help_is_as_wide_as_the_terminal(command, width, monkeypatch, capsys):
     out = capsys.readouterr().out
     assert out.split() == expected
     for line in out.splitlines():
-        assert len(line) <= width or re.match(r" {4}\S", line), line  # an example or a formula
+        assert len(line) <= width or re.match(r" {2,4}\S", line), line  # an example or a formula
     assert max(map(len, out.splitlines())) > min(width, 110) - 12  # the main one has no long lines
 
 
@@ -156,4 +159,47 @@ def test_help_keeps_examples(monkeypatch, capsys):
     with pytest.raises(SystemExit):
         main(["plan", "--help"])
     out = capsys.readouterr().out
-    assert "\n    fused-kd plan --student meta-llama/Llama-3.2-1B --teacher meta-llama/Llama-3.1-8B\n" in out
+    assert "\n  fused-kd plan --vocab-size 128256 --student-hidden 2048 --teacher-hidden 4096\n" in out
+
+
+def help_of(command, width, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", str(width))
+    with pytest.raises(SystemExit):
+        main([*command.split(), "--help"])
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_shows_two_examples_and_fits_the_terminal(command, monkeypatch, capsys):
+    for width in (80, 100):
+        out = help_of(command, width, monkeypatch, capsys)
+        assert max(map(len, out.splitlines())) <= width
+        examples = re.findall(r"^  (fused-kd .*)$", out.split("\nexamples:\n")[1], re.MULTILINE)
+        assert len(examples) == 2
+        for example in examples:
+            words = shlex.split(example)[1:]
+            assert words[: len(command.split())] == command.split()
+            parser().parse_args(words)
+
+
+@pytest.mark.parametrize("width", [26, 27, 30, 40])
+def test_figures_are_cut_only_if_there_is_no_other_way(width):
+    table = Table(title="Figures")
+    table.add_column("peer by its name")
+    table.add_column("a long heading", justify="right")
+    table.add_row("eager PyTorch", "1 234 ± 12 ms")
+    assert ("1 234 ± 12 ms" in printed(table, width)) == (width > 26)
+
+
+@pytest.mark.parametrize("width", [30, 80, None])
+def test_a_sentence_is_cut_between_words_and_in_a_file_it_is_one_line(width, monkeypatch, capsys):
+    if width:
+        monkeypatch.setenv("COLUMNS", str(width))
+    sentence = (
+        "Use linear_kd_loss: 8 chunks of 1 024 tokens, 3.29 GB at the peak [bold] where eager takes 26.9 GB. " * 3
+    )
+    layout.say(sentence.strip())
+    lines = capsys.readouterr().out.splitlines()
+    assert " ".join(lines) == sentence.strip()
+    assert len(lines) == 1 if width is None else max(map(len, lines)) <= width
+    assert not [line for line in lines if re.match(r"(024|GB)", line)]

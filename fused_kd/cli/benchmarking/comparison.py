@@ -38,7 +38,7 @@ def changes(before: Iterable[Result], after: Iterable[Result]) -> tuple[list[Cha
             a, b = getattr(old, which), getattr(new, which)
             if a is not None and b is not None:
                 compared += 1
-                if _moved(a, b):
+                if differ(a, b):
                     found.append(Change(new, f"{which}, ms", 1000 * a.median, 1000 * b.median))
         if old.peak_bytes is not None and new.peak_bytes is not None:
             compared += 1
@@ -47,8 +47,8 @@ def changes(before: Iterable[Result], after: Iterable[Result]) -> tuple[list[Cha
     return found, compared
 
 
-def _moved(a: Spread, b: Spread) -> bool:
-    """Return whether the medians differ by at least 5%, and the quartile ranges of the two runs do not overlap."""
+def differ(a: Spread, b: Spread) -> bool:
+    """Return whether the medians differ by at least 5%, and the quartile ranges do not overlap."""
     apart = a.high < b.low or b.high < a.low
     return apart and not 1 / LEAST < b.median / a.median < LEAST
 

@@ -31,9 +31,13 @@ def title(result: Result) -> str:
 def time_table(results: list[Result], copy_bandwidth: float) -> Table:
     """Make the table of one shape, fastest first; peers that compute less than the loss come last."""
     table = Table(title=title(results[0]), title_justify="left")
-    for heading in ("", "computes", "forward", "backward", "both, ms", "times ours", "memory, MB", "floor/copy"):
+    for heading in ("", "computes", "forward", "backward", "both, ms", "times ours", "memory, MB"):
         table.add_column(heading, justify="left" if heading in ("", "computes") else "right", no_wrap=heading == "")
-    extra = [("launches", "launches", "{:d}"), ("joules", "J per step", "{:.2f}")]
+    extra = [
+        ("bandwidth", "floor / copy", "{:.0%}"),
+        ("launches", "launches", "{:d}"),
+        ("joules", "J per step", "{:.2f}"),
+    ]
     extra = [column for column in extra if any(getattr(result, column[0]) is not None for result in results)]
     for _, heading, _ in extra:
         table.add_column(heading, justify="right")
@@ -45,9 +49,10 @@ def time_table(results: list[Result], copy_bandwidth: float) -> Table:
         cells = [milliseconds(result.forward), milliseconds(result.backward), milliseconds(result.both, spread=True)]
         cells.append(f"{result.both.median / ours.median:.2f}" if ours else "")
         cells.append(f"{result.peak_bytes / 1e6:.1f}")
-        cells.append(f"{result.bandwidth / copy_bandwidth:.0%}" if result.bandwidth and computes_all(result) else "")
         for field, _, form in extra:
             value = getattr(result, field)
+            if field == "bandwidth" and value is not None:
+                value = value / copy_bandwidth if computes_all(result) else None
             cells.append("" if value is None else form.format(value))
         table.add_row(
             result.peer, result.computes + wrong(result), *cells, style="bold" if result.peer == OURS else None

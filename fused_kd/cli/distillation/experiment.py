@@ -59,7 +59,8 @@ def distill(options: argparse.Namespace) -> int:
     progress_console.print("Loading the models")
     prepared = _prepare(options, text, device)
     settings, facts = prepared.settings, prepared.facts
-    console.print(report.summary(settings, options.loss, options.sequence_length, facts), markup=False, highlight=False)
+    for line in report.summary(settings, options.loss, options.sequence_length, facts).splitlines():
+        layout.say(line, hanging=" " * 9)
     with interruptible() as interruption:
         runs = _train_all(prepared, output, checkpoint, kept, interruption, progress_console)
         done, steps = sum(run.steps for run in runs.values()), settings.steps * len(prepared.losses)
@@ -69,7 +70,7 @@ def distill(options: argparse.Namespace) -> int:
         layout.print_table(console, report.held_out_table(runs, facts["held_out_tokens"]))
         layout.print_table(console, report.cost_table(runs))
         if comparisons:
-            console.print(report.verdict(comparisons), markup=False, highlight=False)
+            layout.say(report.verdict(comparisons))
         plot.draw(output / CURVES, runs, settings.temperature)
         seconds = time.perf_counter() - begin
         write_json(
@@ -87,18 +88,19 @@ def distill(options: argparse.Namespace) -> int:
                 "comparisons": [asdict(comparison) | {"within": comparison.within} for comparison in comparisons],
             },
         )
-    console.print(
-        f"{output}/ has {STUDENT}/, {CURVES} and {REPORT}; {seconds:.0f} s in all", markup=False, highlight=False
-    )
+    layout.say(f"{output}/ has {STUDENT}/, {CURVES} and {REPORT}; {seconds:.0f} s in all")
+    diverged = any(run.history.diverged() for run in runs.values())
     if interrupted:
         go_on = "; the same command with --resume goes on" if checkpoint.path.exists() else ""
         print(f"fused-kd distill: {interrupted}{go_on}", file=sys.stderr)
+    else:
+        checkpoint.remove()
+        if diverged:
+            print("fused-kd distill: training diverged, its loss is not finite; try a smaller --lr", file=sys.stderr)
+    layout.say(report.finding(runs, comparisons, interrupted, facts["student_layers_from_teacher"]))
+    if interrupted:
         return interruption.exit_code
-    checkpoint.remove()
-    if any(run.history.diverged() for run in runs.values()):
-        print("fused-kd distill: training diverged, its loss is not finite; try a smaller --lr", file=sys.stderr)
-        return 1
-    return 0 if all(comparison.within for comparison in comparisons) else 1
+    return 1 if diverged or not all(comparison.within for comparison in comparisons) else 0
 
 
 def _check_outputs(output: Path, inputs: dict[str, str]) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 from rich.table import Table
 
+from ...testing.words import spaced
 from .comparison import Comparison
 from .training import LOSS_PARTS, PARTS, Evaluation, History, Settings
 
@@ -45,9 +46,10 @@ def summary(settings: Settings, loss: str, sequence: int, facts: dict[str, Any])
     text = sequence - len(opening)
     epochs = settings.steps * settings.batch * text / facts["train_tokens"]
     return (
-        f"Teacher  {facts['teacher_parameters'] / 1e6:.1f} M parameters, vocabulary {facts['vocabulary']}\n"
+        f"Teacher  {facts['teacher_parameters'] / 1e6:.1f} M parameters, vocabulary {spaced(facts['vocabulary'])}\n"
         f"Student  {facts['student_parameters'] / 1e6:.1f} M parameters{origin}\n"
-        f"Text     {facts['train_tokens']} tokens to train on, {facts['held_out_tokens']} held out{blocks}\n"
+        f"Text     {spaced(facts['train_tokens'])} tokens to train on, {spaced(facts['held_out_tokens'])} held out"
+        f"{blocks}\n"
         f"Training {settings.steps} steps of {settings.batch} x {sequence} tokens ({epochs:.2g} epochs) on "
         f"{settings.device}, alpha {settings.alpha:g}, T {settings.temperature:g}, loss from {LOSS_INPUTS[loss]}"
     )
@@ -55,7 +57,7 @@ def summary(settings: Settings, loss: str, sequence: int, facts: dict[str, Any])
 
 def held_out_table(runs: dict[str, Run], tokens: int) -> Table:
     first = next(iter(runs.values()))
-    table = Table(title=f"Held-out text, {tokens} tokens", title_justify="left")
+    table = Table(title=f"Held-out text, {spaced(tokens)} tokens", title_justify="left")
     for heading in ("", "before", *(_heading("after", name, runs) for name in runs), "teacher"):
         table.add_column(heading, justify="right" if heading else "left")
     table.add_row(
@@ -94,6 +96,28 @@ def verdict(comparisons: list[Comparison]) -> str:
     figures = ", ".join(f"{c.what} {c.difference:.1e} (bound {c.bound:.0e})" for c in comparisons)
     word = "coincide" if all(c.within for c in comparisons) else "DO NOT COINCIDE"
     return f"Fused and eager trainings {word}; largest relative differences: {figures}"
+
+
+def finding(
+    runs: dict[str, Run], comparisons: list[Comparison], interrupted: str | None, layers: list[int] | None
+) -> str:
+    """Say in a sentence what came of the training with the fused loss."""
+    run = runs["fused"]
+    first, last, seconds = run.before, run.after, run.seconds()
+    share = seconds["loss"] / seconds["step"]
+    news = [interrupted] if interrupted else []
+    if any(run.history.diverged() for run in runs.values()):
+        news.append("the training DIVERGED")
+    if not all(comparison.within for comparison in comparisons):
+        news.append("the fused and the eager training DO NOT COINCIDE")
+    start = f"{', and '.join(news)}: " if news else ""
+    student = f"the student of {len(layers)} layers" if layers else "the student"
+    before, after, teachers = map(_short, (first.perplexity, last.perplexity, first.teacher_perplexity))
+    text = (
+        f"{start}{student} went from KL {first.kl:.3g} to {last.kl:.3g} nats to its teacher and from perplexity {before} "
+        f"to {after}, the teacher's being {teachers}; heads and loss took {share:.0%} of a step."
+    )
+    return text[0].upper() + text[1:]
 
 
 def run_record(run: Run) -> dict[str, Any]:

@@ -9,26 +9,35 @@ from ...devices import DEVICES, cards
 from ...launch import is_faster
 from ...testing import record as records
 from ...testing.words import dtype_name, spaced
-from ..layout import console, print_table
+from ..layout import console, print_table, say
 from . import paths
 from .paths import Array, Ledger, LossStep
 
 GB = 10**9
+WRITTEN = {paths.IN_PLACE: "kd_loss with inplace_backward=True"}  # a path as the reader would write it, if it differs
 
 
-def print_plan(step: LossStep, reserved: int, notes: list[str]) -> None:
+def print_plan(step: LossStep, reserved: int, notes: list[str], arrays: bool) -> None:
+    """Print the step, its memory and the cards, and last the advice; with `arrays`, all details before them."""
     out = console(114, highlight=False)
     ledgers = paths.ledgers(step)
-    out.print(
+    say(
         f"{spaced(step.tokens)} tokens, V = {spaced(step.vocab_size)}, H_s = {spaced(step.student_hidden)}, "
         f"H_t = {spaced(step.teacher_hidden)}, {dtype_name(step.dtype)}, {'trained' if step.trained else 'frozen'} head; "
-        "planned, not measured\n"
+        "planned, not measured"
     )
-    tables = [_memory(step, ledgers), _cards(step, ledgers, reserved)]
-    for table in (*tables, *(_arrays(path, ledger) for path, ledger in ledgers.items())):
+    for note in notes:
+        say(note)
+    out.print()
+    if arrays:
+        for path, ledger in ledgers.items():
+            print_table(out, _arrays(path, ledger))
+        for line in _details(step):
+            say(line)
+        out.print()
+    for table in (_memory(step, ledgers), _cards(step, ledgers, reserved)):
         print_table(out, table)
-    for line in (*_lines(step), *notes):
-        out.print(line)
+    say(advice(step))
 
 
 def _table(title: str, *headings: str) -> Table:
@@ -40,36 +49,40 @@ def _table(title: str, *headings: str) -> Table:
 
 
 def _memory(step: LossStep, ledgers: dict[str, Ledger]) -> Table:
-    table = _table("Memory of the loss step", "alive at the peak", *ledgers)
-    for name, size in step.inputs.items():
-        table.add_row(f"input: {name}", *[_size(size)] * len(ledgers))
-    for row, is_gradient in (("gradients", True), ("everything else", False)):
+    table = _table("Memory of the loss step", "at its peak", *ledgers)
+    inputs = dict(step.inputs)
+    table.add_row("head weights", *[_size(inputs.pop("head weights"))] * len(ledgers))
+    table.add_row("other inputs", *[_size(sum(inputs.values()))] * len(ledgers))
+    for row, is_gradient in (("gradients", True), ("other arrays", False)):
         sizes = [
             sum(array.bytes for array in ledger.at_peak if (array.last is None) == is_gradient)
             for ledger in ledgers.values()
         ]
         table.add_row(row, *map(_size, sizes))
-    table.add_row("peak", *(_size(paths.needed_bytes(step, ledger)) for ledger in ledgers.values()), style="bold")
-    table.add_row("the peak comes in", *(_operation(ledger, ledger.peak) for ledger in ledgers.values()))
+    table.add_row("in all", *(_size(paths.needed_bytes(step, ledger)) for ledger in ledgers.values()), style="bold")
     return table
 
 
 def _cards(step: LossStep, ledgers: dict[str, Ledger], reserved: int) -> Table:
-    others = f", {_size(reserved)} of it reserved" if reserved else ""
-    table = _table(f"Cards{others}: does the step fit, and how many tokens would", "card", *ledgers)
+    others = f" beside {_size(reserved)} of other things" if reserved else ""
+    table = _table(f"Does it fit on a card{others}, and how many tokens would", "", *ledgers)
     for size, names in cards().items():
+        free = size * GB - reserved
         cells = []
         for path, ledger in ledgers.items():
-            free = size * GB - reserved
-            missing = paths.needed_bytes(step, ledger) - free
-            verdict = "fits" if missing <= 0 else f"needs {_size(missing)} more"
-            cells.append(f"{verdict}\n{spaced(paths.most_tokens(step, path, free))} tokens")
-        table.add_row(f"{size} GB\n{names}", *cells)
+            most = paths.most_tokens(step, path, free)
+            cells.append(f"{_fits(step, ledger, free)}, {spaced(most)}" if most else "no")
+        table.add_row(f"{size} GB: {names}", *cells)
     return table
 
 
+def _fits(step: LossStep, ledger: Ledger, free: int) -> str:
+    return "yes" if paths.needed_bytes(step, ledger) <= free else "no"
+
+
 def _arrays(path: str, ledger: Ledger) -> Table:
-    table = _table(f"{path}, array by array", "array", "size", "from", "to the end of", "at peak")
+    title = f"{path}, array by array; the peak comes in: {_operation(ledger, ledger.peak)}"
+    table = _table(title, "array", "size", "from", "to the end of", "at peak")
     for column in table.columns[2:]:
         column.justify = "left"
     for array in ledger.arrays:
@@ -79,14 +92,12 @@ def _arrays(path: str, ledger: Ledger) -> Table:
     return table
 
 
-def _lines(step: LossStep) -> list[str]:
+def _details(step: LossStep) -> list[str]:
     chunks, passes = step.chunks, step.logits_bytes
     products = ", ".join(f"{count} of the {side}" for side, count in step.products.items())
-    flops, plural = step.flops, "s" * (chunks.chunks > 1)
+    flops = step.flops
     return [
-        _least_memory(step),
-        f"linear_kd_loss: {spaced(chunks.chunks)} chunk{plural} of {spaced(chunks.chunk_rows)} tokens, in buffers of "
-        f"{_size(chunks.workspace_bytes)}.",
+        f"linear_kd_loss: {_chunks(step)}, in buffers of {_size(chunks.workspace_bytes)}.",
         f"Products of the heads, on every path: {products}, 2 N V H each: {_flops(sum(flops.values()))} "
         f"({_flops(flops['student'])} + {_flops(flops['teacher'])}).",
         f"Traffic of the loss from logits: the floor is 3 U = {_size(3 * passes)}, both logits read, the gradient written "
@@ -99,13 +110,18 @@ def _lines(step: LossStep) -> list[str]:
     ]  # fmt: skip
 
 
-def _least_memory(step: LossStep) -> str:
-    """Name the path that takes the least, and if that is not linear_kd_loss, the reason."""
+def _chunks(step: LossStep) -> str:
+    count, rows = step.chunks.chunks, step.chunks.chunk_rows
+    return f"{spaced(count)} chunk{'s' * (count > 1)} of {spaced(rows)} token{'s' * (rows > 1)}"
+
+
+def advice(step: LossStep) -> str:
+    """Say in a sentence which path takes the least memory, and if that is not linear_kd_loss, the reason."""
     peaks = {path: _size(paths.needed_bytes(step, ledger)) for path, ledger in paths.ledgers(step).items()}
     path = paths.least_memory(step)
-    line = f"Least memory, within 1%: {path}, {peaks[path]}."
+    others = "" if path == paths.EAGER else f" where {paths.EAGER} takes {peaks[paths.EAGER]}"
     if path == paths.LINEAR:
-        return line
+        return f"Use linear_kd_loss: {_chunks(step)}, {peaks[path]} at the peak{others}."
     total = step.chunks.buffers.get("weight gradient, summed in float32")
     if total:
         reason = f"sums the weight gradient in float32 ({_size(total)}), however few the tokens"
@@ -114,8 +130,11 @@ def _least_memory(step: LossStep) -> str:
     else:
         reason = "saves little where a chunk holds most of the tokens, and aligns its rows"
     start = paths.linear_from(step)
-    from_there = f"From {spaced(start)} tokens on it takes the least." if start else "More tokens do not change that."
-    return f"{line}  linear_kd_loss takes {peaks[paths.LINEAR]}: it {reason}.  {from_there}"
+    from_there = f"takes the least from {spaced(start)} tokens on" if start else "more tokens do not change that"
+    return (
+        f"Use {WRITTEN.get(path, path)}: {peaks[path]} at the peak{others}; linear_kd_loss would take "
+        f"{peaks[paths.LINEAR]}, since it {reason}, and {from_there}."
+    )
 
 
 def one_launch_devices(step: LossStep) -> list[str]:
@@ -141,6 +160,7 @@ def record(step: LossStep, reserved: int, notes: list[str]) -> dict[str, Any]:
         "step": {**step._asdict(), "dtype": dtype_name(step.dtype),
                  "logits_dtype": dtype_name(step.logits_dtype or step.dtype)},
         "notes": notes,
+        "advice": advice(step),
         "inputs": step.inputs,
         "gradients": step.gradients,
         "paths": {
@@ -173,8 +193,7 @@ def record(step: LossStep, reserved: int, notes: list[str]) -> dict[str, Any]:
             {
                 "bytes": size * GB,
                 "names": names,
-                "fits": {path: paths.needed_bytes(step, ledger) + reserved <= size * GB
-                         for path, ledger in ledgers.items()},
+                "fits": {path: _fits(step, ledger, size * GB - reserved) == "yes" for path, ledger in ledgers.items()},
                 "most_tokens": {path: paths.most_tokens(step, path, size * GB - reserved) for path in ledgers},
             }
             for size, names in cards().items()
