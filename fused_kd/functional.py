@@ -134,8 +134,8 @@ def kd_loss(
         return_parts: whether to return `KDLossOutput(loss, ce, divergence)`, with detached parts for logging.
 
     Returns:
-        The loss in float32 (float64 if an input is float64): a scalar, or `[...]` with reduction "none".  It is
-        differentiable also in alpha and token_weights, if these are tensors that require grad.
+        The loss in float32, or in float64 if an input is float64.  It is a scalar, or `[...]` with reduction "none".  It
+        is differentiable also in alpha and token_weights, if these are tensors that require grad.
 
     Raises:
         TypeError, ValueError: an argument is wrong.  The message has its name, what was expected and what came.  Nothing
@@ -282,9 +282,10 @@ def linear_kd_loss(
             differ.  It may be tied to the embeddings.
         teacher_hidden, teacher_weight: `[..., H_t]` and `[V, H_t]`, with a width and a dtype of their own.  Both may be
             None if alpha is 0.
-        labels, alpha, temperature, divergence, ignore_index, reduction, shift, token_weights, num_items, vocab_size,
-            return_parts: as in `kd_loss`.  On the CPU rows that do not count are not projected.  On a GPU they are, since
-            leaving them out would need a synchronisation; whatever they hold adds nothing.
+        labels, alpha, temperature, divergence, ignore_index, reduction, shift, token_weights, num_items: as in `kd_loss`.
+            On the CPU rows that do not count are not projected.  On a GPU they are, since leaving them out would need a
+            synchronisation; whatever they hold adds nothing.
+        vocab_size, return_parts: as in `kd_loss`.
         student_bias, teacher_bias: `[V]`.  Default: None, no bias.
         logit_softcap, logit_scale: as in `kd_loss`, applied to the head's output.
         teacher_grad: whether those of the teacher's hidden states, weight and bias that require grad get gradients.  They

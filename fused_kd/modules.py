@@ -68,9 +68,9 @@ def _shown(value: object) -> str:
 class KDLoss(_Loss):
     """The module of `kd_loss`, whose docstring gives shapes, dtypes and errors.
 
-    Args: the options of `kd_loss` that hold for a whole training run, with the same defaults.  An alpha that is a tensor
-        belongs to the module: it is a parameter if it is an `nn.Parameter`, otherwise a buffer.  An option may be changed
-        by setting the attribute of its name.
+    Its arguments are the options of `kd_loss` that hold for a whole training run, with the same defaults.  An alpha that is
+    a tensor belongs to the module: it is a parameter if it is an `nn.Parameter`, otherwise a buffer.  An option may be
+    changed by setting the attribute of its name.
     """
 
     inplace_backward: bool
@@ -132,9 +132,9 @@ class LinearKDLoss(_Loss):
 
     The module holds no heads: pass their weights and biases to each call.
 
-    Args: the options of `linear_kd_loss` that hold for a whole training run, with the same defaults.  An alpha that is a
-        tensor belongs to the module: it is a parameter if it is an `nn.Parameter`, otherwise a buffer.  An option may be
-        changed by setting the attribute of its name.
+    Its arguments are the options of `linear_kd_loss` that hold for a whole training run, with the same defaults.  An alpha
+    that is a tensor belongs to the module: it is a parameter if it is an `nn.Parameter`, otherwise a buffer.  An option may
+    be changed by setting the attribute of its name.
     """
 
     logits_dtype: torch.dtype | None

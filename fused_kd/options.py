@@ -38,8 +38,12 @@ class Options:
 class KDLossOutput(NamedTuple):
     """The loss and its two parts, all reduced in the same way: loss = (1 - alpha) ce + alpha T^2 divergence.
 
-    The parts are detached, for logging.  A part that cannot be computed (ce without labels, divergence without a
-    teacher) is None.
+    The parts are detached, for logging.
+
+    Attributes:
+        loss: the loss, as the function returns it without `return_parts`.
+        ce: the cross-entropy; None without labels.
+        divergence: the divergence, without alpha and T^2; None without a teacher.
     """
 
     loss: Tensor

@@ -40,13 +40,24 @@ settings.load_profile("ci")
 KERNELS = "cuda" if HAS_CUDA else "interpreter"
 
 
+# Coverage doubles the time of a test.  It is not measured where others run the same lines: in these, and in interpreted
+# kernels but for those of tests/kernels.
+UNMEASURED = (
+    "test_compile", "test_determinism", "test_examples", "test_extreme_values", "test_fuzz", "test_model_shapes",
+    "test_setups",
+)  # fmt: skip
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Marks the tests whose tensors are on a GPU here, so that `pytest -m gpu` runs them."""
-    for item in items if HAS_CUDA else ():
+    """Marks the tests of which coverage is not measured, and those whose tensors are on a GPU here (`pytest -m gpu`)."""
+    for item in items:
         given = getattr(item, "callspec", None)
         device = str(given.params.get("device", "cpu")) if given else "cpu"
-        if "kernel_device" in getattr(item, "fixturenames", ()) or device != "cpu":
+        of_kernels = "kernel_device" in getattr(item, "fixturenames", ()) or device != "cpu"
+        if item.path.stem in UNMEASURED or (of_kernels and item.path.parent.name != "kernels"):
+            item.add_marker("no_cover")
+        if of_kernels and HAS_CUDA:
             item.add_marker("gpu")
 
 

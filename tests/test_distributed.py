@@ -44,7 +44,7 @@ class LanguageModel(nn.Module):
     def forward(self, ids: Tensor) -> Tensor:
         return self.layer(self.embeddings(ids))
 
-    # The README's step speaks to a Hugging Face model.
+    # The page's step speaks to a Hugging Face model.
 
     def model(self, ids: Tensor) -> SimpleNamespace:
         return SimpleNamespace(last_hidden_state=self(ids))
@@ -115,7 +115,7 @@ CASES = {
     "FSDP2, reduction none": Case("FSDP2 that reshards", reduction="none"),
     "FSDP2, reduction none, tied": Case("FSDP2 that reshards", tied=True, reduction="none"),
 }
-README_WRAPPERS = "DistributedDataParallel", "fully_shard"
+WRAPPERS = "DistributedDataParallel", "fully_shard"
 OWN_MEANS = {name: Case(name, own_mean=True) for name in ("DDP", "FSDP2")}
 
 
@@ -172,10 +172,10 @@ def one_process(tied: bool = False, frozen: bool = False) -> dict[str, Tensor | 
     return {"loss": loss.detach(), **gradients(model.student)}
 
 
-def readme_step(wrapper: str, ids: Tensor, labels: Tensor) -> dict[str, Tensor | None]:
-    """Run the step that the README shows, as it stands there or with the wrapper that it names beside DDP."""
-    readme = (Path(__file__).parents[1] / "README.md").read_text()
-    (block,) = (b for b in re.findall(r"```python\n(.*?)```", readme, re.DOTALL) if "DistributedDataParallel(" in b)
+def page_step(wrapper: str, ids: Tensor, labels: Tensor) -> dict[str, Tensor | None]:
+    """Run the step that docs/several-gpus.md shows, as it stands there or with the wrapper that it names beside DDP."""
+    page = (Path(__file__).parents[1] / "docs" / "several-gpus.md").read_text()
+    (block,) = (b for b in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "DistributedDataParallel(" in b)
     model = Distillation()
     model.student.head.bias = model.teacher.head.bias = None
     names = {
@@ -219,7 +219,7 @@ def work(rank: int, folder: Path) -> None:
     results = {name: step(case, rank) for name, case in CASES.items()}
     results["own means"] = {name: step(case, rank) for name, case in OWN_MEANS.items()}
     half = [tensor.chunk(WORLD)[rank] for tensor in batch()]
-    results["README"] = {wrapper: readme_step(wrapper, *half) for wrapper in README_WRAPPERS}
+    results["page"] = {wrapper: page_step(wrapper, *half) for wrapper in WRAPPERS}
     results["sharded logits"] = logits_sharded_over_the_vocabulary()
     results["unused head"] = head_that_ddp_believes_unused(rank)
     torch.save(results, folder / f"{rank}.pt")
@@ -270,12 +270,12 @@ def test_step_is_that_of_one_process(ranks, name):
     assert relative_error(losses.mean(), exact["loss"].double()) < TOLERANCE
 
 
-@pytest.mark.parametrize("wrapper", README_WRAPPERS)
-def test_readme_step_on_two_processes_is_that_on_one(ranks, process_group, wrapper):
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+def test_the_pages_step_on_two_processes_is_that_on_one(ranks, process_group, wrapper):
     skip_sums_of_fsdp(wrapper)
-    exact = readme_step(wrapper, *batch())
+    exact = page_step(wrapper, *batch())
     for results in ranks:
-        assert_same_gradients(results["README"][wrapper], exact)
+        assert_same_gradients(results["page"][wrapper], exact)
 
 
 @pytest.mark.parametrize("wrapper", OWN_MEANS)

@@ -18,7 +18,7 @@ TYPES = typing.get_type_hints(Options)
 MODULES = {kd_loss: KDLoss, linear_kd_loss: LinearKDLoss}
 OF_ONE = {kd_loss: {"inplace_backward"}, linear_kd_loss: {"logits_dtype", "workspace_bytes"}}
 both = pytest.mark.parametrize("loss", MODULES)
-README = (Path(__file__).parents[1] / "README.md").read_text()
+TABLE = (Path(__file__).parents[1] / "docs" / "getting-started.md").read_text()
 
 
 def keywords(function):
@@ -83,7 +83,7 @@ def test_the_documents_name_every_argument(loss):
     described = re.search(r"    Args:\n(.*?)\n\n", inspect.getdoc(loss).replace("Args:", "    Args:"), re.DOTALL)[1]
     names = re.sub(r"\([^)]*\)|`[^`]*`", "", described)
     assert [name for name in inspect.signature(loss).parameters if not re.search(rf"\b{name}\b", names)] == []
-    table = "\n".join(line for line in README.splitlines() if line.startswith("| `"))
+    table = "\n".join(line for line in TABLE.splitlines() if line.startswith("| `"))
     assert [name for name in keywords(loss) if f"`{name}`" not in table] == []
 
 

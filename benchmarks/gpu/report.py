@@ -137,7 +137,7 @@ def summary(run: dict[str, Any]) -> Iterator[str]:
     yield from textwrap.wrap(f"{device(run)}  {right(run)}", WIDTH, break_on_hyphens=False)
     yield ""
     usual = f"N = {spaced(results(run, 'fast')[-1]['rows'])}, bfloat16, T = {TEMPERATURE:g}"
-    yield f"A whole step, {usual}: milliseconds; memory beyond inputs and gradients (< 0: the gradient is over the logits)."
+    yield f"A whole step, {usual}: milliseconds; memory beyond inputs and gradients (< 0: gradient over logits)."
     yield ""
     yield "| step | `kd_loss` | `linear_kd_loss` | eager PyTorch | torch.compile | fastest other |"
     yield "| --- | ---: | ---: | ---: | ---: | --- |"

@@ -23,13 +23,20 @@ class Plan:
 
     The plan leaves out a few hundred bytes per token, and on a CPU the operators' own buffers of 12 MB.  With
     `retain_graph=True` the gradients take twice the memory, since backward then keeps those that it multiplies.
+
+    Attributes:
+        chunk_rows: tokens per chunk.
+        chunks: the number of chunks.
+        buffers: the bytes of each buffer by its name; gradients are included.
+        workspace_bytes: bytes of the buffers that grow with a chunk; the option `workspace_bytes` bounds them.
+        peak_bytes: the most bytes that are held at once, gradients included.
     """
 
-    chunk_rows: int  # tokens per chunk
+    chunk_rows: int
     chunks: int
-    buffers: Mapping[str, int]  # the bytes of each buffer by its name; gradients are included
-    workspace_bytes: int  # bytes of the buffers that grow with a chunk; the option `workspace_bytes` bounds them
-    peak_bytes: int  # the most bytes that are held at once, gradients included
+    buffers: Mapping[str, int]
+    workspace_bytes: int
+    peak_bytes: int
 
     @property
     def peak_bytes_beyond_gradients(self) -> int:
@@ -77,7 +84,7 @@ def plan_chunks(
             the float32 weight gradient, whichever is more.  It never has fewer than 64 tokens.
 
     Returns:
-        A `Plan`: tokens per chunk, number of chunks, bytes of each buffer, and the peak.
+        The tokens per chunk, the number of chunks, the bytes of each buffer, and the peak.
 
     Raises:
         ValueError: workspace_bytes is too small for one token.  The message says how many bytes one token takes.

@@ -508,6 +508,11 @@ def recorded(name: str = "NVIDIA H100 80GB HBM3", rehearsal: str | None = None) 
              "peak_bytes": 4e9, "loss_difference": 1.23e-5, "gradient_difference": 0.00234},
         ],
         "plans": [{**of_size, **timing, "plan": "auto", "seconds": 0.0025}],
+        "safe": [
+            {"check": "CUDA graph", "vocabulary": 32_000, "same": True},
+            {"check": "pytest -m gpu", "passed": 860, "failed": 2},
+            {"check": "memcheck", "errors": 0}, {"check": "racecheck", "reason": "no time was left"},
+        ],
         "launches": [{**of_size, "from": "logits", "count": 2, "microseconds": 9.5, "events": [
             {"name": "shared_kernel", "microseconds": 8.0}, {"name": "fill", "microseconds": 1.5}]}],
     }  # fmt: skip
@@ -553,7 +558,18 @@ def test_documentation_of_a_run():
     assert "| a step of Liger CE + TVD, times the floor | 128 256 | 2 | 3.00 | 2.70 | -10% |" in text
     rows = [line for line in text.splitlines() if line.startswith("| ")]
     assert all(row.endswith(" |") for row in rows)
-    assert "| 3 |" not in "\n".join(report.summary(run_))
+    assert (
+        "V = 32 000: the bits of a step; `pytest -m gpu`: 860 passed, 2 failed; compute-sanitizer's memcheck: 0" in text
+    )
+    assert "errors; racecheck: no time was left." in text
+
+
+def test_the_readmes_table_of_a_run():
+    text = "\n".join(report.summary(recorded()))
+    assert "| from logits, V = 128 256 | 3.00 |  |  |  | 3.00: Liger CE + TVD (CE + KL) |" in text
+    assert "| heads and loss, Gemma 2, V = 256 000 |  | 3.00; 0.4 GB |  |  | |" in text
+    assert "| heads and loss, TinyLlama, V = 256 000 |  |  | 3.00; 4 GB |  | |" in text
+    assert "| 3 |" not in text
 
 
 def test_on_screen_what_is_wrong_and_what_missed_its_target(capsys):

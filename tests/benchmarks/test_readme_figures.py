@@ -26,7 +26,7 @@ def copy(tmp_path, monkeypatch):
 def test_a_figure_typed_by_hand_is_seen_and_written_over(copy, capsys):
     before = copy.read_text()
     section = before[before.index(readme.BEGIN) : before.index(readme.END)]
-    copy.write_text(before.replace(section, section.replace(" MB", " GB", 1)))
+    copy.write_text(before.replace(section, section.replace(" GB", " MB", 1)))
     assert readme.main(["--check"]) == 1
     assert "run python -m benchmarks.readme" in capsys.readouterr().err
     assert readme.main([]) == 0
