@@ -137,7 +137,7 @@ def summary(run: dict[str, Any]) -> Iterator[str]:
     yield from textwrap.wrap(f"{device(run)}  {right(run)}", WIDTH, break_on_hyphens=False)
     yield ""
     usual = f"N = {spaced(results(run, 'fast')[-1]['rows'])}, bfloat16, T = {TEMPERATURE:g}"
-    yield f"A whole step, {usual}: milliseconds; memory beyond inputs and gradients (< 0: gradient over logits)."
+    yield f"A whole step, {usual}: milliseconds; GB beyond inputs and gradients, < 0 where the logits are overwritten."
     yield ""
     yield "| step | `kd_loss` | `linear_kd_loss` | eager PyTorch | torch.compile | fastest other |"
     yield "| --- | ---: | ---: | ---: | ---: | --- |"
@@ -174,7 +174,9 @@ def _whole(step: str, found: dict[str, dict[str, Any]], names: tuple[str | None,
     others = others & set(found) - set(names)
     if others:
         fastest = min((found[name] for name in others), key=lambda r: r["seconds"])
-        cells.append(f"{_cost(fastest)}: {fastest['subject']} ({fastest['computes']})")
+        temperature = fastest["temperature"]
+        other = "" if temperature == TEMPERATURE else f", T = {temperature:g}"
+        cells.append(f"{_cost(fastest)}: {fastest['subject']} ({fastest['computes']}{other})")
     return f"| {' | '.join([step, *cells])}{'' if others else ' |'} |"
 
 
