@@ -12,21 +12,11 @@ import torch
 from torch import Tensor
 
 from . import operators
-from .heads.operator import linear_row_losses
+from .heads.operator import linear_losses
 from .heads.sweep import LinearOptions
 from .launch import SinglePass
 from .scaling import is_batched, scaled
-from .sweep import (
-    KDOptions,
-    Logits,
-    Weights,
-    gradient_arguments,
-    gradient_coefficients,
-    single_pass,
-    sweep,
-    weight_gradients,
-    weighted_sum,
-)
+from .sweep import KDOptions, weight_gradients
 
 Backward = Callable[..., tuple[Tensor | None, ...]]
 
@@ -77,11 +67,13 @@ def _save(ctx: Any, *tensors: Tensor | None) -> None:
     PyTorch refuses to save an inference tensor, since it has no version to check.  An ordinary tensor in the same memory is
     saved instead.
     """
-    ctx.save_for_backward(*(None if tensor is None else _without_inference(tensor) for tensor in tensors))
+    if not (torch.compiler.is_compiling() or torch.is_inference_mode_enabled()):
+        tensors = tuple(None if tensor is None else _without_inference(tensor) for tensor in tensors)
+    ctx.save_for_backward(*tensors)
 
 
 def _without_inference(tensor: Tensor) -> Tensor:
-    if torch.compiler.is_compiling() or torch.is_inference_mode_enabled() or not tensor.is_inference():
+    if not tensor.is_inference():
         return tensor
     same = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
     return same.set_(tensor.untyped_storage(), tensor.storage_offset(), tensor.shape, tensor.stride())
@@ -102,9 +94,9 @@ def _graph_is_kept() -> bool:
 
 
 class KDLossFunction(torch.autograd.Function):
-    """Row losses w_ce CE + w_d D from logits, in two passes.
+    """The losses of the rows from logits, in two passes.
 
-    The two weights of each row hold alpha, T^2, token weights and the divisor of the mean.  Backward multiplies them by the
+    The weights of each row hold alpha, T^2, token weights and the divisor of the mean.  Backward multiplies them by the
     upstream gradient, so every reduction and every upstream gradient is right, as is a repeated backward.  It saves the
     logits, which the caller holds anyway, and O(N) numbers.
     """
@@ -116,43 +108,37 @@ class KDLossFunction(torch.autograd.Function):
         student: Tensor,  # [outer, inner, V'], V' >= vocab_size
         teacher: Tensor | None,  # [outer', inner', vocab_size]; None: no divergence
         labels: Tensor | None,  # [N]; None: no CE
-        ce_weight: Tensor,  # [N], float64
-        divergence_weight: Tensor,  # [N], float64; a row with both weights 0 adds nothing, whatever it holds
+        weights: Tensor,  # [3, N]; a row whose weights of CE and divergence are 0 adds nothing, whatever it holds
         options: KDOptions,
         inplace_backward: bool,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # row losses, CE and divergence, [N] float64 each; statistics, [6, N]
-        weights = Weights(ce_weight, divergence_weight)
-        found = sweep(Logits(student, teacher, labels), weights, options, None)
-        return weighted_sum(found.ce, found.divergence, weights, options), found.ce, found.divergence, found.statistics
+    ) -> tuple[Tensor, ...]:  # the fields of Losses
+        return tuple(operators.losses(student, teacher, labels, weights, *operators.packed(options)))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         *tensors, ctx.options, ctx.inplace_backward = inputs
-        _save(ctx, *tensors, *output[1:])
+        _save(ctx, *tensors, output[3])
         ctx.set_materialize_grads(False)
 
     @staticmethod
     @_first_order
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        student, teacher, labels, ce_weight, divergence_weight, ce, divergence, statistics = ctx.saved_tensors
-        student_gradient = teacher_gradient = None
-        student_grad, teacher_grad = ctx.needs_input_grad[:2]
+        student, teacher, labels, weights, statistics = ctx.saved_tensors
+        student_gradient = teacher_gradient = for_weights = None
+        student_grad, teacher_grad, _, weights_grad, *_ = ctx.needs_input_grad
         if student_grad or teacher_grad:
-            weights = Weights(ce_weight * upstream, divergence_weight * upstream)
-            row_coefficients = gradient_coefficients(statistics, weights, ctx.options, teacher_grad=teacher_grad)
-            arguments = gradient_arguments(
-                Logits(student, teacher, labels), row_coefficients, ctx.options, teacher_grad
-            )
+            options = operators.packed(ctx.options)
+            arguments = student, teacher, labels, statistics, weights, upstream, teacher_grad, *options
             if ctx.inplace_backward and not (torch.is_grad_enabled() or is_batched(upstream)):
                 teacher_gradient = operators.logit_gradient_(*arguments)
                 torch.autograd.graph.increment_version(student)
                 student_gradient = student.detach()
             else:
                 student_gradient, teacher_gradient = _in_backward(operators.logit_gradient, *arguments)
-        weights = Weights(ce_weight, divergence_weight)
-        for_weights = weight_gradients(ctx.needs_input_grad[3:5], upstream, weights, ce, divergence)
+        if weights_grad:
+            for_weights = weight_gradients(statistics, weights, upstream, ctx.options)
         return (
-            student_gradient if student_grad else None, teacher_gradient if teacher_grad else None, None, *for_weights,
+            student_gradient if student_grad else None, teacher_gradient if teacher_grad else None, None, for_weights,
             None, None,
         )  # fmt: skip
 
@@ -203,37 +189,36 @@ class SinglePassFunction(torch.autograd.Function):
         student: Tensor,  # [outer, inner, V'], V' >= vocab_size
         teacher: Tensor | None,  # [outer', inner', vocab_size]; None: no divergence
         labels: Tensor | None,  # [N]; None: no CE
-        ce_weight: Tensor,  # [N], float64
-        divergence_weight: Tensor,  # [N], float64; a row with both weights 0 adds nothing, whatever it holds
+        weights: Tensor,  # [3, N]; a row whose weights of CE and divergence are 0 adds nothing, whatever it holds
         options: KDOptions,
         launch: SinglePass,
         written: "Overwritten | None",  # given if the gradient overwrites the student; None: it has its own memory
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # the loss, a scalar; CE and divergence, [N], float64; the gradient
-        logits, weights = Logits(student, teacher, labels), Weights(ce_weight, divergence_weight)
-        found, gradient = single_pass(logits, weights, options, launch, in_place=written is not None)
-        if written is not None:
-            torch.autograd.graph.increment_version(student)
-            gradient = student.detach()
-        return weighted_sum(found.ce, found.divergence, weights, options).sum(), found.ce, found.divergence, gradient
+    ) -> tuple[Tensor, ...]:  # the fields of Losses; the gradient
+        arguments = student, teacher, labels, weights, list(launch), *operators.packed(options)
+        if written is None:
+            return tuple(operators.losses_and_gradient(*arguments))
+        losses = operators.losses_and_gradient_(*arguments)
+        torch.autograd.graph.increment_version(student)
+        return *losses, student.detach()
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        _, _, _, ce_weight, divergence_weight, _, _, ctx.written = inputs
-        _save(ctx, ce_weight, divergence_weight, *output[1:])
+        _, _, _, weights, ctx.options, _, ctx.written = inputs
+        _save(ctx, weights, *output[3:])
         ctx.set_materialize_grads(False)
 
     @staticmethod
     @_first_order
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        *weights, ce, divergence, gradient = ctx.saved_tensors
-        for_weights = weight_gradients(ctx.needs_input_grad[3:5], upstream, Weights(*weights), ce, divergence)
-        if _may_write_over_saved(upstream):
-            operators.scale_(gradient, upstream)
-        else:
-            (gradient,) = scaled([gradient], upstream, [gradient.dtype], in_place=False)
+        weights, statistics, gradient = ctx.saved_tensors
+        for_weights = None
+        if ctx.needs_input_grad[3]:
+            for_weights = weight_gradients(statistics, weights, upstream, ctx.options)
+        in_place = _may_write_over_saved(upstream)
+        (gradient,) = scaled([gradient], [upstream], [gradient.dtype], in_place=in_place)
         if ctx.written is not None:
             ctx.written.gradient = gradient
-        return gradient, None, None, *for_weights, None, None, None
+        return gradient, None, None, for_weights, None, None, None
 
 
 class LinearKDLossFunction(torch.autograd.Function):
@@ -254,30 +239,29 @@ class LinearKDLossFunction(torch.autograd.Function):
         teacher_weight: Tensor | None,  # [V'', H_t]
         teacher_bias: Tensor | None,  # [V'']
         labels: Tensor | None,  # [N]; None: no CE
-        ce_weight: Tensor,  # [N], float64
-        divergence_weight: Tensor,  # [N], float64
+        weights: Tensor,  # [3, N]
         options: LinearOptions,
-    ) -> tuple[Tensor, ...]:  # the loss, a scalar; CE and divergence, [N], float64; unit and gradients
+    ) -> tuple[Tensor, ...]:  # the fields of Losses; unit and gradients
         heads = hidden, weight, bias, teacher_hidden, teacher_weight, teacher_bias
-        weights = Weights(ce_weight, divergence_weight)
-        ce, divergence, unit, *gradients = linear_row_losses(*heads, labels, *weights, options=options)
-        return weighted_sum(ce, divergence, weights, options.kd).sum(), ce, divergence, unit, *gradients
+        return linear_losses(*heads, labels, weights, None, options=options)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        *heads, _, ce_weight, divergence_weight, ctx.options = inputs
+        *heads, _, weights, ctx.options = inputs
         ctx.dtypes = _dtypes(heads, ctx.options)
-        _save(ctx, ce_weight, divergence_weight, *output[1:])
+        _save(ctx, weights, *output[3:])
         ctx.set_materialize_grads(False)
 
     @staticmethod
     @_first_order
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        ce_weight, divergence_weight, ce, divergence, unit, *saved = ctx.saved_tensors
-        gradients = scaled(saved, upstream * unit, ctx.dtypes, in_place=_may_write_over_saved(upstream))
-        weights = Weights(ce_weight, divergence_weight)
-        for_weights = weight_gradients(ctx.needs_input_grad[7:9], upstream, weights, ce, divergence)
-        return *_for_heads(gradients, ctx.options), None, *for_weights, None
+        weights, statistics, unit, *saved = ctx.saved_tensors
+        factors = [upstream, unit] if unit.numel() else [upstream]
+        gradients = scaled(saved, factors, ctx.dtypes, in_place=_may_write_over_saved(upstream))
+        for_weights = None
+        if ctx.needs_input_grad[7]:
+            for_weights = weight_gradients(statistics, weights, upstream, ctx.options.kd)
+        return *_for_heads(gradients, ctx.options), None, for_weights, None
 
 
 class LinearKDRowLossesFunction(torch.autograd.Function):
@@ -288,30 +272,30 @@ class LinearKDRowLossesFunction(torch.autograd.Function):
     @staticmethod
     def forward(
         *inputs: Any,  # as in LinearKDLossFunction
-    ) -> tuple[Tensor, Tensor, Tensor]:  # row losses, CE and divergence, [N] float64 each
+    ) -> tuple[Tensor, ...]:  # the fields of Losses
         *tensors, options = inputs
-        ce, divergence, _ = linear_row_losses(*tensors, options=_without_gradients(options))
-        return weighted_sum(ce, divergence, Weights(*tensors[-2:]), options.kd), ce, divergence
+        return linear_losses(*tensors, None, options=_without_gradients(options))[:4]
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         *tensors, ctx.options = inputs
-        _save(ctx, *tensors, *output[1:])
+        _save(ctx, *tensors, output[3])
         ctx.set_materialize_grads(False)
 
     @staticmethod
     @_first_order
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        *heads, labels, ce_weight, divergence_weight, ce, divergence = ctx.saved_tensors
-        gradients: list[Tensor] = []
+        *heads, labels, weights, statistics = ctx.saved_tensors
+        gradients: Sequence[Tensor] = []
+        for_weights = None
         if any(ctx.options.needed):
-            operator = functools.partial(linear_row_losses, options=ctx.options)
-            scaled_weights = ce_weight * upstream, divergence_weight * upstream
-            unit, *gradients = _in_backward(operator, *heads, labels, *scaled_weights)[2:]
-            gradients = scaled(gradients, unit, _dtypes(heads, ctx.options), in_place=not torch.is_grad_enabled())
-        weights = Weights(ce_weight, divergence_weight)
-        for_weights = weight_gradients(ctx.needs_input_grad[7:9], upstream, weights, ce, divergence)
-        return *_for_heads(gradients, ctx.options), None, *for_weights, None
+            operator = functools.partial(linear_losses, options=ctx.options)
+            unit, *found = _in_backward(operator, *heads, labels, weights, upstream)[4:]
+            factors, in_place = [unit] if unit.numel() else [], not torch.is_grad_enabled()
+            gradients = scaled(found, factors, _dtypes(heads, ctx.options), in_place=in_place)
+        if ctx.needs_input_grad[7]:
+            for_weights = weight_gradients(statistics, weights, upstream, ctx.options.kd)
+        return *_for_heads(gradients, ctx.options), None, for_weights, None
 
 
 def _without_gradients(options: LinearOptions) -> LinearOptions:
@@ -328,3 +312,26 @@ def _for_heads(gradients: Sequence[Tensor], options: LinearOptions) -> list[Tens
     """Return the requested gradients with None for each tensor of the heads that needs no gradient."""
     given = iter(gradients)
     return [next(given) if need else None for need in options.needed]
+
+
+def apply(function: type[torch.autograd.Function], *inputs: Any) -> tuple[Tensor, ...]:
+    """Apply a function.
+
+    PyTorch binds the arguments of a function with a `setup_context` to its signature at every call, which takes longer than
+    the sweep of a few rows.  Only `torch.func` and compilers need a function of that form, and get it.
+    """
+    if not (torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()):
+        function = _in_eager_mode(function)
+    results: tuple[Tensor, ...] = function.apply(*inputs)
+    return results
+
+
+@functools.cache
+def _in_eager_mode(function: Any) -> type[torch.autograd.Function]:
+    def forward(ctx: Any, *inputs: Any) -> Any:
+        output = function.forward(*inputs)
+        function.setup_context(ctx, inputs, output)
+        return output
+
+    methods = {"forward": staticmethod(forward), "backward": staticmethod(function.backward)}
+    return type(function.__name__, (torch.autograd.Function,), methods)

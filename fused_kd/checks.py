@@ -18,6 +18,7 @@ LABEL_DTYPES = (torch.int32, torch.int64)
 REAL_DTYPES = (*LOGIT_DTYPES, torch.uint8, torch.int8, torch.int16, *LABEL_DTYPES)
 REDUCTIONS = ("mean", "sum", "none")
 FLAGS = ("shift", "teacher_grad", "inplace_backward", "return_parts")
+BUILT_IN = (float, int, bool, type(None), Tensor)
 SMALLEST, LARGEST = 1e-18, 1e18  # bounds of numbers in the formula: float32 holds their squares and inverses
 
 
@@ -26,7 +27,7 @@ def plain(value: Any) -> Any:
 
     While a compiler traces, values are returned unchanged: it has turned numpy numbers into arrays before.
     """
-    if torch.compiler.is_compiling() or type(value).__module__ != "numpy":
+    if type(value) in BUILT_IN or torch.compiler.is_compiling() or type(value).__module__ != "numpy":
         return value
     if isinstance(value, numbers.Integral):
         return int(value)
@@ -388,6 +389,8 @@ def _check_labels(labels: Tensor, student: Tensor, vocabulary: int, options: Opt
         )
     if readable(labels):
         read = labels[..., 1:] if options.shift else labels
+        if read.numel() == 0 or all(0 <= int(value) < vocabulary for value in read.aminmax()):
+            return
         wrong = ((read < 0) | (read >= vocabulary)) & (read != ignore_index)
         if bool(wrong.any()):
             raise IndexError(

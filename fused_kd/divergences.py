@@ -14,14 +14,14 @@ over.  The normalisers cancel, so no logarithm is needed.  `coefficients` comput
 statistics, the weights of the row and the temperature.  `backends/triton/elements.py` has the same functions for kernels.
 """
 
-from enum import IntEnum
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .logit_map import IDENTITY_MAP, LogitMap
-from .statistics import D_1, D_T, M_S, UNIT, E
+from .statistics import D_1, D_T, LABEL, M_S, UNIT, E
 from .statistics import C as DIFFERENCE
 
 Temperature = float | Tensor  # a scalar tensor only in a compiled graph whose temperature changes from call to call
@@ -41,16 +41,14 @@ class Objective(NamedTuple):
 GIVEN = Objective._fields[2:]
 
 
-class Coefficient(IntEnum):
-    """The rows of a tensor of coefficients, `[7, N]`."""
+class Coefficients(NamedTuple):
+    """The coefficients of the gradients of some rows, in the shape of their statistics; see the module's docstring."""
 
-    M_S = 0
-    M_T = 1
-    A = 2  # w_ce / d_1
-    B = 3  # w / (T d_T)
-    C = 4  # w / (T e)
-    W = 5  # w_ce
-    R = 6  # the mean difference of the logits over T; see the module's docstring
+    A: Tensor  # w_ce / d_1
+    B: Tensor  # w / (T d_T)
+    C: Tensor  # w / (T e)
+    W: Tensor  # w_ce
+    R: Tensor  # the mean difference of the logits over T
 
 
 class Divergence(NamedTuple):
@@ -72,7 +70,7 @@ class Divergence(NamedTuple):
 
     def value(
         self,
-        statistics: Tensor,  # [6, N]
+        statistics: Tensor,  # [7, N]
         temperature: Temperature,
     ) -> Tensor:  # [N], float64, in nats
         """Return the divergence of each row.
@@ -105,33 +103,34 @@ class Divergence(NamedTuple):
         self,
         p: Tensor,  # [rows, V], as are q and the difference
         q: Tensor,
-        difference: Tensor | None,  # v - u; forward KL does not use it
+        difference: Tensor,  # as `term` returns it; forward KL does not use it, and reverse KL overwrites it
         B: Tensor,  # [rows, 1], as are C and R
         C: Tensor,
-        R: Tensor,
+        R: Tensor,  # forward KL does not use it
         temperature: float,
-    ) -> Tensor:
-        """Return the gradient of the student's logits, written over p or over the difference."""
+        out: Tensor,  # [rows, V], none of the others
+    ) -> None:
+        """Write the gradient of the student's logits to `out`."""
         if not self.is_over_student:
-            return p.mul_(B).addcmul_(q, C, value=-1)
-        assert difference is not None
+            torch.mul(p, B, out=out).addcmul_(q, C, value=-1)
+            return
         # A column without student mass adds nothing, even if its log-ratio is infinite or NaN (masked tokens).
-        return difference.div_(-temperature).sub_(R).masked_fill_(p == 0, 0.0).mul_(p).mul_(B)
+        log_ratio = difference.div_(temperature).sub_(R).masked_fill_(p == 0, 0.0)
+        torch.mul(log_ratio.mul_(p), B, out=out)
 
     def teacher_gradient(
         self,
-        p: Tensor,  # [rows, V], as are q and the difference; each as `student_gradient` has left it
+        p: Tensor,  # [rows, V], as are q and the difference
         q: Tensor,
-        difference: Tensor | None,  # v - u; reverse KL does not use it
+        difference: Tensor,  # as `term` returns it; reverse KL does not use it
         B: Tensor,  # [rows, 1], as are C and R
         C: Tensor,
-        R: Tensor,
+        R: Tensor,  # reverse KL does not use it
         temperature: float,
     ) -> Tensor:
         """Return the gradient of the teacher's logits, written over q or over the difference."""
         if self.is_over_student:
             return q.mul_(C).addcmul_(p, B, value=-1)
-        assert difference is not None
         # A column without teacher mass adds nothing, even if its log-ratio is infinite or NaN (masked tokens).
         return difference.div_(temperature).sub_(R).masked_fill_(q == 0, 0.0).mul_(q).mul_(C)
 
@@ -142,16 +141,16 @@ DIVERGENCES = {divergence.name: divergence for divergence in (FORWARD_KL, REVERS
 
 
 def values(
-    statistics: Tensor,  # [6, N], merged
-    label_logit: Tensor | None,  # [N], the student's logit of the label; None: no CE
+    statistics: Tensor,  # [7, N], merged
     objective: Objective,
     *,
+    need_ce: bool,  # False: no CE
     need_divergence: bool,  # False: no divergence
 ) -> tuple[Tensor, Tensor]:  # [N] each, float64
     """Return the cross-entropy and the divergence of each row, in nats; zeros for a term that is left out."""
     divergence = DIVERGENCES[objective.divergence]
     return (
-        _zeros(statistics) if label_logit is None else cross_entropy(statistics, label_logit),
+        cross_entropy(statistics) if need_ce else _zeros(statistics),
         divergence.value(statistics, objective.temperature) if need_divergence else _zeros(statistics),
     )
 
@@ -160,38 +159,27 @@ def _zeros(statistics: Tensor) -> Tensor:  # [N], float64
     return torch.zeros_like(statistics[0], dtype=torch.float64)
 
 
-def cross_entropy(
-    statistics: Tensor,  # [6, N]
-    label_logit: Tensor,  # [N], the student's logit of the label
-) -> Tensor:  # [N], float64
+def cross_entropy(statistics: Tensor) -> Tensor:  # of [7, N]; [N], float64
     """Return -log softmax(z)[label] at temperature 1, in nats."""
-    return statistics[D_1].double().log() - (label_logit.double() - statistics[M_S].double())
+    return statistics[D_1].double().log() - (statistics[LABEL].double() - statistics[M_S].double())
 
 
 def coefficients(
-    statistics: Tensor,  # [6, N], merged
-    ce_weight: Tensor | None,  # [N], weight of each row's CE times the upstream gradient; None: no CE in the loss
-    divergence_weight: Tensor | None,  # [N], the same for the divergence, T^2 included; None: no divergence in the loss
+    statistics: Sequence[Tensor],  # seven of any shape, merged
+    ce_weight: Tensor | None,  # weight of each row's CE times the upstream gradient; None: no CE in the loss
+    divergence_weight: Tensor | None,  # the same for the divergence, T^2 included; None: no divergence in the loss
     objective: Objective,
     *,
     teacher_grad: bool = True,  # False: R may be left out, where the student's gradient has none
-) -> Tensor:  # [7, N], in the dtype of the statistics
-    """Return the coefficients of each row's gradient.
-
-    They are all 0 for a row whose two weights are 0.  Operators do not read the logits of such a row.
-    """
+) -> Coefficients:
+    """Return the coefficients of rows that count.  One that is left out is not used, and may be any number."""
     divergence, temperature = DIVERGENCES[objective.divergence], objective.temperature
-    m_s, d_1, d_T, m_t, e, difference = statistics
-    # If both terms are there, only R may be left out, and then it may be any number.
-    zeros = torch.zeros_like(m_s) if ce_weight is None or divergence_weight is None else m_s
-    w_ce = w = A = B = C = R = zeros
+    A = B = C = W = R = statistics[M_S]
     if ce_weight is not None:
-        w_ce = ce_weight.to(statistics.dtype)
-        A = w_ce / d_1
+        A, W = ce_weight / statistics[D_1], ce_weight
     if divergence_weight is not None:
-        w = divergence_weight.to(statistics.dtype) * (1 / temperature)
-        B, C = w / d_T, w / e
+        w = divergence_weight * (1 / temperature)
+        B, C = w / statistics[D_T], w / statistics[E]
         if teacher_grad or divergence.is_over_student:
-            R = difference / statistics[divergence.mass] * (UNIT / temperature)
-    found = torch.stack([m_s, m_t, A, B, C, w_ce, R])
-    return torch.where(torch.logical_or(w_ce, w), found, 0.0)
+            R = statistics[DIFFERENCE] / statistics[divergence.mass] * (UNIT / temperature)
+    return Coefficients(A, B, C, W, R)

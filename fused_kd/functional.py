@@ -15,6 +15,7 @@ from .autograd import (
     OverwriteFunction,
     Overwritten,
     SinglePassFunction,
+    apply,
 )
 from .checks import plain
 from .heads.sweep import Head, LinearOptions, planned_chunk
@@ -144,11 +145,11 @@ def kd_loss(
             `torch.compile` and under the transforms of `torch.func` the loss of such a row and its gradient are NaN.  The
             same holds for a tensor with an alpha outside [0, 1] or a num_items below 0, which elsewhere is a ValueError.
 
-    On a GPU whose L2 cache holds the logits between two readings, the student's gradient comes with the loss.  Each logit
-    is then read from memory once, and backward only multiplies the gradient.  If the upstream gradient is not a power of
-    two, a bfloat16 gradient is rounded a second time: for a factor of 1/3 its error grows from 0.18% to 0.23% of the norm.
-    Pass `num_items` instead of dividing the loss.  The environment variable FUSED_KD_PLAN overrides the choice.  It is
-    "one-launch", "two-launches", "auto" or a launch, as `fused_kd.launching.requested` describes it.
+    On a CPU, and on a GPU whose L2 cache holds the logits between two readings, the student's gradient comes with the loss.
+    Each logit is then read from memory once, and backward only multiplies the gradient.  If the upstream gradient is not a
+    power of two, a bfloat16 gradient is rounded a second time: for a factor of 1/3 its error grows from 0.18% to 0.23% of
+    the norm.  Pass `num_items` instead of dividing the loss.  The environment variable FUSED_KD_PLAN overrides the choice.
+    It is "one-launch", "two-launches", "auto" or a launch, as `fused_kd.launching.requested` describes it.
     """
     num_items = plain(num_items)
     options = Options(
@@ -169,17 +170,15 @@ def kd_loss(
         # A slice of all columns would make backward copy the gradient into the slice's place.
         real = teacher_logits if teacher_logits.shape[-1] == V else teacher_logits[..., :V]
         (teacher,) = constant_teacher((as_rows(real),), teacher_grad, terms.options, "teacher_logits")
-    arguments = teacher, terms.labels, terms.weights.ce, terms.weights.divergence, terms.options
+    arguments = teacher, terms.labels, terms.weights, terms.options
     launch = _single_pass(student_logits, Logits(student, teacher, terms.labels), terms, inplace_backward)
     if launch is not None:
         written = None
         if inplace_backward:
             written = Overwritten()
             student = as_rows(OverwriteFunction.apply(student_logits, written))
-        loss, ce, divergences, _ = SinglePassFunction.apply(student, *arguments, launch, written)
-        return terms.output(loss, ce, divergences)
-    losses, ce, divergences, _ = KDLossFunction.apply(student, *arguments, inplace_backward)
-    return terms.output(losses if reduction == "none" else losses.sum(), ce, divergences)
+        return terms.output(*apply(SinglePassFunction, student, *arguments, launch, written)[:3])
+    return terms.output(*apply(KDLossFunction, student, *arguments, inplace_backward)[:3])
 
 
 def _single_pass(
@@ -195,7 +194,7 @@ def _single_pass(
     gradient into a second array.  PyTorch would copy the gradient of a view that is overwritten.
     """
     if (
-        terms.reduction == "none"
+        not terms.options.reduce
         or not (torch.is_grad_enabled() and student.requires_grad)
         or student.dtype == torch.float16
         or (logits.teacher is not None and logits.teacher.requires_grad)
@@ -324,16 +323,16 @@ def linear_kd_loss(
     terms = make_terms(student_hidden, teacher_hidden, labels, token_weights, num_items, options, V, maps)
     counted = counted_rows(terms.weights)
 
-    def rows(tensor: Tensor | None) -> Tensor | None:
-        return tensor if tensor is None or counted is None else tensor.index_select(0, counted)
+    def rows(tensor: Tensor | None, dim: int = 0) -> Tensor | None:
+        return tensor if tensor is None or counted is None else tensor.index_select(dim, counted)
 
     def as_matrix(hidden: Tensor) -> Tensor | None:  # [N, H], only rows that count
         return rows(hidden.reshape(-1, hidden.shape[-1]))
 
     def spread(values: Tensor) -> Tensor:  # values of all N rows, with 0 for rows that do not count
-        if counted is None:
+        if counted is None or values.shape != counted.shape:  # a sum, or a part that was not asked for
             return values
-        return torch.zeros_like(terms.weights.row).index_copy(0, counted, values)
+        return values.new_zeros(terms.weights.shape[1]).index_copy(0, counted, values)
 
     student = as_matrix(student_hidden), student_weight, student_bias
     teacher: tuple[Tensor | None, ...] = None, None, None
@@ -351,7 +350,5 @@ def linear_kd_loss(
         # A bound that is too small is refused now, and not only in backward, which needs more buffers.
         planned_chunk(Head(*student), None if teacher[0] is None else Head(*teacher), sweep)  # type: ignore[arg-type]
     function = LinearKDRowLossesFunction if reduction == "none" else LinearKDLossFunction
-    loss, ce, divergences, *_ = function.apply(
-        *student, *teacher, rows(terms.labels), rows(terms.weights.ce), rows(terms.weights.divergence), sweep
-    )
-    return terms.output(spread(loss) if reduction == "none" else loss, spread(ce), spread(divergences))
+    found = apply(function, *student, *teacher, rows(terms.labels), rows(terms.weights, 1), sweep)
+    return terms.output(*map(spread, found[:3]))

@@ -1,8 +1,8 @@
 """The choice of the launch: planned for the device, or as `launching` or the environment variable FUSED_KD_PLAN asks.
 
 Two passes take the statistics in forward and the gradient in backward.  They serve a loss without a gradient, reduction
-"none", a teacher that learns, and CPUs.  They also serve devices whose L2 is too small, or whose memory is about as fast
-as L2 (an H200).
+"none" and a teacher that learns.  They also serve devices whose L2 is too small, or whose memory is about as fast as L2 (an
+H200).  A CPU takes one pass.
 """
 
 import contextlib

@@ -1,25 +1,24 @@
-"""The operators of the sweep: schemas, fake versions, device dispatch.
+"""The operators: what PyTorch sees of the package.  Schemas, fake versions, registration.
 
-`fused_kd::row_statistics` and `fused_kd::logit_gradient` are the two passes, and `fused_kd::statistics_and_gradient` is the
-single pass that does the work of both.  CUDA (and ROCm) tensors go to the Triton kernels, CPU tensors to
-`backends/cpu.py`.  With TRITON_INTERPRET=1 CPU tensors go to the kernels too, which Triton then runs in Python.  Triton is
-imported when the first kernel is needed.
+`fused_kd::row_weights` is what a step takes first: the weights of the rows.  `fused_kd::losses` and
+`fused_kd::logit_gradient` are the two passes, and `fused_kd::losses_and_gradient` is the single pass that does the work of
+both.  Their work is done in `sweep.py`.
 """
 
-import os
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from types import ModuleType
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
+from . import rows, sweep
 from . import statistics as stats
-from .backends import cpu
-from .divergences import DIVERGENCES, Objective
+from .divergences import Objective
 from .launch import SinglePass
 from .logit_map import LogitMap
+from .rows import RowOptions
+from .scaling import is_batched
+from .sweep import Buffers, KDOptions, Logits, Losses
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -44,54 +43,81 @@ def define(name: str, schema: str) -> str:
     return f"{namespace}::{name}"
 
 
-def operator(name: str) -> torch._ops.OpOverloadPacket:
-    """Return the operator with that qualified name."""
+def packet(name: str) -> torch._ops.OpOverloadPacket:
+    """Return PyTorch's operator with that qualified name."""
     namespace, name = name.split("::")
     return getattr(getattr(torch.ops, namespace), name)  # type: ignore[no-any-return]
 
 
-OBJECTIVE_SCHEMA = "float temperature, str divergence, float[] numbers"
+class Operator:
+    """An operator, to be called by the functions of `autograd.py`.
+
+    In plain eager mode its implementation is called at once, since PyTorch's dispatcher takes longer than a few rows do.
+    Compilers, transforms, modes and subclasses of tensors get the operator that PyTorch knows.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.packet, self.implementation = packet(name), IMPLEMENTATIONS[name]
+        types = [str(argument.type) for argument in self.packet.default._schema.arguments]
+        self.tensors = sum("Tensor" in name for name in types)  # they come first
+
+    def __call__(self, *arguments: Any) -> Any:
+        return (self.implementation if _is_plain(arguments[: self.tensors]) else self.packet)(*arguments)
 
 
-def packed(objective: Objective) -> tuple[float, str, list[float]]:
-    """Return the arguments of OBJECTIVE_SCHEMA, which every schema contains."""
+IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {}
+
+
+def _is_plain(tensors: Sequence[Tensor | None]) -> bool:
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or torch.is_grad_enabled():
+        return False
+    return all(tensor is None or (type(tensor) is Tensor and not is_batched(tensor)) for tensor in tensors)
+
+
+# The fields of KDOptions, then those of its objective, as arguments of an operator.
+KD_SCHEMA = (
+    "SymInt vocab_size, bool ce_in_loss, bool divergence_in_loss, ScalarType statistics_dtype, bool reduce, bool parts, "
+    "float temperature, str divergence, float[] numbers"
+)
+KD_ARGUMENTS = len(KD_SCHEMA.split(", "))
+
+
+def packed(options: KDOptions) -> tuple[Any, ...]:
+    """Return the arguments of KD_SCHEMA."""
     numbers: list[float]
+    *kd, objective = options
     student_map, teacher_map, temperature, divergence, *numbers = objective
-    return temperature, divergence, [*student_map, *teacher_map, *numbers]
+    return *kd, temperature, divergence, [*student_map, *teacher_map, *numbers]
 
 
-def unpacked(temperature: float, divergence: str, numbers: Sequence[float]) -> Objective:
-    """Return the objective from the arguments of OBJECTIVE_SCHEMA."""
+def unpacked(*arguments: Any) -> KDOptions:
+    """Return the options from the arguments of KD_SCHEMA."""
+    *kd, temperature, divergence, numbers = arguments
     student_scale, student_softcap, teacher_scale, teacher_softcap, *others = numbers
     maps = LogitMap(student_scale, student_softcap), LogitMap(teacher_scale, teacher_softcap)
-    return Objective(*maps, temperature, divergence, *others)
+    return KDOptions._make((*kd, Objective(*maps, temperature, divergence, *others)))
 
 
-_GRADIENT_ARGUMENTS = (
-    f"Tensor? teacher, Tensor? labels, Tensor coefficients, SymInt vocab_size, bool teacher_grad, {OBJECTIVE_SCHEMA}"
+_LOGITS = "Tensor? teacher, Tensor? labels"
+_GRADIENT_ARGUMENTS = f"{_LOGITS}, Tensor statistics, Tensor weights, Tensor upstream, bool teacher_grad, {KD_SCHEMA}"
+_LOSSES = "Tensor, Tensor, Tensor, Tensor"  # the fields of Losses
+ROW_WEIGHTS = define(
+    "row_weights",
+    "(Tensor? labels, Tensor? token_weights, Tensor? alpha, Tensor? num_items, Tensor like, SymInt rows, "
+    "SymInt sequence, SymInt vocabulary, int ignore_index, bool mean, float alpha_number, float? items_number, "
+    "float temperature) -> (Tensor, Tensor)",
 )
-_SINGLE_PASS_ARGUMENTS = (
-    "Tensor? teacher, Tensor? labels, Tensor ce_weight, Tensor divergence_weight, SymInt vocab_size, ScalarType dtype, "
-    f"int[] launch, {OBJECTIVE_SCHEMA}"
+LOSSES = define("losses", f"(Tensor student, {_LOGITS}, Tensor weights, {KD_SCHEMA}) -> ({_LOSSES})")
+LOSSES_AND_GRADIENT = define(
+    "losses_and_gradient",
+    f"(Tensor student, {_LOGITS}, Tensor weights, int[] launch, {KD_SCHEMA}) -> ({_LOSSES}, Tensor)",
 )
-ROW_STATISTICS = define(
-    "row_statistics",
-    f"(Tensor student, Tensor? teacher, Tensor counted, ScalarType dtype, bool need_ce, {OBJECTIVE_SCHEMA}) -> Tensor",
+LOSSES_AND_GRADIENT_INPLACE = define(
+    "losses_and_gradient_",
+    f"(Tensor(a!) student, {_LOGITS}, Tensor weights, int[] launch, {KD_SCHEMA}) -> ({_LOSSES})",
 )
 LOGIT_GRADIENT = define("logit_gradient", f"(Tensor student, {_GRADIENT_ARGUMENTS}) -> (Tensor, Tensor)")
 LOGIT_GRADIENT_INPLACE = define("logit_gradient_", f"(Tensor(a!) student, {_GRADIENT_ARGUMENTS}) -> Tensor")
-STATISTICS_AND_GRADIENT = define(
-    "statistics_and_gradient", f"(Tensor student, {_SINGLE_PASS_ARGUMENTS}) -> (Tensor, Tensor)"
-)
-STATISTICS_AND_GRADIENT_INPLACE = define(
-    "statistics_and_gradient_", f"(Tensor(a!) student, {_SINGLE_PASS_ARGUMENTS}) -> Tensor"
-)
-
-row_statistics = operator(ROW_STATISTICS)
-logit_gradient = operator(LOGIT_GRADIENT)
-logit_gradient_ = operator(LOGIT_GRADIENT_INPLACE)
-statistics_and_gradient = operator(STATISTICS_AND_GRADIENT)
-statistics_and_gradient_ = operator(STATISTICS_AND_GRADIENT_INPLACE)
 
 NO_DERIVATIVE = (
     "fused_kd: expected one backward pass through kd_loss or linear_kd_loss, got a derivative of a gradient "
@@ -103,13 +129,14 @@ def implements(name: str) -> Callable[[Function], Function]:
     """Return a decorator that registers a function as an operator's implementation on the CPU and on CUDA devices."""
 
     def register(function: Function) -> Function:
-        names = [argument.name for argument in operator(name).default._schema.arguments]
+        names = [argument.name for argument in packet(name).default._schema.arguments]
 
         def traced(*arguments: Any) -> Any:
             return function(
                 *(a.item() if name == "temperature" else a for name, a in zip(names, arguments, strict=True))
             )
 
+        IMPLEMENTATIONS[name] = function
         torch.library.impl(name, ("cpu", "cuda"), function)
         torch.library.impl(f"{name}{TRACED}", ("cpu", "cuda"), traced)
         return function
@@ -128,67 +155,59 @@ def fakes(name: str) -> Callable[[Function], Function]:
     return register
 
 
-def _kernels() -> ModuleType:
-    try:
-        from .backends import triton as kernels
-    except ModuleNotFoundError as error:
-        if error.name != "triton":
-            raise
-        raise ModuleNotFoundError(
-            "fused_kd runs CUDA tensors with Triton kernels, and the package triton is not installed: "
-            "`pip install triton` (Linux), or move the tensors to the CPU",
-            name="triton",
-        ) from error
-    return kernels
+@implements(ROW_WEIGHTS)
+def _row_weights(
+    labels: Tensor | None,  # [N]
+    token_weights: Tensor | None,  # [N]
+    alpha: Tensor | None,  # [N], or a scalar
+    num_items: Tensor | None,  # one element
+    like: Tensor,  # a tensor on the device
+    *options: Any,  # the fields of RowOptions
+) -> tuple[Tensor, Tensor]:
+    """Return the weights, `[3, N]`, and the moved labels; these are empty if no label is moved."""
+    given, found = RowOptions(*options), (labels, token_weights, alpha, num_items, like)
+    if not sweep.runs_kernels(like):  # a graph that was made for a GPU
+        weights, moved = rows.row_weights(*found, given)
+        return weights.contiguous(), moved if given.sequence and moved is not None else _new_labels(labels, like, 0)
+    with sweep.device_of(like):
+        return sweep.backend_of(like, torch.float32).row_weights(*found, given)  # type: ignore[no-any-return]
 
 
-def _backend(student: Tensor, dtype: torch.dtype) -> ModuleType:
-    interpreted = os.environ.get("TRITON_INTERPRET") == "1" and dtype == torch.float32
-    return _kernels() if student.is_cuda or interpreted else cpu
+@fakes(ROW_WEIGHTS)
+def _(labels, token_weights, alpha, num_items, like, N, sequence, *options):  # type: ignore[no-untyped-def]
+    return like.new_empty(3, N, dtype=torch.float64), _new_labels(labels, like, N if sequence else 0)
 
 
-def _device_of(student: Tensor) -> AbstractContextManager[object]:
-    """Make the tensors' device the current one, since Triton launches on the current device."""
-    return torch.cuda.device(student.device) if student.is_cuda else nullcontext()
+def _new_labels(labels: Tensor | None, like: Tensor, N: int) -> Tensor:
+    return (like if labels is None else labels).new_empty(N)
 
 
-@implements(ROW_STATISTICS)
-def _row_statistics(
-    student: Tensor,  # [outer, inner, V]
-    teacher: Tensor | None,  # [outer', inner', V], as many rows; None: d_T, m_t, e and c are not computed
-    counted: Tensor,  # [N], bool; a row that is not counted is not read, and has the statistics of no columns
-    dtype: torch.dtype,  # float32 or float64
-    need_ce: bool,  # False: d_1 is not computed
-    *arguments: Any,
-) -> Tensor:  # [6, N]
-    objective = unpacked(*arguments)
-    with _device_of(student):
-        parts = _backend(student, dtype).row_statistics(student, teacher, counted, dtype, need_ce, objective)
-        return stats.merge(parts, objective.temperature, DIVERGENCES[objective.divergence].mass)
-
-
-@fakes(ROW_STATISTICS)
-def _(student, teacher, counted, dtype, *arguments):  # type: ignore[no-untyped-def]
-    return counted.new_empty(6, counted.shape[0], dtype=dtype)
-
-
-def write_gradient(
-    gradient: Tensor,  # [outer, inner, V'], written; may be the student
-    teacher_gradient: Tensor | None,  # [outer', inner', V], written; may be the teacher
+@implements(LOSSES)
+def _losses(
     student: Tensor,  # [outer, inner, V']
     teacher: Tensor | None,  # [outer', inner', V], as many rows; None: no divergence
     labels: Tensor | None,  # [N]; None: no CE
-    coefficients: Tensor,  # [7, N]; a row whose coefficients are 0 is not read and has gradient 0
-    vocab_size: int,  # V; columns from V to V' have gradient 0
-    objective: Objective,
-) -> None:
-    """Write the gradients of the logits into the given tensors."""
-    with _device_of(student):
-        _backend(student, coefficients.dtype).logit_gradient(
-            student[..., :vocab_size], teacher, labels, coefficients, gradient[..., :vocab_size], teacher_gradient,
-            objective,
-        )  # fmt: skip
-        gradient[..., vocab_size:] = 0
+    weights: Tensor,  # [3, N]; a row whose weights of CE and divergence are 0 is not read
+    *options: Any,  # as `packed` returns them
+) -> Losses:
+    return sweep.losses(Logits(student, teacher, labels), weights, unpacked(*options))
+
+
+@fakes(LOSSES)
+def _(student, teacher, labels, weights, *options):  # type: ignore[no-untyped-def]
+    return new_losses(teacher, labels, weights, unpacked(*options))
+
+
+def new_losses(teacher: Tensor | None, labels: Tensor | None, weights: Tensor, options: KDOptions) -> Losses:
+    """Return memory for the losses, as fake versions do."""
+    N, dtype = weights.shape[1], options.dtype
+    shape = () if options.reduce else (N,)
+
+    def part(needed: bool) -> Tensor:
+        return weights.new_empty(shape if needed and options.parts else (0,), dtype=dtype)
+
+    loss, statistics = weights.new_empty(shape, dtype=dtype), weights.new_empty(stats.COUNT, N, dtype=dtype)
+    return Losses(loss, part(labels is not None), part(teacher is not None), statistics)
 
 
 def _new_gradient(logits: Tensor) -> Tensor:
@@ -210,7 +229,7 @@ def _logit_gradient(student: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
 
 
 @fakes(LOGIT_GRADIENT)
-def _(student, teacher, labels, coefficients, vocab_size, teacher_grad, *arguments):  # type: ignore[no-untyped-def]
+def _(student, teacher, labels, statistics, weights, upstream, teacher_grad, *options):  # type: ignore[no-untyped-def]
     return _new_gradient(student), _new_teacher_gradient(teacher, teacher_grad, student)
 
 
@@ -220,7 +239,7 @@ def _logit_gradient_(student: Tensor, *arguments: Any) -> Tensor:
 
 
 @fakes(LOGIT_GRADIENT_INPLACE)
-def _(student, teacher, labels, coefficients, vocab_size, teacher_grad, *arguments):  # type: ignore[no-untyped-def]
+def _(student, teacher, labels, statistics, weights, upstream, teacher_grad, *options):  # type: ignore[no-untyped-def]
     return _new_teacher_gradient(teacher, teacher_grad, student)
 
 
@@ -229,71 +248,51 @@ def _write_into(
     student: Tensor,
     teacher: Tensor | None,
     labels: Tensor | None,
-    coefficients: Tensor,
-    vocab_size: int,
+    statistics: Tensor,  # [7, N]
+    weights: Tensor,  # [3, N]
+    upstream: Tensor,  # a scalar, or [N]
     teacher_grad: bool,
-    *arguments: Any,
+    *options: Any,
 ) -> Tensor:
     """Write the student's gradient, and return the teacher's, which is empty if it is not wanted."""
     teacher_gradient = _new_teacher_gradient(teacher, teacher_grad, student)
-    written = teacher_gradient if teacher_grad else None
-    write_gradient(gradient, written, student, teacher, labels, coefficients, vocab_size, unpacked(*arguments))
+    buffers, logits = Buffers(gradient, teacher_gradient if teacher_grad else None), Logits(student, teacher, labels)
+    sweep.write_gradients(buffers, logits, statistics, weights, upstream, unpacked(*options))
     return teacher_gradient
 
 
-def _write_in_single_pass(
+def _with_gradient(
     gradient: Tensor,  # [outer, inner, V'], written; may be the student
-    student: Tensor,  # [outer, inner, V']
-    teacher: Tensor | None,  # [outer', inner', V], as many rows; None: no divergence
-    labels: Tensor | None,  # [N]; None: no CE
-    ce_weight: Tensor,  # [N], float64
-    divergence_weight: Tensor,  # [N], float64; a row with both weights 0 is not read and has gradient 0
-    vocab_size: int,  # V; columns from V to V' have gradient 0
-    dtype: torch.dtype,  # of the statistics
-    launch: Sequence[int],  # the fields of a launch.SinglePass
-    *arguments: Any,
-) -> Tensor:  # [6, N]
-    """Write the gradient, and return the statistics of each row."""
-    with _device_of(student):
-        statistics: Tensor = _backend(student, dtype).statistics_and_gradient(
-            student[..., :vocab_size], teacher, labels, ce_weight, divergence_weight, gradient[..., :vocab_size],
-            SinglePass(*launch), unpacked(*arguments),
-        )  # fmt: skip
-        gradient[..., vocab_size:] = 0
-    return statistics
+    student: Tensor,
+    teacher: Tensor | None,
+    labels: Tensor | None,
+    weights: Tensor,
+    launch: Sequence[int],  # the fields of a SinglePass
+    *options: Any,
+) -> Losses:
+    logits = Logits(student, teacher, labels)
+    return sweep.losses(logits, weights, unpacked(*options), Buffers(gradient), SinglePass(*launch))
 
 
-@implements(STATISTICS_AND_GRADIENT)
-def _statistics_and_gradient(student: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+@implements(LOSSES_AND_GRADIENT)
+def _losses_and_gradient(student: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     gradient = _new_gradient(student)
-    return _write_in_single_pass(gradient, student, *arguments), gradient
+    return *_with_gradient(gradient, student, *arguments), gradient
 
 
-@fakes(STATISTICS_AND_GRADIENT)
-def _(student, teacher, labels, ce_weight, divergence_weight, vocab_size, dtype, *arguments):  # type: ignore[no-untyped-def]
-    return ce_weight.new_empty(6, ce_weight.shape[0], dtype=dtype), _new_gradient(student)
+@fakes(LOSSES_AND_GRADIENT)
+def _(student, teacher, labels, weights, launch, *options):  # type: ignore[no-untyped-def]
+    return *new_losses(teacher, labels, weights, unpacked(*options)), _new_gradient(student)
 
 
-@implements(STATISTICS_AND_GRADIENT_INPLACE)
-def _statistics_and_gradient_(student: Tensor, *arguments: Any) -> Tensor:
-    return _write_in_single_pass(student, student, *arguments)
+@implements(LOSSES_AND_GRADIENT_INPLACE)
+def _losses_and_gradient_(student: Tensor, *arguments: Any) -> Losses:
+    return _with_gradient(student, student, *arguments)
 
 
-@fakes(STATISTICS_AND_GRADIENT_INPLACE)
-def _(student, teacher, labels, ce_weight, divergence_weight, vocab_size, dtype, *arguments):  # type: ignore[no-untyped-def]
-    return ce_weight.new_empty(6, ce_weight.shape[0], dtype=dtype)
-
-
-def scale_(
-    tensor: Tensor,  # [outer, inner, V]
-    factor: Tensor,  # a scalar
-) -> None:
-    """Multiply in place.
-
-    On a GPU the kernel is always launched, since the host does not know the factor; if it is 1, only the factor is read.
-    """
-    with _device_of(tensor):
-        _backend(tensor, torch.promote_types(tensor.dtype, torch.float32)).scale_(tensor, factor)
+@fakes(LOSSES_AND_GRADIENT_INPLACE)
+def _(student, teacher, labels, weights, launch, *options):  # type: ignore[no-untyped-def]
+    return new_losses(teacher, labels, weights, unpacked(*options))
 
 
 def _one_by_one(function: torch._ops.OpOverloadPacket) -> Callable[..., tuple[Any, Any]]:
@@ -324,9 +323,17 @@ def register_transforms(name: str) -> None:
     """Register an operator's refusal of derivatives and its rule for `torch.vmap`."""
     for overload in ("", TRACED):
         torch.library.register_autograd(f"{name}{overload}", refuse_derivative)
-        torch.library.register_vmap(f"{name}{overload}", _one_by_one(operator(name)))
+        torch.library.register_vmap(f"{name}{overload}", _one_by_one(packet(name)))
 
 
-register_transforms(ROW_STATISTICS)
+register_transforms(ROW_WEIGHTS)
+register_transforms(LOSSES)
+register_transforms(LOSSES_AND_GRADIENT)
 register_transforms(LOGIT_GRADIENT)
-register_transforms(STATISTICS_AND_GRADIENT)
+
+row_weights = packet(ROW_WEIGHTS)
+losses = Operator(LOSSES)
+losses_and_gradient = Operator(LOSSES_AND_GRADIENT)
+losses_and_gradient_ = packet(LOSSES_AND_GRADIENT_INPLACE)
+logit_gradient = Operator(LOGIT_GRADIENT)
+logit_gradient_ = packet(LOGIT_GRADIENT_INPLACE)

@@ -1,4 +1,4 @@
-"""The weights of the rows: two numbers per row hold labels, alpha, T^2, token weights and the divisor of the mean."""
+"""The weights of the rows: three numbers per row hold labels, alpha, T^2, token weights and the divisor of the mean."""
 
 import math
 from itertools import pairwise
@@ -7,60 +7,61 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+# The rows of a tensor of weights, `[3, N]`, float64.  The loss of each row is w_ce CE + w_divergence D, where
+# w_ce = w_row (1 - alpha) and w_divergence = w_row alpha T^2.  A row that does not count has weights of 0.
+ROW, CE, DIVERGENCE = range(3)
+
 # The stand-in for a token weight of 0 that requires grad.  Its row is read, for the gradient of the weight, and adds
 # nothing to the loss.
 LEARNED_ZERO = 1e-280
 NEGLIGIBLE = 1e-240  # larger than LEARNED_ZERO times any alpha T^2, and smaller than any positive float32
 
-
-class RowWeights(NamedTuple):
-    """The weights of the rows, `[N]`, float64: the loss of each row is ce CE + divergence D.
-
-    ce = row (1 - alpha), divergence = row alpha T^2.
-    """
-
-    row: Tensor
-    ce: Tensor
-    divergence: Tensor
-
-    def reduce(self, values: Tensor, reduction: str, shape: torch.Size) -> Tensor:
-        """Return the detached sum of the weighted values; for reduction "none" the values, in the given shape."""
-        weighted = weighted_values(self.row.detach(), values.detach())
-        return weighted.reshape(shape) if reduction == "none" else weighted.sum()
+# The largest gradient of a logit in float16, in units.  Its sum over a vocabulary against weights up to 127 still fits.
+LARGEST_GRADIENT = 2**8
 
 
-def weighted_values(weight: Tensor, values: Tensor) -> Tensor:  # [N] each, float64
-    """Return weight * values; 0 where the weight is 0, even if the value is infinite or NaN."""
-    # The number is NEGLIGIBLE.  A global float would become an input of the compiled graph, and PyTorch 2.13 loses that
-    # input between two autograd functions.
-    return torch.where(weight.abs() < 1e-240, 0.0, weight * values)
+class RowOptions(NamedTuple):
+    """The options that the weights of the rows depend on."""
+
+    rows: int  # N
+    sequence: int  # L: each row takes the label, weight and alpha of the next row of its sequence of L rows; 0: its own
+    vocabulary: int
+    ignore_index: int
+    mean: bool  # divide by num_items, or by the sum of the row weights
+    alpha: float  # used if there is no tensor of alphas
+    num_items: float | None  # used if there is no tensor with the number
+    temperature: float
 
 
 def row_weights(
-    labels: Tensor | None,  # [N]
+    labels: Tensor | None,  # [N], int32 or int64
     token_weights: Tensor | None,  # [N]
-    alpha: float | Tensor,  # [N], or a scalar
-    *,
-    rows: int,
-    device: torch.device,
-    temperature: float,
-    vocabulary: int,
-    ignore_index: int,
-    reduction: str,
-    num_items: int | float | Tensor | None,
-) -> RowWeights:
-    """Return the weights of the rows.
+    alpha: Tensor | None,  # [N], or a scalar
+    num_items: Tensor | None,  # one element
+    like: Tensor,  # a tensor on the device
+    options: RowOptions,
+) -> tuple[Tensor, Tensor | None]:  # [3, N], float64; the label of each row, [N], moved if there are sequences
+    """Return the weights of the rows, differentiable in token weights, alpha and num_items.
 
     A wrong label, alpha or num_items whose check would synchronise with the host makes the weights of its rows NaN.
     """
-    row = token_weights.double() if token_weights is not None else torch.ones(rows, dtype=torch.float64, device=device)
+    N, L, vocabulary, ignore_index, mean, alpha_number, number, temperature = options
+    if L and labels is not None:
+        labels = moved(labels, L, ignore_index)
+        token_weights = None if token_weights is None else moved(token_weights, L, 0)
+        alpha = moved(alpha, L, 0) if alpha is not None and alpha.dim() else alpha
+    if token_weights is None and alpha is None and num_items is None and readable(like if labels is None else labels):
+        return _plain_weights(labels, like, options), labels
+    row = (
+        token_weights.double() if token_weights is not None else torch.ones(N, dtype=torch.float64, device=like.device)
+    )
     if labels is not None:
         ignored = labels == ignore_index
         row = torch.where(ignored, 0.0, row)
     given, divisor = row, None
-    if reduction == "mean":
-        divisor = row.sum() if num_items is None else num_items
-        if isinstance(num_items, Tensor):
+    if mean:
+        divisor = row.sum() if number is None else number
+        if num_items is not None:
             divisor = num_items.reshape(()).double()
             divisor = torch.where((divisor >= 0) & (divisor < math.inf), divisor, torch.nan)
         if isinstance(divisor, Tensor):  # a divisor of 0 is right only if no row counts; loss and gradients are 0 then
@@ -73,9 +74,38 @@ def row_weights(
     if labels is not None:
         names_a_class = (labels >= 0) & (labels < vocabulary)
         row = torch.where(names_a_class | ignored, row, torch.nan)
-    if isinstance(alpha, Tensor):
-        alpha = torch.where((alpha >= 0) & (alpha <= 1), alpha.double(), torch.nan)
-    return RowWeights(row, _product(row, 1 - alpha), _product(row, alpha * temperature**2))
+    share: float | Tensor = alpha_number
+    if alpha is not None:
+        share = torch.where((alpha >= 0) & (alpha <= 1), alpha.double(), torch.nan)
+    return torch.stack([row, _product(row, 1 - share), _product(row, share * temperature**2)]), labels
+
+
+def _plain_weights(
+    labels: Tensor | None,  # [N]; their values have been checked
+    like: Tensor,
+    options: RowOptions,
+) -> Tensor:  # [3, N]; expanded if all rows count
+    """Return the weights if they follow from labels and numbers.  At few rows calls of PyTorch are what takes time."""
+    counted = None if labels is None else labels != options.ignore_index
+    count = options.rows if counted is None else int(counted.count_nonzero())
+    divisor = 1.0
+    if options.mean:
+        divisor = max(1, count) if options.num_items is None else options.num_items
+    factors = 1.0, 1 - options.alpha, options.alpha * options.temperature**2
+    one_row = torch.tensor([1 / divisor * factor for factor in factors], dtype=torch.float64, device=like.device)
+    if counted is None or count == options.rows:
+        return one_row[:, None].expand(len(factors), options.rows)
+    return one_row[:, None] * counted
+
+
+def moved(
+    per_token: Tensor,  # [N], N tokens of sequences of L
+    L: int,
+    last: float,
+) -> Tensor:  # [N]
+    """Return the value of the next token of the sequence at each position, and `last` at the last position."""
+    tokens = per_token.view(-1, L)
+    return torch.nn.functional.pad(tokens[:, 1:], (0, 1), value=last).view(-1)
 
 
 def _learned_zeros(
@@ -98,15 +128,22 @@ def _product(row: Tensor, factor: float | Tensor) -> Tensor:
     return (row if factor else row.detach()) * factor
 
 
-def counted_rows(weights: RowWeights) -> Tensor | None:
+def weighted_values(weight: Tensor, values: Tensor) -> Tensor:  # [N] each, float64
+    """Return weight * values; 0 where the weight is 0, even if the value is infinite or NaN."""
+    # The number is NEGLIGIBLE.  A global float would become an input of the compiled graph, and PyTorch 2.13 loses that
+    # input between two autograd functions.
+    return torch.where(weight.abs() < 1e-240, 0.0, weight * values)
+
+
+def counted_rows(weights: Tensor) -> Tensor | None:  # of [3, N]
     """Return the indices of the rows that count; None if all do, or if values may not be looked at.
 
     On a GPU the host would have to wait for the number of these rows.  So there the products are launched for all rows.
     """
-    counted = weights.row != 0
-    if not readable(counted) or bool(counted.all()):
+    if not readable(weights):
         return None
-    return counted.nonzero().flatten()
+    counted = weights[ROW] != 0
+    return None if bool(counted.all()) else counted.nonzero().flatten()
 
 
 def readable(tensor: Tensor) -> bool:
@@ -118,6 +155,8 @@ def readable(tensor: Tensor) -> bool:
 
 def as_rows(tensor: Tensor) -> Tensor:
     """Return `[..., V]` as `[outer, inner, V]`; a view if two strides locate every row, as for `logits[:, :-1]`."""
+    if tensor.dim() == 2:
+        return tensor[None]
     *leading, V = tensor.shape
     strides = tensor.stride()[:-1]
 

@@ -1,12 +1,11 @@
 """The product of finished gradients and the upstream gradient, which is known only in backward."""
 
-import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-BLOCK_ELEMENTS = 2**23  # elements of a float32 temporary: 32 MB
+from . import sweep
 
 
 def is_batched(tensor: Tensor) -> bool:
@@ -21,33 +20,27 @@ def is_batched(tensor: Tensor) -> bool:
 
 def scaled(
     gradients: Sequence[Tensor],
-    factor: Tensor,  # a scalar
+    factors: Sequence[Tensor],  # up to two scalars
     dtypes: Sequence[torch.dtype],
     *,
     in_place: bool,  # whether a gradient may be overwritten; it is if its dtype is the right one already
 ) -> list[Tensor]:
-    """Return factor * gradient for each gradient, in the given dtypes: those of the tensors that they are gradients of."""
-    return [_scaled(gradient, factor, dtype, in_place) for gradient, dtype in zip(gradients, dtypes, strict=True)]
+    """Return each gradient times the factors, in the given dtypes: those of the tensors that they are gradients of."""
+    is_traced = torch.compiler.is_compiling() or torch.is_grad_enabled()
+    if not factors or is_traced or any(is_batched(factor) for factor in factors):
+        return [_traced_product(gradient, factors, dtype) for gradient, dtype in zip(gradients, dtypes, strict=True)]
+    targets = [
+        gradient if in_place and gradient.dtype == dtype else torch.empty_like(gradient, dtype=dtype)
+        for gradient, dtype in zip(gradients, dtypes, strict=True)
+    ]
+    for gradient, target in zip(gradients, targets, strict=True):
+        sweep.scale(gradient, factors, target)
+    return targets
 
 
-def _scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype, in_place: bool) -> Tensor:
-    """Return factor * gradient, computed in blocks of rows and rounded once."""
-    wide = torch.promote_types(gradient.dtype, torch.float32)
-    factor = factor.to(wide)  # the product of a 16-bit tensor and a scalar would round the scalar first
-    if torch.compiler.is_compiling() or is_batched(factor):  # a compiler fuses this into one loop
-        return (gradient.to(wide) * factor).to(dtype)
-    if gradient.dtype == dtype == wide:
-        return gradient.mul_(factor) if in_place else gradient * factor
-    result = gradient if in_place and gradient.dtype == dtype else torch.empty_like(gradient, dtype=dtype)
-    _multiply(gradient, factor, result)
-    return result
-
-
-def _multiply(source: Tensor, factor: Tensor, target: Tensor) -> None:
-    if source.dim() > 2:
-        for part, result in zip(source, target, strict=True):
-            _multiply(part, factor, result)
-        return
-    block = max(1, BLOCK_ELEMENTS // max(1, math.prod(source.shape[1:])))
-    for part, result in zip(source.split(block), target.split(block), strict=True):
-        result.copy_(part.to(factor.dtype) * factor)
+def _traced_product(gradient: Tensor, factors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    """Return the product by operations that autograd records, that a compiler fuses and that `torch.vmap` maps."""
+    for factor in factors:
+        wide = torch.promote_types(gradient.dtype, torch.float32)  # a 16-bit tensor would round the factor first
+        gradient = gradient.to(wide) * factor.to(wide)
+    return gradient.to(dtype)

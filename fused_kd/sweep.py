@@ -1,19 +1,31 @@
-"""The sweep: statistics, values, coefficients, gradient.  Whole logits and chunks of hidden states both go through it.
+"""The sweep: weights of the rows in, losses out, and the gradient.
 
-The operator merges the statistics of the parts of a row that threads and programs have swept.  In a single pass the
-kernel takes the same four steps for each row while L2 holds the row.
+    statistics of some columns -> merge -> values and coefficients -> gradient, tile by tile
+
+Whole logits and chunks of hidden states both go through it.  The functions here run inside the operators of `operators.py`,
+and choose the backend.  CUDA (and ROCm) tensors go to the Triton kernels, CPU tensors to `backends/cpu.py`.  With
+TRITON_INTERPRET=1 CPU tensors go to the kernels too, which Triton then runs in Python.  Triton is imported when the first
+kernel is needed.
+
+A backend merges the statistics of the parts of a row that threads and programs have swept.  It computes the coefficients of
+each row where it takes the row's gradient.
 """
 
+import os
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import divergences, launching, operators
+from . import divergences, launching
+from . import statistics as stats
+from .backends import cpu
 from .divergences import Objective
 from .launch import SinglePass
-from .rows import weighted_values
-from .statistics import statistics_dtype
+from .rows import CE, DIVERGENCE
 
 
 class KDOptions(NamedTuple):
@@ -22,14 +34,10 @@ class KDOptions(NamedTuple):
     vocab_size: int  # the number of leading columns that are real
     ce_in_loss: bool  # False: CE is computed for the caller's log only
     divergence_in_loss: bool  # False: the divergence is computed for the caller's log only
-    dtype: torch.dtype  # dtype of the statistics: float32, or float64 for float64 logits
-    objective: Objective
-
-
-KD_SCHEMA = (  # the fields as arguments of an operator
-    "SymInt vocab_size, bool ce_in_loss, bool divergence_in_loss, ScalarType statistics_dtype, "
-    + operators.OBJECTIVE_SCHEMA
-)
+    dtype: torch.dtype  # dtype of the statistics and of the loss: float32, or float64 for float64 logits
+    reduce: bool = True  # whether the losses of the rows are summed
+    parts: bool = False  # whether CE and divergence are returned beside the loss
+    objective: Objective = Objective()
 
 
 class Logits(NamedTuple):
@@ -40,21 +48,6 @@ class Logits(NamedTuple):
     labels: Tensor | None  # [N]; None leaves out CE
 
 
-class Weights(NamedTuple):
-    """The weights of each row's two terms in the loss, `[N]`, float64.  A row with both weights 0 is not read."""
-
-    ce: Tensor
-    divergence: Tensor
-
-
-class Values(NamedTuple):
-    """The results of a sweep over N rows.  A term that is not computed is a tensor of zeros."""
-
-    statistics: Tensor  # [6, N], merged
-    ce: Tensor  # [N], float64
-    divergence: Tensor  # [N], float64
-
-
 class Buffers(NamedTuple):
     """The memory that the gradients of the logits are written to.  It may be that of the logits themselves."""
 
@@ -62,123 +55,139 @@ class Buffers(NamedTuple):
     teacher: Tensor | None = None  # [outer', inner', vocab_size]
 
 
+class Losses(NamedTuple):
+    """The losses of N rows: summed, or one value per row."""
+
+    loss: Tensor  # a scalar, or [N]
+    ce: Tensor  # the same, of CE; without parts, or without labels, an empty tensor
+    divergence: Tensor  # the same, of the divergence; without parts, or without a teacher, an empty tensor
+    statistics: Tensor  # [7, N], merged
+
+
+def losses(
+    logits: Logits,
+    weights: Tensor,  # [3, N], float64
+    options: KDOptions,
+    gradients: Buffers | None = None,
+    launch: SinglePass | None = None,
+) -> Losses:
+    """Return the losses of the rows, and write the gradients of their sum if there is memory for them."""
+    student, teacher, labels = logits
+    N = weights.shape[1]
+    statistics, counters = new_statistics(weights, options), new_counters(student, N + 2)
+    sweep(logits, weights, options, statistics, counters, gradients, launch)
+    return row_losses(statistics, weights, counters, options, labels is not None, teacher is not None)
+
+
 def sweep(
     logits: Logits,
-    weights: Weights,
+    weights: Tensor,  # [3, N]
     options: KDOptions,
-    gradients: Buffers | None,  # receives the gradients for an upstream gradient of 1; None: only values are computed
-    launch: SinglePass | None = None,  # a single pass, which writes the gradient over the student; None: two passes
-) -> Values:
-    """Return the values of the rows, and write the gradients of sum_i (w_ce CE + w_d D)."""
-    if gradients is not None and launch is not None:
-        return single_pass(logits, weights, options, launch, in_place=True)[0]
-    statistics = merged_statistics(logits, weights, options)
-    found = values(statistics, label_logits(logits, options), logits, options)
-    if gradients is not None:
-        learns = gradients.teacher is not None
-        row_coefficients = gradient_coefficients(statistics, weights, options, teacher_grad=learns)
-        write_gradients(gradients, logits, row_coefficients, options)
-    return found
-
-
-def merged_statistics(logits: Logits, weights: Weights, options: KDOptions) -> Tensor:  # [6, N]
-    """Return the statistics of all real columns."""
+    statistics: Tensor,  # [7, N], written
+    counters: Tensor | None,  # [1 + N, LINE] zeros; more rows may follow
+    gradients: Buffers | None,  # receives the gradients of sum_i (w_ce CE + w_d D); None: only statistics are taken
+    launch: SinglePass | None = None,  # takes statistics and gradient in one launch; None: two passes
+) -> None:
+    """Write the statistics of the rows, and their gradients."""
     student, teacher, labels = logits
-    # Compared in float64: a weight of 1e-50 is 0 in float32, and its row still has a value.
-    counted = torch.logical_or(weights.ce, weights.divergence)
-    real, need_ce = student[..., : options.vocab_size], labels is not None
-    statistics: Tensor = operators.row_statistics(
-        real, teacher, counted, options.dtype, need_ce, *operators.packed(options.objective)
-    )
-    return statistics
-
-
-def label_logits(logits: Logits, options: KDOptions) -> Tensor | None:  # [N]
-    """Return the student's logit of each row's label."""
-    student, _, labels = logits
-    if labels is None:
-        return None
-    index = labels.clamp(0, options.vocab_size - 1).long().view(*student.shape[:2], 1)
-    return options.objective.student_map.of(student.gather(2, index).flatten().to(options.dtype))
-
-
-def values(
-    statistics: Tensor,  # [6, N]
-    label_logit: Tensor | None,  # [N]
-    logits: Logits,
-    options: KDOptions,
-) -> Values:
-    """Return CE and divergence of the rows."""
-    has_teacher = logits.teacher is not None
-    ce, divergence = divergences.values(statistics, label_logit, options.objective, need_divergence=has_teacher)
-    return Values(statistics, ce, divergence)
-
-
-def gradient_coefficients(
-    statistics: Tensor,  # [6, N]
-    weights: Weights,  # times the upstream gradient
-    options: KDOptions,
-    *,
-    teacher_grad: bool,
-) -> Tensor:  # [7, N]
-    """Return the coefficients of each row's gradient.  A term that is only logged adds nothing to them."""
-    return divergences.coefficients(
-        statistics,
-        weights.ce if options.ce_in_loss else None,
-        weights.divergence if options.divergence_in_loss else None,
-        options.objective,
-        teacher_grad=teacher_grad,
-    )
+    real, backend = student[..., : options.vocab_size], backend_of(student, options.dtype)
+    with device_of(student):
+        if gradients is None or launch is None:
+            backend.row_statistics(real, teacher, labels, weights, statistics, counters, options.objective)
+        else:
+            written = gradients.student[..., : options.vocab_size]
+            backend.statistics_and_gradient(
+                real, teacher, labels, weights, statistics, written, counters, launch, options.objective
+            )
+            _zero_padding(gradients.student, options)
+    if gradients is not None and launch is None:
+        write_gradients(gradients, logits, statistics, weights, None, options)
 
 
 def write_gradients(
     gradients: Buffers,
     logits: Logits,
-    row_coefficients: Tensor,  # [7, N]
+    statistics: Tensor,  # [7, N]
+    weights: Tensor,  # [3, N]
+    upstream: Tensor | None,  # the upstream gradient of the loss: a scalar, or [N]; None: 1
     options: KDOptions,
 ) -> None:
-    """Write the gradients of the logits."""
-    student, teacher, labels = _in_loss(logits, options)
-    V, objective = options.vocab_size, options.objective
-    operators.write_gradient(*gradients, student, teacher, labels, row_coefficients, V, objective)
-
-
-def gradient_arguments(
-    logits: Logits,
-    row_coefficients: Tensor,  # [7, N]
-    options: KDOptions,
-    teacher_grad: bool,
-) -> tuple[Any, ...]:
-    """Return the arguments of the operators that return gradients."""
-    return (
-        *_in_loss(logits, options),
-        row_coefficients,
-        options.vocab_size,
-        teacher_grad,
-        *operators.packed(options.objective),
-    )
-
-
-def _in_loss(logits: Logits, options: KDOptions) -> Logits:
-    """Return the logits without the teacher, or without the labels, if their term is only logged."""
+    """Write the gradients of the logits.  A term that is only logged adds nothing to them."""
     student, teacher, labels = logits
-    return Logits(student, teacher if options.divergence_in_loss else None, labels if options.ce_in_loss else None)
+    with device_of(student):
+        backend_of(student, options.dtype).logit_gradient(
+            student[..., : options.vocab_size],
+            teacher if options.divergence_in_loss else None,
+            labels if options.ce_in_loss else None,
+            statistics, weights, upstream,
+            gradients.student[..., : options.vocab_size], gradients.teacher, options.objective,
+        )  # fmt: skip
+    _zero_padding(gradients.student, options)
 
 
-def single_pass(
-    logits: Logits, weights: Weights, options: KDOptions, launch: SinglePass, *, in_place: bool
-) -> tuple[Values, Tensor]:
-    """Return the values and the student's gradient from one launch.
+def _zero_padding(gradient: Tensor, options: KDOptions) -> None:
+    if gradient.shape[-1] != options.vocab_size:
+        gradient[..., options.vocab_size :] = 0
 
-    The gradient is a new tensor; with `in_place` it overwrites the student.
-    """
-    label_logit = label_logits(logits, options)  # read now, since the launch may overwrite the logits
-    operator = operators.statistics_and_gradient_ if in_place else operators.statistics_and_gradient
-    found = operator(
-        *logits, *weights, options.vocab_size, options.dtype, list(launch), *operators.packed(options.objective)
+
+def row_losses(
+    statistics: Tensor,  # [7, N]
+    weights: Tensor,  # [3, N]
+    counters: Tensor | None,  # [n, LINE]; the last line is zeros
+    options: KDOptions,
+    has_ce: bool,
+    has_divergence: bool,
+) -> Losses:
+    """Return the losses from the statistics and the weights of the rows."""
+    with device_of(weights):
+        found = backend_of(weights, options.dtype).row_losses(
+            statistics, weights, None if counters is None else counters[-1:], has_ce, has_divergence,
+            options.reduce, options.parts, options.dtype, options.objective,
+        )  # fmt: skip
+    loss, ce, divergence = found
+    return Losses(loss, ce, divergence, statistics)
+
+
+def new_statistics(weights: Tensor, options: KDOptions) -> Tensor:
+    """Return memory for the statistics of all rows, `[7, N]`."""
+    return weights.new_empty(stats.COUNT, weights.shape[1], dtype=options.dtype)
+
+
+def new_counters(like: Tensor, lines: int) -> Tensor | None:
+    """Return counters for programs that work on the same rows, zeros; None on the CPU."""
+    return _kernels().new_counters(like, lines) if runs_kernels(like) else None
+
+
+def weight_gradients(
+    statistics: Tensor,  # [7, N]
+    weights: Tensor,  # [3, N]
+    upstream: Tensor,  # [N], or a scalar
+    options: KDOptions,
+) -> Tensor:  # [3, N]
+    """Return the gradients of the losses with respect to the weights.  They are 0 for a row that does not count."""
+    counted = torch.logical_or(weights[CE], weights[DIVERGENCE])
+    values = divergences.values(
+        statistics, options.objective, need_ce=options.ce_in_loss, need_divergence=options.divergence_in_loss
     )
-    statistics, gradient = (found, logits.student) if in_place else found
-    return values(statistics, label_logit, logits, options), gradient
+    for_ce, for_divergence = (torch.where(counted, upstream * value, 0.0) for value in values)
+    return torch.stack([torch.zeros_like(for_ce), for_ce, for_divergence])
+
+
+def scale(
+    source: Tensor,
+    factors: Sequence[Tensor],  # one or two scalars
+    target: Tensor,  # in the shape of the source, which it may be
+) -> None:
+    """Write the product of a tensor and scalars, rounded once.
+
+    On a GPU the kernel is always launched, since the host does not know the factors.  If their product is 1 and the target
+    is the source, only the factors are read.
+    """
+    with device_of(source):
+        backend_of(source, torch.promote_types(source.dtype, torch.float32)).scale_(source, factors, target)
+
+
+ON_CPU = SinglePass(1, 1, 1, 1, 0, 0, 1)  # stands for a single pass where nothing is launched
 
 
 def chosen_launch(
@@ -190,14 +199,18 @@ def chosen_launch(
 ) -> SinglePass | None:
     """Return the launch of a single pass over the logits, or None where two passes are faster, needed or asked for.
 
+    A CPU takes a single pass, unless two passes are asked for.
+
     A single pass gives the gradient of every term that it computes.  So it cannot be taken if a term is only logged.
     Its statistics are float64 only if these logits are.  So it cannot be taken if `options.dtype` is float64 because of a
     teacher that is left out here.
     """
     student, teacher, labels = logits
     same_terms = (labels is None or options.ce_in_loss) and (teacher is None or options.divergence_in_loss)
-    if not same_terms or options.dtype != statistics_dtype(student, teacher):
+    if not same_terms or options.dtype != stats.statistics_dtype(student, teacher):
         return None
+    if not runs_kernels(student) and launching.device_of(student.device) is None:
+        return None if launching.requested() == launching.TWO else ON_CPU
     # Triton 3.8 and 3.9 cannot compile a cluster's kernel with both terms and a softcap: `PlanCTAPass` fails.
     is_capped = options.objective.student_map.is_capped or options.objective.teacher_map.is_capped
     return launching.single_pass(
@@ -205,23 +218,30 @@ def chosen_launch(
     )
 
 
-def weighted_sum(ce: Tensor, divergence: Tensor, weights: Weights, options: KDOptions) -> Tensor:  # [N] each, float64
-    """Return w_ce CE + w_d D of each row.  A term that is only logged is left out."""
-    if not options.divergence_in_loss:
-        return weighted_values(weights.ce, ce)
-    loss = weighted_values(weights.divergence, divergence)
-    return loss + weighted_values(weights.ce, ce) if options.ce_in_loss else loss
+def runs_kernels(tensor: Tensor) -> bool:
+    """Return whether the tensor goes to the Triton kernels."""
+    return tensor.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def weight_gradients(
-    needed: tuple[bool, bool],  # whether the CE weight, and the divergence weight, requires grad
-    upstream: Tensor,  # [N], or a scalar
-    weights: Weights,
-    ce: Tensor,  # [N]
-    divergence: Tensor,  # [N]
-) -> tuple[Tensor | None, Tensor | None]:
-    """Return the gradients of the row losses with respect to the two weights of each row."""
-    counted = torch.logical_or(weights.ce, weights.divergence)
-    parts = zip(needed, (ce, divergence), strict=True)
-    for_ce, for_divergence = (torch.where(counted, upstream * value, 0.0) if need else None for need, value in parts)
-    return for_ce, for_divergence
+def backend_of(tensor: Tensor, dtype: torch.dtype) -> Any:
+    """Return the module of the backend that computes in that dtype.  The kernels have only float32."""
+    return _kernels() if runs_kernels(tensor) and dtype == torch.float32 else cpu
+
+
+def device_of(tensor: Tensor) -> AbstractContextManager[object]:
+    """Make the tensor's device the current one, since Triton launches on the current device."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+
+
+def _kernels() -> ModuleType:
+    try:
+        from .backends import triton as kernels
+    except ModuleNotFoundError as error:
+        if error.name != "triton":
+            raise
+        raise ModuleNotFoundError(
+            "fused_kd runs CUDA tensors with Triton kernels, and the package triton is not installed: "
+            "`pip install triton` (Linux), or move the tensors to the CPU",
+            name="triton",
+        ) from error
+    return kernels

@@ -7,11 +7,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from . import operators, rows, sweep
 from .divergences import GIVEN, Objective
 from .heads.products import RELEASE
 from .logit_map import LogitMap
 from .options import KDLossOutput, Options
-from .rows import RowWeights, row_weights
+from .rows import RowOptions
 from .statistics import statistics_dtype
 from .sweep import KDOptions
 
@@ -20,29 +21,30 @@ class Terms(NamedTuple):
     """The two terms of a loss: the weights of each row in them, and whether each term is computed."""
 
     labels: Tensor | None  # [N]; None: CE is not needed
-    weights: RowWeights
+    weights: Tensor  # [3, N]
     options: KDOptions
     need_divergence: bool
-    reduction: str
     shape: torch.Size  # the leading dimensions of the student
-    return_parts: bool
 
     def output(
         self,
         loss: Tensor,  # reduced; [N] for reduction "none"
-        ce: Tensor,  # [N]
-        divergence: Tensor,  # [N]
+        ce: Tensor,  # the same
+        divergence: Tensor,  # the same
     ) -> Tensor | KDLossOutput:
         """Return the loss as the caller gets it: a tensor, or a `KDLossOutput` if parts are asked for."""
-        dtype = self.options.dtype
-        loss = (loss.reshape(self.shape) if self.reduction == "none" else loss).to(dtype)
-        if not self.return_parts:
+        if not self.options.reduce:
+            loss = loss.reshape(self.shape)
+        if not self.options.parts:
             return loss
         return KDLossOutput(
             loss,
-            self.weights.reduce(ce, self.reduction, self.shape).to(dtype) if self.labels is not None else None,
-            self.weights.reduce(divergence, self.reduction, self.shape).to(dtype) if self.need_divergence else None,
+            self._part(ce) if self.labels is not None else None,
+            self._part(divergence) if self.need_divergence else None,
         )
+
+    def _part(self, values: Tensor) -> Tensor:
+        return values.detach() if self.options.reduce else values.detach().reshape(self.shape)
 
 
 def make_terms(
@@ -57,45 +59,59 @@ def make_terms(
 ) -> Terms:
     """Return the terms of a loss.  The arguments must have been checked."""
     alpha, N = options.alpha, math.prod(student.shape[:-1])  # Size.numel would make a traced size a constant
-    if options.shift and labels is not None:
-        labels = moved(labels, options.ignore_index)
-        token_weights = None if token_weights is None else moved(token_weights, 0)
-        alpha = moved(alpha, 0) if isinstance(alpha, Tensor) and alpha.dim() else alpha
-    labels = None if labels is None else labels.reshape(N).contiguous()
-    weights = row_weights(
-        labels,
-        None if token_weights is None else token_weights.reshape(N),
-        alpha.reshape(N) if isinstance(alpha, Tensor) and alpha.dim() else alpha,
-        rows=N,
-        device=student.device,
-        temperature=options.temperature,
-        vocabulary=vocabulary,
-        ignore_index=options.ignore_index,
-        reduction=options.reduction,
-        num_items=num_items,
-    )
-    ce_in_loss = isinstance(alpha, Tensor) or alpha < 1
-    divergence_in_loss = isinstance(alpha, Tensor) or alpha > 0
-    dtype = statistics_dtype(student, teacher)
     temperature, *others = [getattr(options, name) for name in GIVEN]
     objective = Objective(*maps, _constant_or_tensor(temperature), *others)  # type: ignore[arg-type]
+    ce_in_loss = isinstance(alpha, Tensor) or alpha < 1
+    divergence_in_loss = isinstance(alpha, Tensor) or alpha > 0
+    row_options = RowOptions(
+        N,
+        labels.shape[-1] if options.shift and labels is not None else 0,
+        vocabulary,
+        options.ignore_index,
+        options.reduction == "mean",
+        0.0 if isinstance(alpha, Tensor) else float(alpha),
+        None if num_items is None or isinstance(num_items, Tensor) else float(num_items),
+        objective.temperature,
+    )
+    labels = None if labels is None else labels.reshape(N).contiguous()
+    weights, labels = _row_weights(
+        labels,
+        None if token_weights is None else token_weights.reshape(N),
+        None if not isinstance(alpha, Tensor) else alpha.reshape(N) if alpha.dim() else alpha,
+        num_items if isinstance(num_items, Tensor) else None,
+        student,
+        row_options,
+    )
     return Terms(
         labels if ce_in_loss or options.return_parts else None,
         weights,
-        KDOptions(vocabulary, ce_in_loss, divergence_in_loss, dtype, objective),
+        KDOptions(
+            vocabulary, ce_in_loss, divergence_in_loss, statistics_dtype(student, teacher),
+            options.reduction != "none", options.return_parts, objective,
+        ),
         teacher is not None and (divergence_in_loss or options.return_parts),
-        options.reduction,
         student.shape[:-1],
-        options.return_parts,
-    )
+    )  # fmt: skip
 
 
-def moved(
-    per_token: Tensor,  # [..., L]
-    last: float,
-) -> Tensor:  # [..., L]
-    """Return a tensor that has the value of the next token at each position, and `last` at the last position."""
-    return torch.cat([per_token[..., 1:], torch.full_like(per_token[..., :1], last)], -1)
+def _row_weights(
+    labels: Tensor | None,  # [N]
+    token_weights: Tensor | None,  # [N]
+    alpha: Tensor | None,  # [N], or a scalar
+    num_items: Tensor | None,  # one element
+    student: Tensor,
+    options: RowOptions,
+) -> tuple[Tensor, Tensor | None]:
+    """Return the weights of the rows, and the labels moved as `shift` asks.
+
+    They take one launch on a GPU.  Weights that are learned, and those on a CPU, are computed by calls of PyTorch.
+    """
+    given = token_weights, alpha, num_items
+    learned = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in given)
+    if learned or not sweep.runs_kernels(student):
+        return rows.row_weights(labels, *given, student, options)
+    weights, moved = operators.row_weights(labels, *given, student.detach(), *options)
+    return weights, moved if options.sequence else labels
 
 
 def constant_teacher(
@@ -113,7 +129,7 @@ def constant_teacher(
             f"saves its graph, or pass teacher_grad=True if the teacher learns too",
             stacklevel=3,
         )
-    return tuple(None if tensor is None else tensor.detach() for tensor in tensors)
+    return tuple(tensor.detach() if tensor is not None and tensor.requires_grad else tensor for tensor in tensors)
 
 
 UNUSUAL = 1234.5  # no graph is guarded on this value: only of a constant is it known to be smaller or larger

@@ -8,12 +8,16 @@ import shutil
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils import _pytree as pytree
 
 from fused_kd import KDLoss, LinearKDLoss, kd_loss, linear_kd_loss
 from fused_kd import operators as ops
-from fused_kd.divergences import Objective, coefficients
+from fused_kd.divergences import Objective
 from fused_kd.heads.products import RELEASE
+from fused_kd.launching import ONE, TWO, launching, single_pass
 from fused_kd.logit_map import IDENTITY_MAP, LogitMap
+from fused_kd.rows import RowOptions
+from fused_kd.sweep import KDOptions
 
 from .oracle import relative_error
 
@@ -298,52 +302,68 @@ def test_the_compiler_keeps_no_more_logits_alive_than_eager_mode(from_logits, ba
         return sorted(kept.values())
 
     expected = [4 * N * V] * 2 if from_logits else []
-    assert saved(torch.compile(step, backend=backend, fullgraph=True)) == saved(step) == expected
+    with launching(TWO):  # as a compiled loss takes
+        assert saved(torch.compile(step, backend=backend, fullgraph=True)) == saved(step) == expected
+    with launching(ONE):
+        assert saved(step) == expected[:1]  # the gradient alone
+
+
+def opcheck(operator, *arguments):
+    """Check an operator with a temperature that is a number, and that is a tensor; the results are equal."""
+    traced = list(arguments)
+    (place,) = [i for i, a in enumerate(operator.default._schema.arguments) if a.name == "temperature"]
+    traced[place] = torch.tensor(arguments[place], dtype=torch.float64)
+    torch.library.opcheck(operator.default, arguments)
+    torch.library.opcheck(operator.traced, tuple(traced))
+    copies = [[a.clone() if isinstance(a, torch.Tensor) else a for a in given] for given in (arguments, traced)]
+    results = operator(*copies[0]), operator.traced(*copies[1])
+    for ours, of_float in zip(*(pytree.tree_leaves(result) for result in results), strict=True):
+        assert torch.equal(ours, of_float)
+    return results[0]
 
 
 @pytest.mark.parametrize("teacher_grad", [False, True])
 @pytest.mark.parametrize("maps", [(IDENTITY_MAP, IDENTITY_MAP), (LogitMap(0.5, 4.0), LogitMap(2.0))])
-def test_operators_pass_opcheck(maps, teacher_grad):
-    student, teacher = torch.randn(2, 3, 11), torch.randn(1, 6, 9)
-    weights, labels = torch.rand(6, dtype=torch.float64), torch.randint(9, (6,))
-    last = "forward_kl", [*maps[0], *maps[1]]
-    traced = torch.tensor(2.0, dtype=torch.float64), *last
-    given = student[..., :9], teacher, weights > 0.1, torch.float32, True
-    torch.library.opcheck(ops.row_statistics.default, (*given, 2.0, *last))
-    torch.library.opcheck(ops.row_statistics.traced, (*given, *traced))
-    statistics = ops.row_statistics(*given, 2.0, *last)
-    of_rows = coefficients(statistics, weights, weights, Objective(*maps, temperature=2.0))
-    given = student, teacher, labels, of_rows, 9, teacher_grad
-    arguments, traced = (*given, 2.0, *last), (*given, *traced)
-    torch.library.opcheck(ops.logit_gradient.default, arguments)
-    torch.library.opcheck(ops.logit_gradient_.default, arguments)
-    torch.library.opcheck(ops.logit_gradient.traced, traced)
-    torch.library.opcheck(ops.logit_gradient_.traced, traced)
-    for ours, of_float in zip(ops.logit_gradient.traced(*traced), ops.logit_gradient(*arguments), strict=True):
-        assert torch.equal(ours, of_float)
+@pytest.mark.parametrize(("reduce", "parts"), [(True, False), (True, True), (False, True)])
+def test_operators_pass_opcheck(maps, teacher_grad, reduce, parts):
+    student, teacher, labels = torch.randn(2, 3, 11), torch.randn(1, 6, 9), torch.randint(9, (6,))
+    weights = torch.rand(3, 6, dtype=torch.float64)
+    weights[:, 2] = 0
+    options = ops.packed(KDOptions(9, True, True, torch.float32, reduce, parts, Objective(*maps, temperature=2.0)))
+    *_, statistics = opcheck(ops.losses.packet, student, teacher, labels, weights, *options)
+    upstream = torch.rand(()) if reduce else torch.rand(6)
+    given = student, teacher, labels, statistics, weights, upstream, teacher_grad, *options
+    opcheck(ops.logit_gradient.packet, *given)
+    opcheck(ops.logit_gradient_, *given)
+    if not teacher_grad:
+        launch = list(single_pass(student, teacher, 9, in_place=True, always=True))
+        opcheck(ops.losses_and_gradient.packet, student, teacher, labels, weights, launch, *options)
+        opcheck(ops.losses_and_gradient_, student, teacher, labels, weights, launch, *options)
+
+
+@pytest.mark.parametrize("sequence", [0, 3])
+@pytest.mark.parametrize("given", ["labels", "token_weights", "alpha", "num_items", "all"])
+def test_the_operator_of_the_row_weights_passes_opcheck(device, sequence, given):
+    tensors = {
+        "labels": torch.randint(9, (6,)), "token_weights": torch.rand(6), "alpha": torch.rand(()),
+        "num_items": torch.tensor(7),
+    }  # fmt: skip
+    some = [tensor.to(device) if given in (name, "all") else None for name, tensor in tensors.items()]
+    options = RowOptions(6, sequence if some[0] is not None else 0, 9, -100, True, 0.3, None, 2.0)
+    opcheck(ops.row_weights, *some, torch.randn(6, 9, device=device), *options)
 
 
 @pytest.mark.parametrize(
     "needed", [(True,) * 6, (True, True, False) * 2, (False, True, True, False, False, False), (False,) * 6]
 )
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_linear_operator_passes_opcheck(needed, dtype):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("parts", [False, True])
+def test_the_linear_operator_passes_opcheck(needed, dtype, parts):
     heads = [torch.randn(*shape, dtype=dtype) for shape in ((4, 3), (9, 3), (9,), (4, 5), (9, 5), (9,))]
-    weights = torch.rand(4, dtype=torch.float64)
-    arguments = (
-        *heads,
-        torch.randint(8, (4,)),
-        weights,
-        weights,
-        8,
-        True,
-        True,
-        torch.float32,
-        2.0,
-        "forward_kl",
-        [1.0, 4.0, 2.0, 4.0],
-    )
+    weights = torch.rand(3, 4, dtype=torch.float64)
+    objective = Objective(LogitMap(1.0, 4.0), LogitMap(2.0, 4.0), temperature=2.0)
+    kd = ops.packed(KDOptions(8, True, True, torch.float32, parts=parts, objective=objective))
     options = list(needed), dtype, dtype, None, 2048
-    torch.library.opcheck(torch.ops.fused_kd.linear_row_losses.default, (*arguments, *options))
-    traced = *arguments[:13], torch.tensor(2.0, dtype=torch.float64), *arguments[14:]
-    torch.library.opcheck(torch.ops.fused_kd.linear_row_losses.traced, (*traced, *options))
+    for upstream in (None, torch.rand(4)):
+        arguments = *heads, torch.randint(8, (4,)), weights, upstream, *kd, *options
+        torch.library.opcheck(torch.ops.fused_kd.linear_losses.default, arguments)

@@ -12,7 +12,7 @@ import torch
 from fused_kd import kd_loss, linear_kd_loss
 from fused_kd import statistics as stats
 from fused_kd.backends import triton as kernels
-from fused_kd.divergences import FORWARD_KL, Objective, coefficients
+from fused_kd.divergences import FORWARD_KL, Objective
 from fused_kd.heads import sweep as linear
 from fused_kd.launch import Launch
 
@@ -105,17 +105,15 @@ def test_splits_of_a_row(kernel_device, temperature):
     """1.8 epsilons."""
     lanes, columns, vocabulary = 32, 8, 2000
     student, teacher = 3 * torch.randn(2, 1, 4, vocabulary, device=kernel_device)
-    weights = torch.full((2, 4), 0.5, device=kernel_device)
-    counted = torch.ones(4, dtype=torch.bool, device=kernel_device)
+    weights = torch.full((3, 4), 0.5, dtype=torch.float64, device=kernel_device)
     labels = torch.randint(vocabulary, (4,), device=kernel_device)
     results, objective = [], Objective(temperature=temperature)
     for splits in (1, 2, 7):
         columns_per_split = -(-vocabulary // (splits * lanes * columns)) * lanes * columns
         launch = Launch(lanes, columns, 1, splits, columns_per_split)
-        parts = kernels.row_statistics(student, teacher, counted, torch.float32, True, objective, launch)
-        statistics, gradient = stats.merge(parts, temperature), torch.empty_like(student)
-        of_rows = coefficients(statistics, *weights, objective)
-        kernels.logit_gradient(student, teacher, labels, of_rows, gradient, None, objective, launch)
+        statistics, gradient = torch.empty(stats.COUNT, 4, device=kernel_device), torch.empty_like(student)
+        kernels.row_statistics(student, teacher, labels, weights, statistics, None, objective, launch)
+        kernels.logit_gradient(student, teacher, labels, statistics, weights, None, gradient, None, objective, launch)
         results.append((FORWARD_KL.value(statistics, temperature), statistics[stats.D_1], gradient))
     for result in results[1:]:
         assert all(relative_error(a, b.double()) <= 4 * EPSILON for a, b in zip(result, results[0], strict=True))

@@ -9,6 +9,7 @@ import torch
 from fused_kd import KDLoss, LinearKDLoss, kd_loss, linear_kd_loss, operators, reference
 from fused_kd.divergences import Objective
 from fused_kd.logit_map import LogitMap
+from fused_kd.sweep import KDOptions
 
 from .oracle import assert_matches_oracle, relative_error, value_and_gradient
 
@@ -162,7 +163,8 @@ def test_a_module_takes_it(module):
     assert repr(module(divergence="reverse_kl")) == f"{module.__name__}(divergence='reverse_kl')"
 
 
-def test_an_objective_goes_through_the_arguments_of_an_operator_and_comes_back():
+def test_options_go_through_the_arguments_of_an_operator_and_come_back():
     objective = Objective(LogitMap(0.5), LogitMap(2.0, 30.0), 2.5, "reverse_kl")
-    assert operators.unpacked(*operators.packed(objective)) == objective
-    assert len(operators.packed(objective)) == len(operators.OBJECTIVE_SCHEMA.split(", "))
+    options = KDOptions(V, True, False, torch.float64, False, True, objective)
+    assert operators.unpacked(*operators.packed(options)) == options
+    assert len(operators.packed(options)) == operators.KD_ARGUMENTS

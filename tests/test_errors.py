@@ -229,14 +229,14 @@ def test_what_cannot_be_raised_gives_nan():
 def test_cuda_tensors_without_triton_name_the_package(missing, message, monkeypatch):
     import sys
 
-    from fused_kd import operators as ops
+    from fused_kd import sweep
 
     for name in [name for name in sys.modules if name.startswith("fused_kd.backends.triton")]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.delattr("fused_kd.backends.triton")
     monkeypatch.setitem(sys.modules, missing, None)
     with pytest.raises(ModuleNotFoundError, match=message) as raised:
-        ops._kernels()
+        sweep._kernels()
     assert ("pip install" in str(raised.value)) == (missing == "triton")  # a broken Triton is not a missing one
 
 

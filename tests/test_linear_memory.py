@@ -2,12 +2,11 @@
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from fused_kd import linear_kd_loss, plan_chunks
 from fused_kd.heads import chunks as chunk_plan
 from fused_kd.heads import sweep as linear
-from fused_kd.testing.launches import opened_operators
+from fused_kd.testing.launches import fake_gpu
 from fused_kd.testing.memory import peak_bytes
 
 from .heads import H_S, H_T, Given, make
@@ -49,30 +48,23 @@ def test_default_plan(rows, vocabulary, hidden):
     assert only_loss.peak_bytes == only_loss.workspace_bytes
 
 
-class Chunks(TorchDispatchMode):
-    """Rows of the chunks whose label logits are gathered."""
-
-    def __init__(self):
-        super().__init__()
-        self.rows = []
-
-    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
-        if function.overloadpacket is torch.ops.aten.gather:
-            self.rows.append(arguments[0].shape[1])
-        return function(*arguments, **(keywords or {}))
-
-
 @pytest.mark.parametrize("asked", [("hidden", "weight"), ("hidden",), ()])
-def test_the_loss_runs_in_the_chunks_of_the_plan(asked):
+def test_the_loss_runs_in_the_chunks_of_the_plan(asked, monkeypatch):
     given = make("cpu", shape=(1500,), vocabulary=64)
     for name in {"hidden", "weight", "bias"} - set(asked):
         getattr(given, name).requires_grad_(False)
     needed = {f"{name}_grad": name in asked for name in ("hidden", "weight")}
     planned = plan_chunks(1500, 64, H_S, H_T, dtype=torch.float32, **needed)
-    with opened_operators(), Chunks() as chunks:
-        linear_kd_loss(*given[:5])
-    assert len(chunks.rows) == planned.chunks == (2 if "weight" in asked else 6)
-    assert chunks.rows[0] == planned.chunk_rows
+    project, rows = linear.project, []
+
+    def recorded(hidden, *arguments):
+        rows.append(hidden.shape[0])
+        project(hidden, *arguments)
+
+    monkeypatch.setattr(linear, "project", recorded)
+    linear_kd_loss(*given[:5])
+    assert len(rows) == 2 * planned.chunks == 2 * (2 if "weight" in asked else 6)  # student and teacher
+    assert rows[0] == planned.chunk_rows
 
 
 def peak(given: Given, **options) -> int:
@@ -111,6 +103,23 @@ def test_plan_under_autocast():
     assert buffers["hidden gradient"] == 100 * H_S * 2
     assert (buffers["weight gradient"], buffers["bias gradient"]) == (1000 * H_S * 4, 1000 * 4)
     assert buffers["weights in the autocast dtype"] == 1000 * (H_S + H_T) * 2
+
+
+@pytest.mark.parametrize("hidden_grad", [True, False])
+@pytest.mark.parametrize("weight_grad", [True, False])
+@pytest.mark.parametrize("products", [torch.float32, torch.bfloat16])
+def test_the_copy_of_the_hidden_states_is_planned_where_a_gpu_makes_it(hidden_grad, weight_grad, products):
+    pytest.importorskip("triton")
+    dtypes = {"dtype": torch.float32, "autocast_dtype": products}
+    plan = plan_chunks(100, 1000, H_S, H_T, **dtypes, hidden_grad=hidden_grad, weight_grad=weight_grad)
+    with fake_gpu():
+        head = linear.Head(torch.randn(100, H_S), torch.randn(1000, H_S), None)
+        sums = linear.Gradients(head, (hidden_grad, weight_grad, False), torch.float32, 1000)
+        sums.prepare(head.cast(products, 1000), torch.ones(3, 100, dtype=torch.float64))
+        is_own = sums._counted is not head.hidden and sums._counted is not sums.hidden
+        size = sums._counted.nbytes if is_own else 0
+    assert plan.buffers.get("hidden states that count", 0) == size
+    assert is_own == (weight_grad and not (hidden_grad and products == torch.float32))
 
 
 @pytest.mark.parametrize("trained", [True, False])

@@ -5,10 +5,9 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from fused_kd import linear_kd_loss, reference
-from fused_kd.divergences import Objective
 from fused_kd.heads import sweep as linear
-from fused_kd.heads.operator import linear_row_losses
-from fused_kd.sweep import KDOptions, Weights
+from fused_kd.heads.operator import linear_losses
+from fused_kd.sweep import KDOptions, new_statistics
 
 from .heads import CHUNKED, F_S, F_T, N, V, make, run
 from .oracle import relative_error
@@ -58,17 +57,18 @@ def test_no_gradient_work_without_gradients():
 def test_flops_are_counted_as_they_are_spent(needed):
     """The operator is counted by its formula, and here is what the products inside it come to."""
     given = make("cpu")
-    kd = KDOptions(V, True, True, torch.float32, Objective())
+    kd = KDOptions(V, True, True, torch.float32)
     options = linear.LinearOptions(kd, needed, torch.float32, torch.float32, None, CHUNKED)
-    weights = torch.ones(N, dtype=torch.float64)
+    weights = torch.ones(3, N, dtype=torch.float64)
     heads = [t.detach() for t in (given.hidden, given.weight, given.bias, *given[2:4], given.bias)]
     with FlopCounterMode(display=False) as formula:
-        linear_row_losses(*heads, given.labels, weights, weights, options=options)
+        linear_losses(*heads, given.labels, weights, torch.ones(N), options=options)
     gradients = [linear.Gradients(linear.Head(*heads[i : i + 3]), needed[i : i + 3], torch.float32, V) for i in (0, 3)]
+    student, teacher = linear.Head(*heads[:3]), linear.Head(*heads[3:])
     with FlopCounterMode(display=False) as spent:
         linear.sweep(
-            linear.Head(*heads[:3]), linear.Head(*heads[3:]), given.labels, Weights(weights, weights), options,
-            gradients if any(needed) else [],
+            student, teacher, given.labels, weights, options, gradients if any(needed) else [],
+            new_statistics(weights, kd), None, linear.planned_chunk(student, teacher, options),
         )  # fmt: skip
     assert formula.get_total_flops() == spent.get_total_flops()
 

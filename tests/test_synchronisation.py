@@ -3,7 +3,7 @@
 Fake tensors have no values, so reading a value raises.  The operators run down to their kernels, which are stubs here.
 """
 
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -13,19 +13,16 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.gpu.graphs import captured
-from fused_kd import functional, kd_loss, linear_kd_loss
-from fused_kd import operators as ops
+from fused_kd import functional, kd_loss, linear_kd_loss, sweep
 from fused_kd.autograd import (
     KDLossFunction,
-    LinearKDLossFunction,
-    LinearKDRowLossesFunction,
     SinglePassFunction,
 )
-from fused_kd.divergences import Divergence
+from fused_kd.heads import sweep as sweep_of_heads
 from fused_kd.launch import SinglePass
 from fused_kd.launching import ONE, TWO
 from fused_kd.testing import launching
-from fused_kd.testing.launches import Float32Products, opened_operators
+from fused_kd.testing.launches import Float32Products, Launches, counted_kernels, opened_operators
 
 N, V, H_S, H_T = 40, 137, 8, 12
 CHUNKED = 16 * 2 * 192 * 4
@@ -87,20 +84,20 @@ class CopiesBetweenDevices(TorchDispatchMode):
 
 
 @pytest.fixture
-def fake_device(monkeypatch):
-    """Kernels of three splits, which the operator merges; and operators that fake tensors do not keep outside."""
+def kernels():
+    """The launches of kernels: `kernels.kernels` keeps the counts."""
+    return Launches()
 
-    def row_statistics(student, teacher, counted, dtype, *arguments):
-        return counted.new_empty(3, 6, counted.numel(), dtype=dtype)
 
-    def statistics_and_gradient(student, teacher, labels, ce_weight, *arguments):
-        return ce_weight.new_empty(6, ce_weight.numel(), dtype=torch.float32)
-
-    nothing = dict.fromkeys(("logit_gradient", "scale_"), lambda *arguments: None)
-    stub = SimpleNamespace(row_statistics=row_statistics, statistics_and_gradient=statistics_and_gradient, **nothing)
-    monkeypatch.setattr(ops, "_backend", lambda *arguments: stub)
-    monkeypatch.setattr(ops, "_device_of", lambda tensor: nullcontext())
-    with launching(device="H100"), opened_operators(), FakeTensorMode(), Float32Products(), WithoutCuda():
+@pytest.fixture
+def fake_device(monkeypatch, kernels):
+    """Kernels that are counted, and operators that fake tensors do not keep outside."""
+    for module in (sweep, sweep_of_heads):
+        monkeypatch.setattr(module, "device_of", lambda tensor: nullcontext())
+    on_a_gpu = launching(device="H100"), opened_operators(), counted_kernels(kernels)
+    with ExitStack() as contexts:
+        for context in (*on_a_gpu, FakeTensorMode(), Float32Products(), WithoutCuda()):
+            contexts.enter_context(context)
         yield torch.device("cuda", 0)
 
 
@@ -146,7 +143,7 @@ def apply_by_hand(function, teacher_grad, found):
 @pytest.mark.parametrize(("teacher_grad", "in_one_launch"), [(False, False), (False, True), (True, False)])
 @torch.no_grad()
 def test_nothing_reads_a_value_or_moves_between_devices(
-    fake_device, dtype, reduction, teacher_grad, in_one_launch, monkeypatch
+    fake_device, kernels, dtype, reduction, teacher_grad, in_one_launch, monkeypatch
 ):
     gradients = []
     along = in_one_launch and reduction != "none"
@@ -154,10 +151,9 @@ def test_nothing_reads_a_value_or_moves_between_devices(
         SinglePass(1, 4, 32, 8, 0, V, 1) if along else None
     )  # fake tensors that are not recorded require no gradient
     monkeypatch.setattr(functional, "_single_pass", lambda *arguments: launch)
-    for function in (
-        KDLossFunction, SinglePassFunction, LinearKDLossFunction, LinearKDRowLossesFunction,
-    ):  # fmt: skip
-        monkeypatch.setattr(function, "apply", apply_by_hand(function, teacher_grad, gradients))
+    monkeypatch.setattr(
+        functional, "apply", lambda function, *inputs: apply_by_hand(function, teacher_grad, gradients)(*inputs)
+    )
     given = inputs(fake_device, dtype)
     options = {
         "token_weights": given.row, "alpha": given.row, "reduction": reduction, "return_parts": True,
@@ -171,7 +167,10 @@ def test_nothing_reads_a_value_or_moves_between_devices(
             linear_kd_loss(*given.heads, given.labels, logits_dtype=logits_dtype, **options)
     assert copies.found == []
     assert {"mm", "addmm"} <= copies.seen  # the heads
-    assert "amax" in copies.seen or in_one_launch  # the merge of splits
+    launched = {"row_weights_kernel", "row_losses_kernel"}
+    launched |= {"whole_kernel", "scale_kernel"} if along else {"row_statistics_kernel", "logit_gradient_kernel"}
+    assert launched <= kernels.kernels.keys()
+    assert "log" in copies.seen  # the gradients of the weights
     for found, wanted in zip(
         gradients, [[True, teacher_grad]] * 2 + [[True] * 3 + [teacher_grad] * 2] * 2, strict=True
     ):
@@ -184,11 +183,17 @@ def test_nothing_reads_a_value_or_moves_between_devices(
 def test_a_mistake_would_be_seen(fake_device, mistake, monkeypatch):
     given = inputs(fake_device, torch.float32)
     wrong = {
-        "read": lambda _, statistics, T: statistics[0] * statistics.sum().item(),
-        "copy to the host": lambda _, statistics, T: statistics[0].cpu().to(statistics.device),
-        "constant from the host": lambda _, statistics, T: statistics[0] * torch.ones(N).to(statistics.device),
+        "read": lambda statistics: statistics[0] * statistics.sum().item(),
+        "copy to the host": lambda statistics: statistics[0].cpu().to(statistics.device),
+        "constant from the host": lambda statistics: statistics[0] * torch.ones(N).to(statistics.device),
     }[mistake]
-    monkeypatch.setattr(Divergence, "value", wrong)
+    row_losses = sweep.row_losses
+
+    def mistaken(*arguments):
+        losses = row_losses(*arguments)
+        return losses._replace(loss=losses.loss * wrong(losses.statistics))
+
+    monkeypatch.setattr(sweep, "row_losses", mistaken)
     with CopiesBetweenDevices() as copies:
         if mistake == "read":
             with pytest.raises(Exception, match="_local_scalar_dense"):

@@ -259,7 +259,7 @@ def test_memory_is_what_the_plan_says(dtype, chunk):
         256, 8000, H_S, H_T, dtype=dtype, teacher_hidden_grad=True, teacher_weight_grad=True, workspace_bytes=bound
     )
     measured = peak_bytes(step, torch.device("cpu"))
-    assert 0.95 * plan.peak_bytes <= measured <= 1.1 * plan.peak_bytes + 700_000  # 4 blocks of 128 KB, 256 rows' values
+    assert 0.95 * plan.peak_bytes <= measured <= 1.1 * plan.peak_bytes + 831_000  # 5 blocks of 128 KB, 256 rows' values
 
 
 def test_the_plan_of_one_chunk_keeps_the_logits_that_become_gradients():
@@ -267,8 +267,9 @@ def test_the_plan_of_one_chunk_keeps_the_logits_that_become_gradients():
     options = {"hidden_grad": False, "dtype": torch.float32, "workspace_bytes": 10**9}
     alone, both = (plan_chunks(16, 8192, 64, 32, teacher_hidden_grad=learns, **options) for learns in (False, True))
     weight, teacher_logits = 8192 * 64 * 4, alone.buffers["teacher logits"]
-    assert alone.peak_bytes == alone.workspace_bytes + weight - teacher_logits
-    assert both.peak_bytes == both.workspace_bytes + weight + 16 * 32 * 4
+    copy = 16 * 64 * 4  # the student's hidden states that count; the teacher's lie in the memory of their gradient
+    assert alone.peak_bytes == alone.workspace_bytes + weight + copy - teacher_logits
+    assert both.peak_bytes == both.workspace_bytes + weight + copy + 16 * 32 * 4
 
 
 def test_mutual_distillation_is_two_losses_at_once():

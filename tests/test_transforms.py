@@ -8,6 +8,7 @@ import torch
 from fused_kd import kd_loss, linear_kd_loss
 from fused_kd import operators as ops
 from fused_kd.divergences import Objective
+from fused_kd.sweep import KDOptions
 
 B, N, V, H_S, H_T = 3, 4, 50, 8, 6
 
@@ -125,24 +126,26 @@ def test_the_second_derivative_of_a_gradient_of_alpha_is_refused():
 
 
 def test_an_operator_by_itself_refuses_to_be_differentiated():
-    student = torch.randn(1, 4, V, requires_grad=True)
-    counted, maps = torch.ones(4, dtype=torch.bool), [1.0, torch.inf] * 2
-    statistics = torch.ops.fused_kd.row_statistics(student, None, counted, torch.float32, True, 1.0, "forward_kl", maps)
-    with pytest.raises(NotImplementedError, match="an operator by itself"):
-        statistics.sum().backward()
+    student, weights = torch.randn(1, 4, V, requires_grad=True), torch.ones(3, 4, dtype=torch.float64)
+    labels, options = LABELS[0], ops.packed(KDOptions(V, True, False, torch.float32))
+    loss, *_, statistics = torch.ops.fused_kd.losses(student, None, labels, weights, *options)
+    for result in (loss, statistics.sum()):
+        with pytest.raises(NotImplementedError, match="an operator by itself"):
+            result.backward()
 
 
 def test_vmap_of_an_operator_over_its_last_dimension():
     """The losses bring the samples to the front before they call it."""
-    student, counted = torch.randn(1, 4, V, B), torch.rand(4, B) > 0.3
+    student, weights = torch.randn(1, 4, V, B), (torch.rand(4, B) > 0.3).double().expand(3, 4, B)
 
-    def statistics(student, counted):
-        last = ops.packed(Objective(temperature=2.0))
-        return ops.row_statistics(student, None, counted, torch.float32, True, *last)
+    def losses(student, weights):
+        options = KDOptions(V, True, False, torch.float32, reduce=False, objective=Objective(temperature=2.0))
+        return ops.losses(student, None, LABELS[0], weights, *ops.packed(options))
 
-    batched = torch.func.vmap(statistics, (3, 1))(student, counted)
+    batched = torch.func.vmap(losses, (3, 2))(student, weights)
     for i in range(B):
-        assert torch.equal(batched[i], statistics(student[..., i], counted[:, i]))
+        for many, single in zip(batched, losses(student[..., i], weights[..., i]), strict=True):
+            assert torch.equal(many[i], single)
 
 
 @both

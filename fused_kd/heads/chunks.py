@@ -21,8 +21,10 @@ ROW_MULTIPLE = 64  # the elements from one row to the next are a multiple of thi
 class Plan:
     """The chunks that `linear_kd_loss` cuts N tokens into, and the memory that it takes beyond its inputs.
 
-    The plan leaves out a few hundred bytes per token, and on a CPU the operators' own buffers of 12 MB.  With
-    `retain_graph=True` the gradients take twice the memory, since backward then keeps those that it multiplies.
+    The plan leaves out a few hundred bytes per token, and on a CPU the operators' own buffers: 2.6 MB per thread, or ten
+    rows of float32 logits if these are more.  It is a GPU's: a CPU leaves out the rows that do not count, and copies hidden
+    states only if autocast changes their dtype.  With `retain_graph=True` the gradients take twice the memory, since
+    backward then keeps those that it multiplies.
 
     Attributes:
         chunk_rows: tokens per chunk.
@@ -101,13 +103,14 @@ def plan_chunks(
     for side in sides:
         row_bytes[f"{side.model} logits"] = row_stride(vocab_size) * (logits_dtype or side.products).itemsize
         if side.any_grad and logits_dtype not in (None, side.products):
-            row_bytes[f"{side.model} logits' gradient, rounded"] = vocab_size * side.products.itemsize
+            row_bytes[f"{side.model} logits' gradient, rounded"] = row_stride(vocab_size) * side.products.itemsize
     sum_bytes = [side.weight_grad * vocab_size * side.hidden_size * max(4, side.products.itemsize) for side in sides]
     chunk_rows = _chunk_rows(rows, vocab_size, sum(row_bytes.values()), sum(sum_bytes), workspace_bytes)
     workspace = {name: chunk_rows * size for name, size in row_bytes.items()}
 
     casts = [side.hidden_size * side.products.itemsize for side in sides if side.products != side.weight_dtype]
-    weights = {"weights in the autocast dtype": vocab_size * sum(casts)}
+    copies = [rows * side.hidden_size * side.products.itemsize for side in sides if side.copies_hidden]
+    operands = {"weights in the autocast dtype": vocab_size * sum(casts), "hidden states that count": sum(copies)}
     sums: dict[str, int] = {}
     gradients: dict[str, int] = {}
     for side, size in zip(sides, sum_bytes, strict=True):
@@ -119,15 +122,15 @@ def plan_chunks(
             f"{side.prefix}bias gradient": side.bias_grad * vocab_size * itemsize,
         }
     hidden = sum(size for name, size in gradients.items() if name.endswith("hidden gradient"))
-    forward = sum((*workspace.values(), *weights.values(), *sum_bytes, hidden))
+    forward = sum((*workspace.values(), *operands.values(), *sum_bytes, hidden))
     if rows <= chunk_rows and not sides[-1].any_grad:  # a single chunk frees the teacher's logits before it multiplies
-        after = sum_bytes[0] + workspace.get("student logits' gradient, rounded", 0)
+        after = sum_bytes[0] + bias_grad * workspace.get("student logits' gradient, rounded", 0)
         forward -= min(after, workspace.get("teacher logits", 0))
     backward = sum((*sums.values(), *gradients.values()))
     return Plan(
         chunk_rows,
         -(-rows // chunk_rows),
-        {name: size for name, size in (workspace | weights | sums | gradients).items() if size},
+        {name: size for name, size in (workspace | operands | sums | gradients).items() if size},
         sum(workspace.values()),
         max(forward, backward),
     )
@@ -153,6 +156,15 @@ class _Side(NamedTuple):
     @property
     def any_grad(self) -> bool:
         return self.hidden_grad or self.weight_grad or self.bias_grad
+
+    @property
+    def copies_hidden(self) -> bool:
+        """Return whether the copy of the hidden states has memory of its own.
+
+        The product that makes the weight's gradient takes a copy with zeros for the rows that do not count.  It lies in the
+        memory of the hidden states' gradient, if there is one in the dtype of the products.
+        """
+        return self.weight_grad and not (self.hidden_grad and self.dtype == self.products)
 
 
 def _chunk_rows(

@@ -1,4 +1,4 @@
-"""The operator `fused_kd::linear_row_losses`: the sweep over chunks of hidden states as one node of a graph.
+"""The operator `fused_kd::linear_losses`: the sweep over chunks of hidden states as one node of a graph.
 
 It is opaque to `torch.compile`, `torch.export`, fake tensors and flop counters: they see its arguments, its results and
 its cost, as they do of a matrix product.
@@ -12,43 +12,43 @@ import torch
 from torch import Tensor
 
 from .. import operators
-from ..sweep import KD_SCHEMA, KDOptions, Weights
-from .sweep import Gradients, Head, LinearOptions, gradient_unit, sweep
+from ..operators import KD_ARGUMENTS, KD_SCHEMA
+from ..sweep import new_counters, new_statistics, row_losses
+from .sweep import Gradients, Head, LinearOptions, has_unit, planned_chunk, sweep, unit_weights
 
 # The schema has the tensors first, then the fields of KDOptions and of LinearOptions, in their order.
-LINEAR_ROW_LOSSES = operators.define(
-    "linear_row_losses",
+LINEAR_LOSSES = operators.define(
+    "linear_losses",
     "(Tensor student_hidden, Tensor student_weight, Tensor? student_bias, Tensor? teacher_hidden, Tensor? teacher_weight, "
-    f"Tensor? teacher_bias, Tensor? labels, Tensor ce_weight, Tensor divergence_weight, {KD_SCHEMA}, bool[] needed, "
+    f"Tensor? teacher_bias, Tensor? labels, Tensor weights, Tensor? upstream, {KD_SCHEMA}, bool[] needed, "
     "ScalarType dtype, ScalarType teacher_dtype, ScalarType? logits_dtype, int? workspace_bytes) "
     # The number of results is fixed, since a list has no fallback under `is_grads_batched`.  A gradient that is not needed
     # is an empty tensor.
-    f"-> ({', '.join(['Tensor'] * 9)})",
+    f"-> ({', '.join(['Tensor'] * 11)})",
 )
-_operator = operators.operator(LINEAR_ROW_LOSSES)
-KD_ARGUMENTS = len(KD_SCHEMA.split(", "))  # the objective is three of them
+_operator = operators.packet(LINEAR_LOSSES)
 
 
-def linear_row_losses(
-    *tensors: Tensor | None,  # the six of the heads; labels [N] or None; the two weights of each row, [N] float64
+def linear_losses(
+    *tensors: Tensor | None,  # the six of the heads; labels [N] or None; weights [3, N]; upstream [N] or None
     options: LinearOptions,
-) -> list[Tensor]:
-    """Return CE and divergence, `[N]` float64; a scalar unit; and the needed gradients, divided by the unit.
+) -> tuple[Tensor, ...]:
+    """Return the fields of `Losses`; a scalar unit, or an empty tensor; and the needed gradients, divided by the unit.
 
-    The gradients are those of sum_i (w_ce CE + w_d D).  `gradient_unit` says why there is a unit.
+    The gradients are those of sum_i (w_ce CE + w_d D), times the upstream gradient of each row if that is given.
+    `unit_weights` says why there is a unit.
     """
     if not torch.compiler.is_compiling():
         _register_flops()
-    (*kd, objective), *rest = options
-    ce, divergence, unit, *gradients = _operator(*tensors, *kd, *operators.packed(objective), *rest)
-    return [ce, divergence, unit, *(gradient for gradient, need in zip(gradients, options.needed, strict=True) if need)]
+    kd, *rest = options
+    *found, unit, a, b, c, d, e, f = _operator(*tensors, *operators.packed(kd), *rest)
+    gradients = (gradient for gradient, need in zip((a, b, c, d, e, f), options.needed, strict=True) if need)
+    return *found, unit, *gradients
 
 
 def _options(arguments: Sequence[Any]) -> LinearOptions:
     """Return the options from the arguments that follow the tensors in the schema."""
-    *kd, temperature, divergence, numbers = arguments[:KD_ARGUMENTS]
-    objective = operators.unpacked(temperature, divergence, numbers)
-    return LinearOptions(KDOptions._make([*kd, objective]), *arguments[KD_ARGUMENTS:])
+    return LinearOptions(operators.unpacked(*arguments[:KD_ARGUMENTS]), *arguments[KD_ARGUMENTS:])
 
 
 def _new_gradients(heads: Sequence[Tensor | None], options: LinearOptions) -> list[Gradients]:
@@ -60,35 +60,41 @@ def _new_gradients(heads: Sequence[Tensor | None], options: LinearOptions) -> li
     ]
 
 
-@operators.implements(LINEAR_ROW_LOSSES)
-def _linear_row_losses(*arguments) -> tuple[Tensor, ...]:  # type: ignore[no-untyped-def]
-    heads, (labels, *row_weights), options = arguments[:6], arguments[6:9], _options(arguments[9:])
+@operators.implements(LINEAR_LOSSES)
+def _linear_losses(*arguments) -> tuple[Tensor, ...]:  # type: ignore[no-untyped-def]
+    heads, (labels, weights, upstream), options = arguments[:6], arguments[6:9], _options(arguments[9:])
     student, teacher = Head(*heads[:3]), None if heads[3] is None else Head(*heads[3:])
-    weights, gradients = Weights(*row_weights), _new_gradients(heads, options)
-    unit = weights.ce.new_ones(())
+    N, chunk_rows = weights.shape[1], planned_chunk(student, teacher, options)
+    statistics, counters = (
+        new_statistics(weights, options.kd),
+        new_counters(student.hidden, N + -(-N // chunk_rows) + 1),
+    )
+    gradients = _new_gradients(heads, options)
+    scaled, unit = weights, weights.new_empty(0)
     if gradients:
-        unit = gradient_unit(weights, options.kd)
-        weights = Weights(weights.ce / unit, weights.divergence / unit)
-    ce, divergence = sweep(student, teacher, labels, weights, options, gradients)
+        scaled, unit = unit_weights(weights, upstream, options)
+    sweep(student, teacher, labels, scaled, options, gradients, statistics, counters, chunk_rows)
+    losses = row_losses(statistics, weights, counters, options.kd, labels is not None, teacher is not None)
     found = iter([tensor for head_gradients in gradients for tensor in head_gradients])
-    return ce, divergence, unit, *(next(found) if need else ce.new_empty(0) for need in options.needed)
+    return *losses, unit, *(next(found) if need else weights.new_empty(0) for need in options.needed)
 
 
-@operators.fakes(LINEAR_ROW_LOSSES)
+@operators.fakes(LINEAR_LOSSES)
 def _(*arguments):  # type: ignore[no-untyped-def]
-    heads, (_, ce_weight, divergence_weight), options = arguments[:6], arguments[6:9], _options(arguments[9:])
+    heads, (labels, weights, _), options = arguments[:6], arguments[6:9], _options(arguments[9:])
     gradients = [
         torch.empty_like(
             tensor, dtype=tensor.dtype if i % 3 == 0 else options.kd.dtype, memory_format=torch.contiguous_format
         )
         if options.needed[i]
-        else ce_weight.new_empty(0)
+        else weights.new_empty(0)
         for i, tensor in enumerate(heads)
     ]
-    return torch.empty_like(ce_weight), torch.empty_like(divergence_weight), ce_weight.new_empty(()), *gradients
+    unit = weights.new_empty(() if has_unit(options) else 0)
+    return *operators.new_losses(heads[3], labels, weights, options.kd), unit, *gradients
 
 
-operators.register_transforms(LINEAR_ROW_LOSSES)
+operators.register_transforms(LINEAR_LOSSES)
 
 
 def _register_flops() -> None:

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 from ..divergences import DIVERGENCES
-from ..rows import NEGLIGIBLE
-from ..sweep import Buffers, KDOptions, Logits, Weights, chosen_launch
+from ..rows import CE, NEGLIGIBLE, readable
+from ..sweep import Buffers, KDOptions, Logits, backend_of, chosen_launch, device_of
 from ..sweep import sweep as sweep_logits
 from .chunks import plan_chunks, row_stride
 from .products import accumulate, project
 
-__all__ = ["Gradients", "Head", "LinearOptions", "gradient_unit", "planned_chunk", "sweep"]
+__all__ = ["Gradients", "Head", "LinearOptions", "has_unit", "planned_chunk", "sweep", "unit_weights"]
 
 
 class Head(NamedTuple):
@@ -59,40 +59,59 @@ class Gradients:
     """
 
     def __init__(self, head: Head, needed: Sequence[bool], dtype: torch.dtype, vocab_size: int) -> None:
-        hidden, self._need_weight, bias = needed
+        hidden, self.need_weight, self.need_bias = needed
         self.hidden = torch.empty_like(head.hidden, memory_format=torch.contiguous_format) if hidden else None  # [N, H]
         self.weight: Tensor | None = None  # [V', H]; allocated when the first chunk is added
-        self.bias = head.weight.new_zeros(head.weight.shape[0], dtype=dtype) if bias else None  # [V']
-        if self._need_weight and not head.hidden.shape[0]:
+        self.bias = head.weight.new_zeros(head.weight.shape[0], dtype=dtype) if self.need_bias else None  # [V']
+        if self.need_weight and not head.hidden.shape[0]:
             self.weight = torch.zeros_like(head.weight, dtype=dtype)
         self._like, self._dtype, self._vocab_size = head.weight, dtype, vocab_size
+        self._counted = head.hidden  # [N, H], the operand of the weight's gradient
+
+    def prepare(
+        self,
+        head: Head,  # in the dtype of the products
+        weights: Tensor,  # [3, N]
+    ) -> None:
+        """Copy the hidden states, with zeros for the rows that do not count, for the gradient of the head's weight.
+
+        Such a row may hold anything, and 0 times NaN would be NaN.  The copy lies in the memory of the hidden states'
+        gradient, if that has the dtype of the products: a chunk's gradient is written after the last use of its copy.
+        """
+        every_row_counts = readable(weights) and bool((weights[CE:].abs().amax(0) > NEGLIGIBLE).all())
+        if not self.need_weight or (every_row_counts and head.hidden.dtype == head.weight.dtype):
+            return
+        if self.hidden is not None and self.hidden.dtype == head.weight.dtype:
+            self._counted = self.hidden
+        else:
+            self._counted = torch.empty_like(head.hidden, dtype=head.weight.dtype)
+        with device_of(weights):
+            backend_of(weights, torch.float32).copy_counted(head.hidden, weights, self._counted)
 
     def add(
         self,
         rows: slice,
-        logit_gradient: Tensor,  # [C, V], in the dtype of the logits
+        logit_gradient: Tensor,  # [C, V], in the dtype of the logits or of the products
         head: Head,  # in the dtype of the products
-        counted: Tensor,  # [C], bool: whether each row counts
     ) -> None:
         """Add the gradients of one chunk."""
         V = self._vocab_size
         if self.bias is not None:
             self.bias[:V] += logit_gradient.sum(0, dtype=self.bias.dtype)
         logit_gradient = logit_gradient.to(head.weight.dtype)
+        if self.need_weight:
+            first = self.weight is None
+            if self.weight is None:
+                self.weight = torch.empty(self._like.shape, dtype=self._dtype, device=self._like.device)
+                if self._like.shape[0] > V:
+                    self.weight[V:].zero_()
+            accumulate(self.weight[:V], logit_gradient, self._counted[rows], first=first)
         if self.hidden is not None:
             out = self.hidden[rows]
             if out.dtype == logit_gradient.dtype:
                 torch.mm(logit_gradient, head.weight, out=out)
             else:
                 out.copy_(torch.mm(logit_gradient, head.weight))
-        if self._need_weight:
-            first = self.weight is None
-            if self.weight is None:
-                self.weight = torch.empty(self._like.shape, dtype=self._dtype, device=self._like.device)
-                self.weight[V:].zero_()
-            # A row that does not count may hold anything, and 0 times NaN is NaN.
-            hidden = head.hidden[rows].to(logit_gradient.dtype).masked_fill(~counted[:, None], 0.0)
-            accumulate(self.weight[:V], logit_gradient, hidden, first=first)
 
     def __iter__(self) -> Iterator[Tensor]:
         yield from (tensor for tensor in (self.hidden, self.weight, self.bias) if tensor is not None)
@@ -113,43 +132,54 @@ def sweep(
     student: Head,
     teacher: Head | None,  # None: no divergence
     labels: Tensor | None,  # [N]; None: no CE
-    weights: Weights,  # a row with both weights 0 adds nothing, whatever it holds
+    weights: Tensor,  # [3, N]; a row whose weights of CE and divergence are 0 adds nothing, whatever it holds
     options: LinearOptions,
     gradients: Sequence[Gradients],  # accumulate those of sum_i (w_ce CE + w_d D): the student's, or both models'
-) -> tuple[Tensor, Tensor]:  # CE and divergence, [N] float64
-    """Return the values of all rows and add up the gradients, one chunk after another in the same buffers."""
-    N, V = weights.ce.numel(), options.kd.vocab_size
-    chunk_rows = planned_chunk(student, teacher, options)
-    ce, divergence = torch.zeros_like(weights.ce), torch.zeros_like(weights.divergence)
+    statistics: Tensor,  # [7, N], written
+    counters: Tensor | None,  # zeros, with a line for each row and for each chunk
+    chunk_rows: int,
+) -> None:
+    """Write the statistics of all rows and add up the gradients, one chunk after another in the same buffers."""
+    N, V = weights.shape[1], options.kd.vocab_size
     with torch.autocast(student.hidden.device.type, enabled=False):  # the options hold the dtypes of the products
-        student = student.cast(options.dtype, V)
-        student_logits = student.logits_buffer(chunk_rows, options.logits_dtype)
-        teacher_logits = None
+        heads = [student.cast(options.dtype, V)]
         if teacher is not None:
-            teacher = teacher.cast(options.teacher_dtype, V)
-            teacher_logits = teacher.logits_buffer(chunk_rows, options.logits_dtype)
-        for first in range(0, N, chunk_rows):
+            heads.append(teacher.cast(options.teacher_dtype, V))
+        for sums, head in zip(gradients, heads, strict=False):
+            sums.prepare(head, weights)
+        memory: list[Tensor | None] = [head.logits_buffer(chunk_rows, options.logits_dtype) for head in heads]
+        rounded = [_rounded(*pair, chunk_rows, options.logits_dtype) for pair in zip(heads, gradients, strict=False)]
+        for chunk, first in enumerate(range(0, N, chunk_rows)):
             rows = slice(first, first + chunk_rows)
-            z = student.logits(rows, student_logits)
-            y = None if teacher is None or teacher_logits is None else teacher.logits(rows, teacher_logits)
+            found = [head.logits(rows, out) for head, out in zip(heads, memory, strict=True)]  # type: ignore[arg-type]
+            z, y = found if len(found) > 1 else (found[0], None)
             logits = Logits(z, y, None if labels is None else labels[rows])
-            chunk_weights = Weights(weights.ce[rows], weights.divergence[rows])
             buffers = launch = None
-            if gradients:  # they overwrite the logits
-                buffers = Buffers(z, y if len(gradients) > 1 else None)
-                launch = chosen_launch(logits, options.kd, in_place=True) if len(gradients) == 1 else None
-            found = sweep_logits(logits, chunk_weights, options.kd, buffers, launch)
-            ce[rows], divergence[rows] = found.ce, found.divergence
+            if gradients:
+                # They overwrite the logits, unless these are float32 and the products are not.
+                own = [x if out is None else out[None, : x.shape[1]] for x, out in zip(found, rounded, strict=False)]
+                buffers = Buffers(*own)
+                launch = chosen_launch(logits, options.kd, in_place=own[0] is z) if len(own) == 1 else None
+            own_counters = None if counters is None else counters[first + chunk : rows.stop + chunk + 1]
+            sweep_logits(logits, weights[:, rows], options.kd, statistics[:, rows], own_counters, buffers, launch)
             if buffers is None:
                 continue
-            if rows.stop >= N and buffers.teacher is None:
+            if rows.stop >= N and len(gradients) == 1:
                 # In the last chunk: if it is the only one, the weight gradient is allocated next, and this makes room.
-                y = logits = teacher_logits = None  # type: ignore[assignment]
-            counted = torch.hypot(*chunk_weights) > NEGLIGIBLE
-            for sums, gradient, head in zip(gradients, buffers, (student, teacher), strict=False):
-                if gradient is not None and head is not None:
-                    sums.add(rows, gradient[0], head, counted)
-    return ce, divergence
+                y = logits = None  # type: ignore[assignment]
+                del found[1:], memory[1:]
+            for sums, gradient, head in zip(gradients, own, heads, strict=False):
+                sums.add(rows, gradient[0], head)
+
+
+def _rounded(head: Head, gradients: Gradients, rows: int, logits_dtype: torch.dtype | None) -> Tensor | None:  # [C, V]
+    """Return memory for the gradient of float32 logits, which the sweep rounds to the dtype of the products.
+
+    It is None if the gradient overwrites the logits.  A bias adds up gradients that are not rounded.
+    """
+    if logits_dtype in (None, head.weight.dtype) or gradients.need_bias:
+        return None
+    return head.logits_buffer(rows, None)
 
 
 def planned_chunk(student: Head, teacher: Head | None, options: LinearOptions) -> int:
@@ -168,20 +198,27 @@ def planned_chunk(student: Head, teacher: Head | None, options: LinearOptions) -
     ).chunk_rows  # fmt: skip
 
 
-# The largest gradient of a logit, in units.  Its sum over a vocabulary against head weights up to 127 still fits float16.
-LARGEST_GRADIENT = 2**8
+def has_unit(options: LinearOptions) -> bool:
+    """Return whether the gradients in the forward pass are divided by a unit: in float16 only."""
+    return any(options.needed) and torch.float16 in (options.dtype, options.teacher_dtype)
 
 
-def gradient_unit(weights: Weights, options: KDOptions) -> Tensor:
-    """Return the unit of the gradients in the forward pass: a power of two, a scalar on the device.
+def unit_weights(
+    weights: Tensor,  # [3, N]
+    upstream: Tensor | None,  # [N]; None: 1
+    options: LinearOptions,
+) -> tuple[Tensor, Tensor]:
+    """Return the weights times the upstream gradients over the unit, and the unit: a scalar, or an empty tensor for 1.
 
-    In this unit the largest possible gradient of a logit is from 2^8 to 2^9.  The forward pass takes the gradients of a
-    mean over thousands of rows: about 1e-9 where a probability is 1e-6, which float16 cannot hold.  A loss scale comes with
-    the upstream gradient, too late.  Division by a power of two is exact.
+    The unit is a power of two.  In this unit the largest possible gradient of a logit is from 2^8 to 2^9.  The forward pass
+    takes the gradients of a mean over thousands of rows: about 1e-9 where a probability is 1e-6, which float16 cannot hold.
+    A loss scale comes with the upstream gradient, too late.  Division by a power of two is exact.
     """
-    objective = options.objective
+    if not has_unit(options):
+        return weights if upstream is None else weights * upstream, weights.new_empty(0)
+    objective = options.kd.objective
     scale = max(objective.student_map.scale, objective.teacher_map.scale)
-    slope = DIVERGENCES[objective.divergence].largest_slope
-    largest = scale * (weights.ce.abs() + slope * weights.divergence.abs() / objective.temperature)
-    largest = torch.cat([largest.nan_to_num(0.0, 0.0), largest.new_zeros(1)]).amax()  # 0 if there are no rows
-    return torch.where(largest > NEGLIGIBLE, torch.exp2(largest.log2().floor()) / LARGEST_GRADIENT, 1.0)
+    slope = DIVERGENCES[objective.divergence].largest_slope / objective.temperature
+    with device_of(weights):
+        scaled, unit = backend_of(weights, options.kd.dtype).unit_weights(weights, upstream, scale, scale * slope)
+    return scaled, unit

@@ -2,16 +2,20 @@
 
 from contextlib import AbstractContextManager
 
-from .. import scaling
-from ..backends import cpu
+import torch
+
+from ..backends import cpu, cpu_blocks
 from ..heads import products
 from .replacing import replaced
 
 
 def blocks_of(elements: int, *, gathered: int | None = None) -> AbstractContextManager[None]:
     """Work in blocks of `elements` elements, and gather blocks of `gathered` elements."""
-    sizes = [(cpu, "BLOCK_ELEMENTS"), (products, "SLAB_ELEMENTS"), (scaling, "BLOCK_ELEMENTS")]
-    replacements = [(module, name, elements) for module, name in sizes]
+    replacements = [
+        (cpu_blocks, "BLOCK_ELEMENTS", max(1, elements // torch.get_num_threads())),  # per thread
+        (products, "SLAB_ELEMENTS", elements),
+        (cpu, "SCALED_ELEMENTS", elements),
+    ]
     if gathered is not None:
-        replacements.append((cpu, "GATHERED_ELEMENTS", gathered))
+        replacements.append((cpu_blocks, "GATHERED_ELEMENTS", gathered))
     return replaced(replacements)

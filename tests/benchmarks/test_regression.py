@@ -15,9 +15,7 @@ from benchmarks.gate import compiled, memory, steps, times  # noqa: E402
 from benchmarks.gate.comparison import BETTER, GONE, NEW, OK, WORSE, compare  # noqa: E402
 from benchmarks.gate.figures import KINDS  # noqa: E402
 from benchmarks.gate.record import FILE, Record  # noqa: E402
-from fused_kd import kd_loss  # noqa: E402
-from fused_kd import operators as ops  # noqa: E402
-from fused_kd.divergences import Divergence  # noqa: E402
+from fused_kd import kd_loss, sweep  # noqa: E402
 from fused_kd.heads import sweep as linear  # noqa: E402
 from fused_kd.testing.launches import fake_gpu  # noqa: E402
 
@@ -37,6 +35,9 @@ from fused_kd.testing.launches import fake_gpu  # noqa: E402
         ("spill", 0, 4, WORSE),
         ("other launches", 64, 65, WORSE),
         ("other launches", 64, 63, BETTER),
+        ("operations", 7, 8, WORSE),
+        ("operations", 9, 9, WORSE),  # than the ceiling, whatever is recorded
+        ("operations per chunk", 7, 7, WORSE),
         ("live bytes", 1_000_000, 1_009_999, OK),
         ("live bytes", 1_000_000, 1_010_001, WORSE),
         ("time, fused / eager", 0.8, 1.59, OK),
@@ -86,6 +87,8 @@ def test_everything_is_recorded():
         assert set(figures) == {kind for kind, rules in KINDS.items() if rules.group == "compiled"}
         assert {len(of_kind) for of_kind in figures.values()} == {len(variants)}
         assert not any(figures["spill"].values())
+    bounded = {kind: values for kind, values in record.figures.items() if "operations" in kind}
+    assert all(value <= KINDS[kind].ceiling for kind, values in bounded.items() for value in values.values())
     assert set(record.versions) == {"python", "fused_kd", "torch", "triton", "numpy"}
 
 
@@ -109,22 +112,39 @@ def test_what_launches_and_what_does_not():
 
 def test_an_operator_more_is_seen(monkeypatch: pytest.MonkeyPatch):
     before = steps.launched(lambda: steps.from_logits(64))
-    value = Divergence.value
-    monkeypatch.setattr(Divergence, "value", lambda self, statistics, T: value(self, statistics.clone(), T))
+    _one_clone_more(monkeypatch)
     after = steps.launched(lambda: steps.from_logits(64))
-    assert before.kernels == after.kernels == {"whole_kernel": 1, "scale_kernel": 1}
+    kernels = ("row_weights_kernel", "whole_kernel", "row_losses_kernel", "scale_kernel")
+    assert before.kernels == after.kernels == dict.fromkeys(kernels, 1)
     assert after.operators - before.operators == {"clone": 1}
 
 
+def _one_clone_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    new_statistics = sweep.new_statistics
+    monkeypatch.setattr(sweep, "new_statistics", lambda *arguments: new_statistics(*arguments).clone())
+
+
+@pytest.mark.parametrize("everything", [False, True])
+def test_a_step_has_one_launch_per_stage(everything: bool):
+    """The weights of the rows, zeros for counters, sweep, losses and `scale`, however the rows are weighed."""
+    one = steps.launched(lambda: steps.from_logits(64, everything=everything))
+    assert one.kernels.total() == 4
+    assert one.operators == {"zeros": 1, steps.ENGINE: 1}
+    heads = steps.launched(lambda: steps.from_hidden_states(2, (True, True), everything=everything))
+    names = ("row_weights", "copy_counted", "row_losses")
+    assert heads.kernels == {**{f"{name}_kernel": 1 for name in names}, "whole_kernel": 2, "scale_kernel": 2}
+    assert heads.operators == {"zeros": 1, "mm": 6, "addmm": 2, steps.ENGINE: 1}
+
+
 def test_a_launch_more_in_backward_is_seen(monkeypatch: pytest.MonkeyPatch):
-    scale = ops.scale_
+    scale = sweep.scale
 
     def twice(*arguments):
         scale(*arguments)
         scale(*arguments)
 
-    monkeypatch.setattr(ops, "scale_", twice)
-    assert steps.launched(lambda: steps.from_logits(64)).kernels == {"whole_kernel": 1, "scale_kernel": 2}
+    monkeypatch.setattr(sweep, "scale", twice)
+    assert steps.launched(lambda: steps.from_logits(64)).kernels["scale_kernel"] == 2
 
 
 def test_nothing_stays_patched():
@@ -249,8 +269,7 @@ def test_launches_that_are_more_are_named(
     arguments = ["--record", str(record), "--only", "launches"]
     assert regression.main([*arguments, "--update"]) == 0
     assert regression.main(arguments) == 0
-    value = Divergence.value
-    monkeypatch.setattr(Divergence, "value", lambda self, statistics, T: value(self, statistics.clone(), T))
+    _one_clone_more(monkeypatch)
     assert regression.main(arguments) == 1
     assert "kd_loss: clone +1" in capsys.readouterr().out.splitlines()
 

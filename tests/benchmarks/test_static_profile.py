@@ -2,6 +2,8 @@
 
 import json
 import re
+import struct
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +12,10 @@ import pytest
 pytest.importorskip("triton")
 pytest.importorskip("rich")
 static_profile: Any = pytest.importorskip("benchmarks.static_profile")
-from benchmarks.compiled import amdgcn, bounds, sass, variants, workers  # noqa: E402
+from benchmarks.compiled import amdgcn, bounds, rows, sass, variants, workers  # noqa: E402
 from benchmarks.compiled.profile import OneLaunchFigures, profile, shuffles  # noqa: E402
 from fused_kd.devices import device_of_target  # noqa: E402
+from fused_kd.statistics import UNIT  # noqa: E402
 
 ONE = "row_statistics sm_90 bf16/bf16 T=4 ce+kl dense identity"
 
@@ -183,21 +186,29 @@ def test_variants_cover_every_target_and_have_names_of_their_own():
     assert {name.split()[1] for name in names} == set(variants.TARGETS)
 
 
-def _as_tritons_jit_specialises(variant: variants.Variant) -> list[tuple[Any, Any]]:
-    """Runs in a worker, where the kernels are not under the interpreter: ours beside Triton's own, of one call."""
-    import torch
+def _of_tritons_jit(kernel: Any, arguments: Iterable[Any]) -> tuple[list[tuple[str, Any]], Any]:
+    """Return what Triton's JIT looks up the compiled kernel of a call by, and the backend that reads it."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import make_backend
     from triton.runtime.jit import create_function_from_signature
 
-    dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "i64": torch.int64}
-    kernel = variants._kernel(variant.kernel)
-    call = variants.call_arguments(variant) | variants._constants(variant)
-    arguments = [call[parameter.name] for parameter in kernel.params]
-    values = [torch.empty(1, dtype=dtypes[a.dtype]) if isinstance(a, variants.Pointer) else a for a in arguments]
     backend = make_backend(GPUTarget("cuda", 90, 32))
-    _, theirs, _ = create_function_from_signature(kernel.signature, kernel.params, backend)(*values)
-    source = variants.source(variant)
+    return create_function_from_signature(kernel.signature, kernel.params, backend)(*arguments)[1], backend
+
+
+def _beside_tritons_jit(variant: variants.Variant | rows.RowVariant) -> list[tuple[Any, Any]]:
+    """Runs in a worker, where the kernels are not under the interpreter: ours beside Triton's own, of one call."""
+    if isinstance(variant, rows.RowVariant):
+        source, _ = rows.source(variant)
+        kernel, call = rows.launch_of(rows.CALLS[variant.kernel, variant.call])
+    else:
+        source, kernel = variants.source(variant), variants._kernel(variant.kernel)
+        call = variants.call_arguments(variant) | variants._constants(variant)
+    dtypes = {name: dtype for dtype, name in rows.TYPES.items()}
+    arguments = (call[parameter.name] for parameter in kernel.params)
+    theirs, backend = _of_tritons_jit(
+        kernel, (rows.some(1, dtype=dtypes[a.dtype]) if isinstance(a, variants.Pointer) else a for a in arguments)
+    )
     ours = list(source.signature.values())
     return [
         ((ours[i], source.attrs.get((i,), [])), (kind, backend.parse_attr(key) if isinstance(key, str) else []))
@@ -205,14 +216,62 @@ def _as_tritons_jit_specialises(variant: variants.Variant) -> list[tuple[Any, An
     ]
 
 
-@pytest.mark.parametrize("layout", ["dense", "odd", "transposed"])
-def test_specialisation_is_that_of_tritons_jit(layout: str):
-    variant = variants.Variant("logit_gradient", "sm_90", "bf16", "fp32", 3.0, "ce+kl", layout, "softcap")
-    (pairs,) = workers.in_workers(_as_tritons_jit_specialises, [variant], workers=1).values()
+def test_specialisation_is_that_of_tritons_jit():
+    cases = [
+        *(
+            variants.Variant("logit_gradient", "sm_90", "bf16", "fp32", 3.0, "ce+kl", layout, "softcap")
+            for layout in ("dense", "odd", "transposed")
+        ),
+        variants.Variant("row_statistics", "sm_90", "bf16", "bf16", 2.0, "ce", "padded"),
+        *(variants.Variant(kernel, "sm_90", "bf16", "bf16", 2.0, "kl", "padded") for kernel in variants.ONE_LAUNCH),
+        *rows.row_variants(["sm_90"]),
+    ]
+    found = workers.in_workers(_beside_tritons_jit, cases, workers=1)
+    for case, pairs in found.items():
+        if isinstance(pairs, ImportError):
+            pytest.skip(f"another Triton: {pairs}")
+        assert not isinstance(pairs, BaseException), f"{case.name}: {pairs!r}"
+        for ours, theirs in pairs:
+            assert ours == theirs, case.name
+
+
+def _specialised(call: Callable[[], None]) -> list[Any]:
+    """Return what Triton's JIT looks up the compiled kernel of a call by."""
+    kernel, values = rows.launch_of(call)
+    return _of_tritons_jit(kernel, (values[parameter.name] for parameter in kernel.params))[0]
+
+
+def _of_other_steps(_: None) -> list[tuple[list[Any], list[Any]]]:
+    """Runs in a worker.  Between two steps the number of rows changes, the length of the sequences, every number."""
+    import torch
+
+    some, F64, I64 = rows.some, torch.float64, torch.int64
+
+    def prologue(N: int, **given: Any) -> Callable[[], None]:
+        usual = {"labels": some(N, dtype=I64), "alpha": some(N), "rows": N}
+        return lambda: rows.row_weights(**{**usual, **given})
+
+    def logits(outer: int, inner: int, V: int, stride: int) -> Callable[[], None]:
+        return lambda: rows.scale(some(outer, inner, stride, dtype=torch.bfloat16)[..., :V])
+
+    pairs = [
+        (prologue(8192, sequence=2048, temperature=2.0), prologue(1, sequence=1, temperature=1.0)),
+        (prologue(16, num_items=16.0, alpha=0.25), prologue(17, num_items=0.5, alpha=1.0)),
+        (lambda: rows.row_losses(True, True, True, True), lambda: rows.row_losses(True, True, True, True, N=1)),
+        (lambda: rows.unit_weights(some(16)), lambda: rows.unit_weights(some(1), N=1)),
+        (lambda: rows.copy_counted(some(16, 64), F64), lambda: rows.copy_counted(some(1, 64), F64, N=1)),
+        (logits(2, 5, 999, 999), logits(8, 4096, 100_000, 100_000)),
+        (logits(2, 16, 1000, 1024), logits(1, 17, 1000, 1024)),
+    ]
+    return [(_specialised(one), _specialised(other)) for one, other in pairs]
+
+
+def test_nothing_is_compiled_again_from_step_to_step():
+    (pairs,) = workers.in_workers(_of_other_steps, [None], workers=1).values()
     if isinstance(pairs, ImportError):
         pytest.skip(f"another Triton: {pairs}")
-    for ours, theirs in pairs:
-        assert ours == theirs
+    for one, other in pairs:
+        assert one == other
 
 
 def keeps_its_bounds(variant: variants.Variant, registers: int, shuffled: int = 0) -> bool:
@@ -278,6 +337,17 @@ def test_one_variant_keeps_its_bounds(tmp_path: Path, capsys: pytest.CaptureFixt
     assert len(figures["listing"]) == figures["instructions"] * figures["pairs"]
 
 
+def test_the_kernels_of_rows_spill_nothing(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    chosen = [argument for kernel, _ in rows.CALLS for argument in ("--kernel", kernel)]
+    assert static_profile.main(["--check", "--target", "sm_90", *chosen]) == 0
+    assert f"{len(rows.CALLS)} variants keep their bounds" in capsys.readouterr().out
+    monkeypatch.setattr(
+        static_profile, "in_workers", lambda _, variants, __: {variants[0]: bounds.Resources(32, 8, 0, 64)}
+    )
+    assert static_profile.main(["--check", "--target", "sm_90", "--kernel", "scale"]) == 1
+    assert "spill is 8, must be at most 0" in capsys.readouterr().out
+
+
 def test_check_fails_when_a_bound_is_lower(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     limits = bounds.LIMITS["row_statistics"]._replace(instructions=10)
     monkeypatch.setitem(bounds.LIMITS, "row_statistics", limits)
@@ -304,6 +374,24 @@ def test_a_sum_over_threads_rounds_alike_in_all_of_them():
         assert len(shuffled) > 10
         assert len(addends) > 10
         assert not shuffled & addends, case.name
+
+
+@pytest.mark.parametrize("divergence", variants.DIVERGENCES)
+def test_a_change_of_unit_is_not_fused_into_a_sum(divergence: str):
+    """It would be in a kernel with nothing between that and the sum, and there the sum's product would be rounded.  One
+    launch would not have the statistics of two.
+    """
+    unit = f"0f{int.from_bytes(struct.pack('>f', 1 / UNIT)):08X}"
+    cases = [
+        variants.Variant(kernel, "sm_90", "bf16", "bf16", T, "ce+kl", "dense", divergence=divergence)
+        for kernel in ("row_statistics", "whole")
+        for T in (2.0, 2.5)
+    ]
+    for case, code in workers.in_workers(variants.ptx, cases, workers=1).items():
+        products = set(re.findall(r"mul\.f32\s+(%\w+),", code))
+        fused = re.findall(rf"fma\.rn\.f32\s+%\w+, %\w+, {unit}, (%\w+);", code)
+        assert unit in code
+        assert not products & set(fused), case.name
 
 
 @pytest.mark.slow

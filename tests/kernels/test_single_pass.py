@@ -10,14 +10,15 @@ import torch
 
 from fused_kd import statistics as stats
 from fused_kd.backends import triton as kernels
+from fused_kd.backends.triton.tiles import LINE
 from fused_kd.devices import DEVICES, Shape, device_of_properties
-from fused_kd.divergences import DIVERGENCES, coefficients
+from fused_kd.divergences import DIVERGENCES
 from fused_kd.launch import L2_SHARE, Launch, SinglePass, best_single_pass, resident_programs
 from fused_kd.launching import single_pass
 from fused_kd.logit_map import LogitMap
 
 from ..oracle import relative_error
-from .test_kernels import gradients_of, objective
+from .test_kernels import gradients_of, objective, some_columns, weights_of
 
 LANES, K = 32, 8
 TILE = LANES * K
@@ -46,17 +47,28 @@ def in_two_passes(student, teacher, labels, ce, kl, temperature, splits, diverge
     columns = whole_or_shared(student.shape[-1], splits).columns_per_split
     launch = Launch(LANES, K, 1, max(1, splits), columns)
     options = {"maps": maps, "launch": launch}
-    return gradients_of(kernels, student, teacher, labels, ce, kl, temperature, divergence, **options)[:2]
+    return gradients_of(student, teacher, labels, ce, kl, temperature, divergence, **options)[:2]
+
+
+def in_one_pass(
+    student, teacher, labels, ce, kl, gradient, launch, temperature, divergence=FORWARD_KL, *maps, counters=None
+):
+    """Return the statistics."""
+    statistics = some_columns(stats.COUNT, student.shape[0] * student.shape[1], torch.float32, student.device)
+    kernels.statistics_and_gradient(
+        student, teacher, labels, weights_of(ce, kl), statistics, gradient, counters, launch,
+        objective(temperature, divergence, maps),
+    )  # fmt: skip
+    return statistics
 
 
 def gradient_from(statistics, student, teacher, labels, ce, kl, temperature, divergence=FORWARD_KL, *maps):
     """Return what the two passes' gradient is if these are the statistics."""
-    terms = None if labels is None else ce, None if teacher is None else kl
-    of_rows = coefficients(statistics, *terms, objective(temperature, divergence))
     gradient = torch.full_like(student, torch.nan)
     launch = Launch(LANES, K, 1, 1, student.shape[-1])
     options = objective(temperature, divergence, maps)
-    kernels.logit_gradient(student, teacher, labels, of_rows, gradient, None, options, launch)
+    weights = weights_of(ce, kl)
+    kernels.logit_gradient(student, teacher, labels, statistics, weights, None, gradient, None, options, launch)
     return gradient
 
 
@@ -69,8 +81,7 @@ def check(inputs, temperature, splits, divergence=FORWARD_KL, *maps):
     student = inputs[0]
     gradient = torch.full_like(student, torch.nan)
     launch = whole_or_shared(student.shape[-1], splits)
-    ours = kernels.statistics_and_gradient(*inputs, gradient, launch, objective(temperature, divergence, maps))
-    assert ours.shape == (6, student.shape[0] * student.shape[1])
+    ours = in_one_pass(*inputs, gradient, launch, temperature, divergence, *maps)
     assert torch.equal(gradient, gradient_from(ours, *inputs, temperature, divergence, *maps))
     if splits <= 1:
         assert torch.equal(ours, statistics)
@@ -103,7 +114,7 @@ def test_columns_in_two_accesses(kernel_device, vocabulary, splits, temperature)
     gradient = torch.full_like(student, torch.nan)
     columns = -(-vocabulary // (splits * 2 * TILE)) * 2 * TILE
     launch = SinglePass(1, 1, 32, 2 * K, -(-vocabulary // columns), columns, 2)
-    ours = kernels.statistics_and_gradient(student, teacher, labels, ce, kl, gradient, launch, objective(temperature))
+    ours = in_one_pass(student, teacher, labels, ce, kl, gradient, launch, temperature)
     assert relative_error(ours, statistics.double()) < 4e-7
     assert relative_error(gradient, expected.double()) < 4e-7
 
@@ -134,9 +145,7 @@ def test_rows_further_apart_than_float32_reaches(kernel_device, splits, divergen
     statistics, expected = in_two_passes(student, teacher, labels, ce, kl, 0.5, splits, divergence)
     gradient = torch.full_like(student, torch.nan)
     launch = whole_or_shared(student.shape[-1], splits)
-    ours = kernels.statistics_and_gradient(
-        student, teacher, labels, ce, kl, gradient, launch, objective(0.5, divergence)
-    )
+    ours = in_one_pass(student, teacher, labels, ce, kl, gradient, launch, 0.5, divergence)
     assert ours.isfinite().all()
     assert not gradient.isnan().any()
     torch.testing.assert_close(ours, statistics, rtol=4e-6, atol=1e-6 / stats.UNIT)
@@ -161,9 +170,9 @@ def test_gradient_in_the_students_place(kernel_device, splits, pad, outer):
     student, teacher, labels, ce, kl = given(kernel_device, 5 * TILE, pad=pad, outer=outer)
     apart = torch.empty_like(student)
     launch = whole_or_shared(5 * TILE, splits)
-    expected = kernels.statistics_and_gradient(student, teacher, labels, ce, kl, apart, launch, objective(2.0))
+    expected = in_one_pass(student, teacher, labels, ce, kl, apart, launch, 2.0)
     check((student, teacher, labels, ce, kl), 2.0, splits)
-    statistics = kernels.statistics_and_gradient(student, teacher, labels, ce, kl, student, launch, objective(2.0))
+    statistics = in_one_pass(student, teacher, labels, ce, kl, student, launch, 2.0)
     assert torch.equal(student, apart)
     assert torch.equal(statistics, expected)
 
@@ -180,9 +189,7 @@ def test_rows_of_weight_zero_are_not_read(kernel_device, splits, ignored, diverg
     labels[ignored] = -100
     gradient = torch.full_like(student, torch.nan)
     launch = whole_or_shared(2 * TILE + 5, splits)
-    statistics = kernels.statistics_and_gradient(
-        student, teacher, labels, ce, kl, gradient, launch, objective(2.0, divergence)
-    )
+    statistics = in_one_pass(student, teacher, labels, ce, kl, gradient, launch, 2.0, divergence)
     assert torch.equal(statistics[:, ignored], stats.identity(len(ignored), device=kernel_device))
     assert not gradient[0, ignored].any()
     assert not gradient.isnan().any()
@@ -198,8 +205,7 @@ def test_no_row_and_one_row(kernel_device, splits, rows):
         return
     student, teacher, labels, ce, kl = given(kernel_device, TILE, rows=0)
     launch = whole_or_shared(TILE, splits)
-    statistics = kernels.statistics_and_gradient(student, teacher, labels, ce, kl, student, launch, objective(2.0))
-    assert statistics.shape == (6, 0)
+    in_one_pass(student, teacher, labels, ce, kl, student, launch, 2.0)
 
 
 @pytest.mark.parametrize("splits", SPLITS)
@@ -210,7 +216,8 @@ def test_labels_in_every_tile(kernel_device, splits, label):
     labels.fill_(label)
     gradient = torch.empty_like(student)
     launch = whole_or_shared(3 * TILE + 5, splits)
-    kernels.statistics_and_gradient(student, None, labels, ce, 0 * kl, gradient, launch, objective(1.0))
+    statistics = in_one_pass(student, None, labels, ce, 0 * kl, gradient, launch, 1.0)
+    assert torch.equal(statistics[stats.LABEL], student[0, :, label])
     expected = torch.softmax(student.double(), -1)
     expected[..., label] -= 1
     assert relative_error(gradient, expected * ce[:, None]) < 1e-6
@@ -221,14 +228,32 @@ def test_bfloat16_by_the_default_plan(kernel_device):
     student, teacher = student.bfloat16(), teacher.bfloat16()
     gradient = torch.empty_like(student)
     launch = single_pass(student, teacher, in_place=False, always=True)
-    statistics = kernels.statistics_and_gradient(student, teacher, labels, ce, kl, gradient, launch, objective(2.0))
-    counted = torch.ones(4, dtype=torch.bool, device=kernel_device)
-    merged = stats.merge(kernels.row_statistics(student, teacher, counted, torch.float32, True, objective(2.0)), 2.0)
-    expected = torch.empty_like(student)
-    of_rows = coefficients(merged, ce, kl, objective(2.0))
-    kernels.logit_gradient(student, teacher, labels, of_rows, expected, None, objective(2.0))
+    statistics = in_one_pass(student, teacher, labels, ce, kl, gradient, launch, 2.0)
+    merged, expected, _ = gradients_of(student, teacher, labels, ce, kl, 2.0, FORWARD_KL)
     assert torch.allclose(statistics, merged, rtol=4e-6)  # of 20 000 columns, in other orders
     assert (gradient != expected).double().mean() < 0.001  # one unit in the last place
+
+
+@pytest.mark.parametrize("splits", SPLITS)
+@pytest.mark.parametrize("pad", [1, 16])
+def test_a_gradient_of_16_bits_of_float32_logits(kernel_device, splits, pad):
+    """It is the float32 gradient, rounded in the store."""
+    student, teacher, labels, ce, kl = given(kernel_device, 5 * TILE, pad=pad)
+    launch = whole_or_shared(5 * TILE, splits)
+    gradient, rounded = (torch.full_like(student, torch.nan, dtype=dtype) for dtype in (student.dtype, torch.bfloat16))
+    expected = in_one_pass(student, teacher, labels, ce, kl, gradient, launch, 2.0)
+    statistics = in_one_pass(student, teacher, labels, ce, kl, rounded, launch, 2.0)
+    assert torch.equal(statistics, expected)
+    assert torch.equal(rounded, gradient.bfloat16())
+
+
+@pytest.mark.parametrize("splits", [1, 5])
+def test_counters_that_were_given_are_used(kernel_device, splits):
+    student, teacher, labels, ce, kl = given(kernel_device, 2 * TILE)
+    counters = torch.zeros(5, LINE.value, dtype=torch.int32, device=kernel_device)
+    gradient, launch = torch.empty_like(student), whole_or_shared(2 * TILE, splits)
+    in_one_pass(student, teacher, labels, ce, kl, gradient, launch, 2.0, counters=counters)
+    assert counters[:, 0].tolist() == [5 * splits] + [splits + 1] * 4
 
 
 @pytest.mark.parametrize("name", DEVICES)

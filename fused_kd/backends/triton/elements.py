@@ -98,12 +98,13 @@ def term(x, DIVERGENCE: tl.constexpr):
 def shifted(s, M_s, M_t, DIVERGENCE: tl.constexpr):
     """Return c with its differences relative to the maxima (M_s, M_t).  Its exponentials stay relative to the tuple's own.
 
-    Without mass nothing is added, even if the difference of the maxima is infinite.
+    Without mass nothing is added, even if the difference of the maxima is infinite.  The sum is written as `tl.fma` since c
+    may be a product, by IN_UNITS: see `student_gradient`.
     """
     if DIVERGENCE == FORWARD_KL:
-        return s.c + s.e * tl.where(s.e == 0, 0.0, (s.m_t - M_t) - (s.m_s - M_s))
+        return tl.fma(s.e, tl.where(s.e == 0, 0.0, (s.m_t - M_t) - (s.m_s - M_s)), s.c)
     else:
-        return s.c + s.d_T * tl.where(s.d_T == 0, 0.0, (s.m_s - M_s) - (s.m_t - M_t))
+        return tl.fma(s.d_T, tl.where(s.d_T == 0, 0.0, (s.m_s - M_s) - (s.m_t - M_t)), s.c)
 
 
 @triton.jit
@@ -165,12 +166,6 @@ def merged(s, exp2_scale, DIVERGENCE: tl.constexpr, POWER: tl.constexpr):  # [pa
 
 
 @triton.jit
-def not_zero(total):
-    """Return 1 in place of 0, the sum of a row that does not count, so that its coefficients are 0 and not NaN."""
-    return tl.where(total == 0, 1.0, total)
-
-
-@triton.jit
 def quotient(a, b):
     """Return a / b, correctly rounded if b is normal and finite; `/` is not on a GPU, and `tl.div_rn` costs registers."""
     b = b.to(tl.float64)
@@ -189,9 +184,8 @@ def coefficients_of(
 ):  # fmt: skip
     """Return the `Coefficients` of a row, as `fused_kd.divergences.coefficients` does, to the bit."""
     w *= inverse_T
-    d_1, d_T, e = not_zero(s.d_1), not_zero(s.d_T), not_zero(s.e)
-    R = quotient(s.c, e if DIVERGENCE == FORWARD_KL else d_T) * (inverse_T * OF_UNITS)
-    return Coefficients(s.m_s, s.m_t, quotient(w_ce, d_1), quotient(w, d_T), quotient(w, e), w_ce, R)
+    R = quotient(s.c, s.e if DIVERGENCE == FORWARD_KL else s.d_T) * (inverse_T * OF_UNITS)
+    return Coefficients(s.m_s, s.m_t, quotient(w_ce, s.d_1), quotient(w, s.d_T), quotient(w, s.e), w_ce, R)
 
 
 @triton.jit

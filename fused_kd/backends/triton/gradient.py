@@ -1,12 +1,12 @@
-"""The gradient of the loss with respect to the logits, from seven coefficients per row, in one sweep.
+"""The gradient of the loss with respect to the logits, from the statistics and the weights of each row, in one sweep.
 
 Let u = z - m_s and v = y - m_t be the logits of student and teacher relative to the maxima of their row.  Then dL/dz[j] is
 
     forward KL     A e^u + B e^{u/T} - C e^{v/T} - W [j = label]
     reverse KL     A e^u + B e^{u/T} ((u - v)/T - R) - W [j = label]
 
-If z = f(x) is a map of the head's output x (a scale, a softcap), this is multiplied by f'(x).  `fused_kd/divergences.py`
-computes the coefficients from the statistics and the weights of each row.
+If z = f(x) is a map of the head's output x (a scale, a softcap), this is multiplied by f'(x).  Each program computes the
+coefficients of its row from the statistics, the weights and the upstream gradient (`elements.coefficients_of`).
 
 The normalisers are folded into the coefficients, so an element costs its exponentials and one multiply-add for each of
 them.  Each element is read before it is written, by the same thread, so the gradient may overwrite the student.
@@ -30,15 +30,18 @@ from ...divergences import Objective
 from ...launch import Launch
 from ...launching import default_launch, is_wide
 from .arguments import objective_arguments
-from .elements import pair_of, student_gradient, teacher_gradient
+from .elements import coefficients_of, pair_of, student_gradient, teacher_gradient
 from .tiles import (
     IDENTITY,
     INTERPRETED,
-    Coefficients,
+    Numbers,
     Output,
     Stream,
     Temperature,
+    Weights,
     load_pair,
+    load_statistics,
+    load_weights,
     row_offset,
     slope_at,
     store_tile,
@@ -124,19 +127,26 @@ def row_gradient(
     student, teacher,  # Streams
     output, teacher_output,
     low, high, label,
-    is_zero,  # whether the row is not read and its gradients are 0
-    k,  # Coefficients
+    s,  # Statistics of the whole row
+    weights,  # Weights, float64
     T,  # Temperature
     NEED_CE: tl.constexpr, NEED_KL: tl.constexpr, DIVERGENCE: tl.constexpr, TEACHER_GRAD: tl.constexpr,
     POWER: tl.constexpr, LANES: tl.constexpr, K: tl.constexpr, WIDE: tl.constexpr, STUDENT_MAP: tl.constexpr,
     TEACHER_MAP: tl.constexpr,
 ):  # fmt: skip
-    """Write the gradients of columns low to high of one row, or zeros."""
+    """Write the gradients of columns low to high of one row; zeros, without reading it, if its weights are 0 in float32.
+
+    The weight of a term that is not in the loss is not used.
+    """
+    w_ce = weights.ce.to(tl.float32)
+    w = weights.divergence.to(tl.float32)
+    is_zero = (w_ce == 0) & (w == 0) if NEED_CE and NEED_KL else (w_ce if NEED_CE else w) == 0
     if is_zero:
         store_zeros(output, low, high, LANES, K, WIDE)
         if TEACHER_GRAD:
             store_zeros(teacher_output, low, high, LANES, K, WIDE)
     else:
+        k = coefficients_of(s, w_ce, w, T.inverse, DIVERGENCE)
         sweep_gradient(
             student, teacher, output, teacher_output, low, high, label, k, T,
             NEED_CE, NEED_KL, DIVERGENCE, TEACHER_GRAD, POWER, LANES, K, WIDE, STUDENT_MAP, TEACHER_MAP,
@@ -145,13 +155,16 @@ def row_gradient(
 
 @triton.jit(
     do_not_specialize=[
-        "student_rows_inner", "teacher_rows_inner", "gradient_rows_inner", "teacher_gradient_rows_inner", "N",
+        "student_rows_inner", "teacher_rows_inner", "gradient_rows_inner", "teacher_gradient_rows_inner",
+        "weights_stride", "statistics_stride", "upstream_stride",
     ]
 )  # fmt: skip
 def logit_gradient_kernel(
     student_ptr, teacher_ptr,  # [outer, inner, V]
     labels_ptr,  # [N]; read if NEED_CE
-    coefficients_ptr,  # [7, N]; a row whose A, B, C and W are all 0 is not read
+    weights_ptr,  # [3, N], float64; a row with weights 0 of both terms is not read
+    statistics_ptr,  # [7, N], merged
+    upstream_ptr,  # a scalar or [N]; read if HAS_UPSTREAM
     gradient_ptr,  # [outer, inner, V]; may be the student
     teacher_gradient_ptr,  # [outer, inner, V], written if TEACHER_GRAD; may be the teacher
     student_rows_inner, student_stride_outer, student_stride_inner, student_stride_column,
@@ -159,12 +172,13 @@ def logit_gradient_kernel(
     gradient_rows_inner, gradient_stride_outer, gradient_stride_inner, gradient_stride_column,
     teacher_gradient_rows_inner, teacher_gradient_stride_outer, teacher_gradient_stride_inner,
     teacher_gradient_stride_column,
-    N, V, columns_per_split,
+    weights_stride, statistics_stride, upstream_stride,
+    V, columns_per_split,
     exp2_scale, inverse_T,
     student_factor, student_cap, teacher_factor, teacher_cap,  # see `logits_of`
     NEED_CE: tl.constexpr, NEED_KL: tl.constexpr, DIVERGENCE: tl.constexpr, TEACHER_GRAD: tl.constexpr,
-    POWER: tl.constexpr, LANES: tl.constexpr, K: tl.constexpr, WIDE: tl.constexpr, STUDENT_MAP: tl.constexpr,
-    TEACHER_MAP: tl.constexpr,
+    HAS_UPSTREAM: tl.constexpr, POWER: tl.constexpr, LANES: tl.constexpr, K: tl.constexpr, WIDE: tl.constexpr,
+    STUDENT_MAP: tl.constexpr, TEACHER_MAP: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
     low = tl.program_id(1) * columns_per_split
@@ -180,38 +194,37 @@ def logit_gradient_kernel(
     label = -1
     if NEED_CE:
         label = tl.load(labels_ptr + row).to(tl.int32)
-    coefficients = coefficients_ptr + row
-    k = Coefficients(
-        tl.load(coefficients),
-        tl.load(coefficients + 1 * N),
-        tl.load(coefficients + 2 * N),
-        tl.load(coefficients + 3 * N),
-        tl.load(coefficients + 4 * N),
-        tl.load(coefficients + 5 * N),
-        tl.load(coefficients + 6 * N),
-    )
-    # One comparison of a sum, since four comparisons change how ptxas allocates the registers of the loop.
-    is_zero = (tl.abs(k.A) + tl.abs(k.B)) + (tl.abs(k.C) + tl.abs(k.W)) == 0
+    numbers = Numbers(labels_ptr + row, weights_ptr + row, weights_stride, statistics_ptr + row, statistics_stride)
+    w = load_weights(numbers)
+    if HAS_UPSTREAM:
+        upstream = tl.load(upstream_ptr + row * upstream_stride).to(tl.float64)
+        w = Weights(w.ce * upstream, w.divergence * upstream)
     row_gradient(
         Stream(student_row, student_stride_column, student_factor, student_cap),
         Stream(teacher_row, teacher_stride_column, teacher_factor, teacher_cap),
         Output(gradient_row, gradient_stride_column), Output(teacher_gradient_row, teacher_gradient_stride_column),
-        low, high, label, is_zero, k, Temperature(exp2_scale, inverse_T),
+        low, high, label, load_statistics(numbers.statistics, statistics_stride), w,
+        Temperature(exp2_scale, inverse_T),
         NEED_CE, NEED_KL, DIVERGENCE, TEACHER_GRAD, POWER, LANES, K, WIDE, STUDENT_MAP, TEACHER_MAP,
     )  # fmt: skip
 
 
 def logit_gradient(
     student: torch.Tensor,  # [outer, inner, V]
-    teacher: torch.Tensor | None,  # [outer', inner', V], as many rows
+    teacher: torch.Tensor | None,  # [outer', inner', V], as many rows; None: no divergence
     labels: torch.Tensor | None,  # [N], contiguous; None: no CE
-    coefficients: torch.Tensor,  # [7, N], float32; a row whose A, B, C and W are all 0 is not read and has gradient 0
+    statistics: torch.Tensor,  # [7, N], float32
+    weights: torch.Tensor,  # [3, N], float64
+    upstream: torch.Tensor | None,  # a scalar or [N], float32 or float64; None: 1
     gradient: torch.Tensor,  # [outer, inner, V], written; may be the student
     teacher_gradient: torch.Tensor | None,  # [outer', inner', V], written; may be the teacher
     objective: Objective,
     launch: Launch | None = None,
 ) -> None:
-    """Write the student's gradient, and the teacher's if there is memory for it."""
+    """Write the student's gradient, and the teacher's if there is memory for it.
+
+    A row whose weights times the upstream gradient are 0 in float32 is not read and has gradient 0.
+    """
     gradients = [gradient] if teacher_gradient is None else [gradient, teacher_gradient]
     # K follows from the tensors that are written: with 8 columns per thread a float32 gradient would be regrouped through
     # shared memory.
@@ -223,13 +236,16 @@ def logit_gradient(
     written = [roundable(tensor) for tensor in gradients]
     first, last = written[0], written[-1]  # without a teacher's gradient both are the student's
     logit_gradient_kernel[(N, launch.splits)](
-        student, second, coefficients if labels is None else labels, coefficients, first, last,
+        student, second, weights if labels is None else labels, weights, statistics,
+        weights if upstream is None else upstream, first, last,
         inner, *student.stride(), second.shape[1], *second.stride(),
         first.shape[1], *first.stride(), last.shape[1], *last.stride(),
-        N, V, launch.columns_per_split, T.exp2_scale, T.inverse, s.factor, s.cap, t.factor, t.cap,
+        weights.stride(0), statistics.stride(0), upstream.stride(0) if upstream is not None and upstream.dim() else 0,
+        V, launch.columns_per_split, T.exp2_scale, T.inverse, s.factor, s.cap, t.factor, t.cap,
         NEED_CE=labels is not None, NEED_KL=teacher is not None, DIVERGENCE=divergence,
-        TEACHER_GRAD=teacher_gradient is not None, POWER=T.power, LANES=launch.lanes, K=launch.columns,
-        WIDE=is_wide(student, second, *written), STUDENT_MAP=s.kind, TEACHER_MAP=t.kind, **launch.options,
+        TEACHER_GRAD=teacher_gradient is not None, HAS_UPSTREAM=upstream is not None, POWER=T.power,
+        LANES=launch.lanes, K=launch.columns, WIDE=is_wide(student, second, *written),
+        STUDENT_MAP=s.kind, TEACHER_MAP=t.kind, **launch.options,
     )  # fmt: skip
     for target, source in zip(gradients, written, strict=True):
         if source is not target:

@@ -1,6 +1,6 @@
 """Statistics, merge and gradient of each row in one launch: each logit is read from memory once, and from L2 once.
 
-A row is swept twice, first for its six statistics (`statistics.py`), then for its gradient (`gradient.py`).  The second
+A row is swept twice, first for its statistics (`statistics.py`), then for its gradient (`gradient.py`).  The second
 sweep hits the L2 cache if few enough rows are in flight; `fused_kd/launch.py` plans their number.  There are two forms.
 
 Whole: one program per row, or one program that spans the blocks of a thread-block cluster (Triton's num_ctas; sm_90 and
@@ -25,9 +25,10 @@ releases have been added (a chain of read-modify-writes is one release sequence)
 loads after that.  The statistics reach the waiting programs in the same way.  Loads bypass L1 (.cg), although the acquire
 suffices.
 
-Aliasing: the gradient may overwrite the student.  Every slice of row r - 1 has been read, by the program that published
-it, before any program passes the wait for that row.  After the wait each slice is read and overwritten by one program, and
-each element by one thread.
+Aliasing: the gradient may overwrite the student.  In the shared form every slice of row r - 1 has been read, its label's
+logit included, by the program that published it, before any program passes the wait for that row.  After the wait each
+slice is read and overwritten by one program, and each element by one thread.  In the whole form the label's logit is read
+before the threads' tuples merge, since all threads, of all blocks, wait for one another there.
 
 Traffic in bf16: 6 bytes per (student, teacher) pair (the floor, 3 passes) if L2 holds the rows in flight, and 10 if it does
 not.  The shared form adds per row 24 S bytes for the tuples and 128 for the counter.  Special-function work: that of both
@@ -46,30 +47,37 @@ from ...divergences import Objective
 from ...launch import SinglePass
 from ...launching import is_wide
 from .arguments import objective_arguments
-from .elements import coefficients_of, merged
+from .elements import merged
 from .gradient import roundable, row_gradient
-from .statistics import LOWEST, far_differences, sweep_statistics
-from .tiles import Output, Statistics, Stream, Temperature, row_offset, store_statistics
-
-# The integers in a cache line of 128 bytes.  Each counter has a line of its own, since all programs add to the counter of
-# tickets.  If the rows' counters shared its line, all waiting programs would poll that line too (docs/performance.md).
-LINE = tl.constexpr(32)
+from .statistics import publish, shared_memory, statistics_of_lanes, store_label_logit, store_whole
+from .tiles import (
+    LINE,
+    Numbers,
+    Output,
+    Statistics,
+    Stream,
+    Temperature,
+    load_statistics,
+    load_weights,
+    row_offset,
+)
 
 
 @triton.jit(
-    do_not_specialize=["N"],
+    do_not_specialize=["weights_stride", "statistics_stride"],
     do_not_specialize_on_alignment=["student_rows_inner", "teacher_rows_inner", "gradient_rows_inner"],
 )
 def whole_kernel(
     student_ptr, teacher_ptr,  # [outer, inner, V]
     labels_ptr,  # [N]; read if NEED_CE
-    ce_weight_ptr, divergence_weight_ptr,  # [N], float32 or float64; a row with both weights 0 is not read
+    weights_ptr,  # [3, N], float64; a row with weights 0 of both terms is not read
     gradient_ptr,  # [outer, inner, V]; may be the student
-    statistics_ptr,  # [6, N]
+    statistics_ptr,  # [7, N]
     student_rows_inner, student_stride_outer, student_stride_inner, student_stride_column,
     teacher_rows_inner, teacher_stride_outer, teacher_stride_inner, teacher_stride_column,
     gradient_rows_inner, gradient_stride_outer, gradient_stride_inner, gradient_stride_column,
-    N, V,
+    weights_stride, statistics_stride,
+    V,
     exp2_scale, inverse_T,
     student_factor, student_cap, teacher_factor, teacher_cap,  # see `logits_of`
     NEED_CE: tl.constexpr, NEED_KL: tl.constexpr, DIVERGENCE: tl.constexpr, POWER: tl.constexpr,
@@ -82,65 +90,28 @@ def whole_kernel(
     student = Stream(student_row, student_stride_column, student_factor, student_cap)
     teacher = Stream(teacher_row, teacher_stride_column, teacher_factor, teacher_cap)
     gradient = Output(gradient_row, gradient_stride_column)
-    w_ce = tl.load(ce_weight_ptr + row)
-    w = tl.load(divergence_weight_ptr + row)
-    high = V
-    if (w_ce == 0) & (w == 0):
-        high = 0
-    s = sweep_statistics(
-        student, teacher, 0, high, exp2_scale,
+    numbers = Numbers(labels_ptr + row, weights_ptr + row, weights_stride, statistics_ptr + row, statistics_stride)
+    w = load_weights(numbers)
+    end = V
+    if (w.ce == 0) & (w.divergence == 0):
+        end = 0
+    lanes = statistics_of_lanes(
+        student, teacher, 0, end, exp2_scale,
         NEED_CE, NEED_KL, DIVERGENCE, POWER, LANES, K, WIDE, STUDENT_MAP, TEACHER_MAP,
     )  # fmt: skip
-    store_statistics(statistics_ptr + row, N, s)
-    c = s.c
-    if NEED_KL and POWER == 0:  # noqa: SIM102
-        if c == float("inf"):
-            c = far_differences(student, teacher, 0, high, s, exp2_scale, DIVERGENCE, LANES, STUDENT_MAP, TEACHER_MAP)
-            tl.store(statistics_ptr + row + 5 * N, c)
-    s = Statistics(s.m_s, s.d_1, s.d_T, s.m_t, s.e, c)
+    store_label_logit(student, numbers, 0, V, end, V, NEED_CE, STUDENT_MAP)  # before the merge: see Aliasing
+    s = merged(lanes, exp2_scale, DIVERGENCE, POWER)
+    c = store_whole(
+        student, teacher, numbers, s, V, exp2_scale, NEED_KL, DIVERGENCE, POWER, LANES, STUDENT_MAP, TEACHER_MAP
+    )
     label = -1
     if NEED_CE:
         label = tl.load(labels_ptr + row).to(tl.int32)
-    w_ce = w_ce.to(tl.float32)
-    w = w.to(tl.float32)
     row_gradient(
-        student, teacher, gradient, gradient, 0, V, label, (w_ce == 0) & (w == 0),
-        coefficients_of(s, w_ce, w, inverse_T, DIVERGENCE), Temperature(exp2_scale, inverse_T),
+        student, teacher, gradient, gradient, 0, V, label, Statistics(s.m_s, s.d_1, s.d_T, s.m_t, s.e, c), w,
+        Temperature(exp2_scale, inverse_T),
         NEED_CE, NEED_KL, DIVERGENCE, False, POWER, LANES, K, WIDE, STUDENT_MAP, TEACHER_MAP,
     )  # fmt: skip
-
-
-@triton.jit
-def load_statistics(pointer, stride):
-    """Return the six numbers that other programs have stored, `stride` elements apart."""
-    return Statistics(
-        tl.load(pointer, cache_modifier=".cg"),
-        tl.load(pointer + 1 * stride, cache_modifier=".cg"),
-        tl.load(pointer + 2 * stride, cache_modifier=".cg"),
-        tl.load(pointer + 3 * stride, cache_modifier=".cg"),
-        tl.load(pointer + 4 * stride, cache_modifier=".cg"),
-        tl.load(pointer + 5 * stride, cache_modifier=".cg"),
-    )
-
-
-@triton.jit
-def merged_parts(
-    parts,  # pointer to the row's [6, S]
-    exp2_scale,
-    DIVERGENCE: tl.constexpr, POWER: tl.constexpr, S: tl.constexpr, S_ROUNDED: tl.constexpr,
-):  # fmt: skip
-    """Return the statistics of a row from those of its slices."""
-    part = tl.arange(0, S_ROUNDED)
-    inside = part < S
-    slices = Statistics(
-        tl.load(parts + part, mask=inside, other=LOWEST, cache_modifier=".cg"),
-        tl.load(parts + 1 * S + part, mask=inside, other=0.0, cache_modifier=".cg"),
-        tl.load(parts + 2 * S + part, mask=inside, other=0.0, cache_modifier=".cg"),
-        tl.load(parts + 3 * S + part, mask=inside, other=LOWEST, cache_modifier=".cg"),
-        tl.load(parts + 4 * S + part, mask=inside, other=0.0, cache_modifier=".cg"),
-        tl.load(parts + 5 * S + part, mask=inside, other=0.0, cache_modifier=".cg"),
-    )
-    return merged(slices, exp2_scale, DIVERGENCE, POWER)
 
 
 @triton.jit
@@ -153,20 +124,21 @@ def acquired(count_ptr):
 
 
 @triton.jit(
-    do_not_specialize=["N"],
+    do_not_specialize=["N", "weights_stride", "statistics_stride"],
     do_not_specialize_on_alignment=["student_rows_inner", "teacher_rows_inner", "gradient_rows_inner"],
 )
 def shared_kernel(
     student_ptr, teacher_ptr,  # [outer, inner, V]
     labels_ptr,  # [N]; read if NEED_CE
-    ce_weight_ptr, divergence_weight_ptr,  # [N], float32 or float64; a row with both weights 0 is not read
+    weights_ptr,  # [3, N], float64; a row with weights 0 of both terms is not read
     gradient_ptr,  # [outer, inner, V]; may be the student
-    statistics_ptr,  # [6, N]
+    statistics_ptr,  # [7, N]
     parts_ptr,  # [N, 6, S]
-    progress_ptr,  # [1 + N, LINE], zeros: the tickets taken; then per row the parts published, plus 1 once it is merged
+    counters_ptr,  # [1 + N, LINE], zeros: the tickets taken; then per row the parts published, plus 1 once it is merged
     student_rows_inner, student_stride_outer, student_stride_inner, student_stride_column,
     teacher_rows_inner, teacher_stride_outer, teacher_stride_inner, teacher_stride_column,
     gradient_rows_inner, gradient_stride_outer, gradient_stride_inner, gradient_stride_column,
+    weights_stride, statistics_stride,
     N, V, columns_per_split,
     exp2_scale, inverse_T,
     student_factor, student_cap, teacher_factor, teacher_cap,  # see `logits_of`
@@ -174,52 +146,47 @@ def shared_kernel(
     LANES: tl.constexpr, K: tl.constexpr, WIDE: tl.constexpr, STUDENT_MAP: tl.constexpr, TEACHER_MAP: tl.constexpr,
     S: tl.constexpr, S_ROUNDED: tl.constexpr,  # slices per row; S rounded up to a power of two
 ):  # fmt: skip
-    ticket = tl.atomic_add(progress_ptr, 1, sem="relaxed")
+    ticket = tl.atomic_add(counters_ptr, 1, sem="relaxed")
     row = ticket // S
     split = ticket % S
     low = split * columns_per_split
     high = tl.minimum(low + columns_per_split, V)
     if row < N:
+        numbers = Numbers(labels_ptr + row, weights_ptr + row, weights_stride, statistics_ptr + row, statistics_stride)
+        w = load_weights(numbers)
         end = high
-        if (tl.load(ce_weight_ptr + row) == 0) & (tl.load(divergence_weight_ptr + row) == 0):
+        if (w.ce == 0) & (w.divergence == 0):
             end = low
         student_row = student_ptr + row_offset(row, student_rows_inner, student_stride_outer, student_stride_inner)
         teacher_row = teacher_ptr + row_offset(row, teacher_rows_inner, teacher_stride_outer, teacher_stride_inner)
         student = Stream(student_row, student_stride_column, student_factor, student_cap)
         teacher = Stream(teacher_row, teacher_stride_column, teacher_factor, teacher_cap)
-        slice_statistics = sweep_statistics(
+        lanes = statistics_of_lanes(
             student, teacher, low, end, exp2_scale,
             NEED_CE, NEED_KL, DIVERGENCE, POWER, LANES, K, WIDE, STUDENT_MAP, TEACHER_MAP,
         )  # fmt: skip
-        parts = parts_ptr + row.to(tl.int64) * (6 * S)
-        store_statistics(parts + split, S, slice_statistics)
-        tl.debug_barrier()  # one thread stores, and another may release
-        published = tl.atomic_add(progress_ptr + (1 + row) * LINE, 1, sem="acq_rel")
-        if published == S - 1:
-            tl.debug_barrier()  # one thread acquires, and all threads load
-            whole = merged_parts(parts, exp2_scale, DIVERGENCE, POWER, S, S_ROUNDED)
-            store_statistics(statistics_ptr + row, N, whole)
-            if NEED_KL and POWER == 0:  # noqa: SIM102
-                if whole.c == float("inf"):
-                    c = far_differences(
-                        student, teacher, 0, V, whole, exp2_scale, DIVERGENCE, LANES, STUDENT_MAP, TEACHER_MAP
-                    )
-                    tl.store(statistics_ptr + row + 5 * N, c)
+        store_label_logit(student, numbers, low, high, end, V, NEED_CE, STUDENT_MAP)
+        s = merged(lanes, exp2_scale, DIVERGENCE, POWER)
+        count = counters_ptr + (1 + row) * LINE
+        is_last = publish(
+            student, teacher, numbers, s, parts_ptr + row.to(tl.int64) * (6 * S), split, S, count, V, exp2_scale,
+            NEED_KL, DIVERGENCE, POWER, LANES, STUDENT_MAP, TEACHER_MAP, S_ROUNDED,
+        )  # fmt: skip
+        if is_last:
             tl.debug_barrier()
-            tl.atomic_add(progress_ptr + (1 + row) * LINE, 1, sem="release")
+            tl.atomic_add(count, 1, sem="release")
     row -= 1
     if row >= 0:
-        count = progress_ptr + (1 + row) * LINE
+        count = counters_ptr + (1 + row) * LINE
         published = acquired(count)
         while published <= S:
             published = acquired(count)
         tl.debug_barrier()  # one thread acquires, and all threads load
-        s = load_statistics(statistics_ptr + row, N)
+        numbers = Numbers(labels_ptr + row, weights_ptr + row, weights_stride, statistics_ptr + row, statistics_stride)
+        w = load_weights(numbers)
         label = -1
         if NEED_CE:
             label = tl.load(labels_ptr + row).to(tl.int32)
-        w_ce = tl.load(ce_weight_ptr + row).to(tl.float32)
-        w = tl.load(divergence_weight_ptr + row).to(tl.float32)
         student_row = student_ptr + row_offset(row, student_rows_inner, student_stride_outer, student_stride_inner)
         teacher_row = teacher_ptr + row_offset(row, teacher_rows_inner, teacher_stride_outer, teacher_stride_inner)
         gradient_row = gradient_ptr + row_offset(row, gradient_rows_inner, gradient_stride_outer, gradient_stride_inner)
@@ -227,8 +194,8 @@ def shared_kernel(
         row_gradient(
             Stream(student_row, student_stride_column, student_factor, student_cap),
             Stream(teacher_row, teacher_stride_column, teacher_factor, teacher_cap),
-            gradient, gradient, low, high, label, (w_ce == 0) & (w == 0),
-            coefficients_of(s, w_ce, w, inverse_T, DIVERGENCE), Temperature(exp2_scale, inverse_T),
+            gradient, gradient, low, high, label, load_statistics(statistics_ptr + row, statistics_stride), w,
+            Temperature(exp2_scale, inverse_T),
             NEED_CE, NEED_KL, DIVERGENCE, False, POWER, LANES, K, WIDE, STUDENT_MAP, TEACHER_MAP,
         )  # fmt: skip
 
@@ -237,51 +204,45 @@ def statistics_and_gradient(
     student: torch.Tensor,  # [outer, inner, V]
     teacher: torch.Tensor | None,  # [outer', inner', V], as many rows
     labels: torch.Tensor | None,  # [N], contiguous; None: no CE
-    ce_weight: torch.Tensor,  # [N], float32 or float64; a row whose weight is 0 only in float32 counts, with gradient 0
-    divergence_weight: torch.Tensor,  # [N], likewise; a row with both weights 0 is not read and has gradient 0
-    gradient: torch.Tensor,  # [outer, inner, V], written; may be the student
+    weights: torch.Tensor,  # [3, N], float64; a row with weights 0 of both terms is not read
+    statistics: torch.Tensor,  # [7, N], float32, written
+    gradient: torch.Tensor,  # [outer, inner, V], written, in any dtype; may be the student
+    counters: torch.Tensor | None,  # [1 + N, LINE], int32, zeros; None: made here if they are needed
     launch: SinglePass,
     objective: Objective,
-) -> torch.Tensor:  # [6, N], float32: the merged statistics
-    """Write the gradient and return the statistics of each row."""
+) -> None:
+    """Write the statistics of each row and the gradient.
+
+    A row whose weights are 0 only in float32 has statistics, and gradient 0.
+    """
     outer, inner, V = student.shape
     N = outer * inner
-    statistics = torch.empty(6, N, dtype=torch.float32, device=student.device)
     if N == 0:
-        return statistics
+        return
     second = student if teacher is None else teacher
     written = roundable(gradient)
     wide = is_wide(student, second, written)
     T, s, t, divergence = objective_arguments(objective)
-    tensors = (
-        student,
-        second,
-        ce_weight if labels is None else labels,
-        ce_weight,
-        divergence_weight,
-        written,
-        statistics,
-    )
-    strides = *_row_strides(student), *_row_strides(second), *_row_strides(written)
+    tensors = student, second, weights if labels is None else labels, weights, written, statistics
+    strides = (
+        *_row_strides(student), *_row_strides(second), *_row_strides(written), weights.stride(0), statistics.stride(0)
+    )  # fmt: skip
     numbers = T.exp2_scale, T.inverse, s.factor, s.cap, t.factor, t.cap
     options = {
         "NEED_CE": labels is not None, "NEED_KL": teacher is not None, "DIVERGENCE": divergence,
         "POWER": T.power, "LANES": launch.lanes, "K": launch.columns, "WIDE": launch.accesses if wide else 0,
         "STUDENT_MAP": s.kind, "TEACHER_MAP": t.kind, **launch.options,
     }  # fmt: skip
-    if launch.splits == 0:
-        whole_kernel[(N,)](*tensors, *strides, N, V, *numbers, **options)
+    S = launch.splits
+    if S == 0:
+        whole_kernel[(N,)](*tensors, *strides, V, *numbers, **options)
     else:
-        S = launch.splits
-        parts = torch.empty(N, 6, S, dtype=torch.float32, device=student.device)
-        progress = torch.zeros(1 + N, LINE.value, dtype=torch.int32, device=student.device)
         shared_kernel[((N + 1) * S,)](
-            *tensors, parts, progress, *strides, N, V, launch.columns_per_split, *numbers,
+            *tensors, *shared_memory(S, statistics, counters), *strides, N, V, launch.columns_per_split, *numbers,
             S=S, S_ROUNDED=triton.next_power_of_2(S), **options,
         )  # fmt: skip
     if written is not gradient:
         gradient.copy_(written)
-    return statistics
 
 
 def _row_strides(tensor: torch.Tensor) -> tuple[int, int, int, int]:

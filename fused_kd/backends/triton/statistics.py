@@ -1,4 +1,4 @@
-"""Row statistics: one sweep over the logits gives the six numbers per row that the loss and its gradient need.
+"""Row statistics: one sweep over the logits gives the seven numbers per row that the loss and its gradient need.
 
 Let z and y be the logits of student and teacher.  For a set of columns:
 
@@ -10,7 +10,10 @@ Let z and y be the logits of student and teacher.  For a set of columns:
 
 Every thread keeps a tuple of its own for the columns that it loads, and rescales it to the new maxima once per tile.  So
 the loop has neither a barrier nor a shuffle.  The threads' tuples merge once, after the loop.  A row may be split over
-several programs, whose tuples `fused_kd.statistics.merge` merges in a fixed order.
+several programs.  Each of them stores its tuple and counts it as published, and the program that publishes last merges the
+row's tuples, in the order of the slices.  (`single_pass.py` has the order of these accesses to memory.)
+
+The seventh number is the student's logit of the label.  The program whose columns hold the label stores it.
 
 The loop takes differences of logits without a unit, so they may overflow.  Everything after the loop is in UNIT, in which
 every difference is finite.  If T is below 1, the loss may be finite although c has overflowed in the loop.  So a row whose
@@ -41,11 +44,15 @@ from .elements import (
     term,
 )
 from .tiles import (
+    LINE,
+    Numbers,
     Statistics,
     Stream,
     by_lane,
     for_every_column,
+    load_logits,
     load_pair,
+    load_weights,
     max_of_lane,
     row_offset,
     store_statistics,
@@ -91,14 +98,14 @@ def add_tile(
 
 
 @triton.jit
-def sweep_statistics(
+def statistics_of_lanes(
     student, teacher,  # Streams
     low, high,  # the columns to sweep
     exp2_scale,
     NEED_CE: tl.constexpr, NEED_KL: tl.constexpr, DIVERGENCE: tl.constexpr, POWER: tl.constexpr,
     LANES: tl.constexpr, K: tl.constexpr, WIDE: tl.constexpr, STUDENT_MAP: tl.constexpr, TEACHER_MAP: tl.constexpr,
 ):  # fmt: skip
-    """Return the Statistics of columns low to high of one row; scalars."""
+    """Return the Statistics that each thread has of columns low to high of one row, [LANES]; `merged` merges them."""
     TILE: tl.constexpr = LANES * K
     column = tile_columns(LANES, K, WIDE)
     lowest = tl.full([LANES], LOWEST, tl.float32)
@@ -115,8 +122,7 @@ def sweep_statistics(
         z, y = load_pair(student, teacher, whole + column, high, NEED_KL, STUDENT_MAP, TEACHER_MAP, True, WIDE > 1)
         z, y = by_lane(z, LANES, K, WIDE), by_lane(y, LANES, K, WIDE)
         s = add_tile(s, z, y, exp2_scale, NEED_CE, NEED_KL, DIVERGENCE, POWER, WIDE)
-    in_units = Statistics(s.m_s, s.d_1, s.d_T, s.m_t, s.e, s.c * IN_UNITS)
-    return merged(in_units, exp2_scale, DIVERGENCE, POWER)
+    return Statistics(s.m_s, s.d_1, s.d_T, s.m_t, s.e, s.c * IN_UNITS)
 
 
 @triton.jit
@@ -143,63 +149,192 @@ def far_differences(
     return tl.sum(c, 0)
 
 
-@triton.jit(do_not_specialize=["student_rows_inner", "teacher_rows_inner", "N"])
+@triton.jit
+def store_label_logit(
+    student, numbers,
+    low, high,  # the columns of this program
+    end,  # high, or low if the row does not count
+    V,
+    NEED_CE: tl.constexpr, STUDENT_MAP: tl.constexpr,
+):  # fmt: skip
+    """Store the student's logit of the label if it is in these columns; 0 if the row does not count, or without labels.
+
+    A label outside the vocabulary is moved into it.  (The weights of its row are NaN.)
+    """
+    label = 0
+    if NEED_CE:
+        label = tl.minimum(tl.maximum(tl.load(numbers.label).to(tl.int32), 0), V - 1)
+    if (low <= label) & (label < high):
+        logit = 0.0
+        if NEED_CE:  # noqa: SIM102
+            if label < end:
+                logit = load_logits(student, label, V, STUDENT_MAP, False, False)
+        tl.store(numbers.statistics + 6 * numbers.statistics_stride, logit)
+
+
+@triton.jit
+def store_whole(
+    student, teacher,  # Streams
+    numbers,
+    s,  # Statistics of the whole row
+    V, exp2_scale,
+    NEED_KL: tl.constexpr, DIVERGENCE: tl.constexpr, POWER: tl.constexpr,
+    LANES: tl.constexpr, STUDENT_MAP: tl.constexpr, TEACHER_MAP: tl.constexpr,
+):  # fmt: skip
+    """Store the statistics of a row, and return its c, which is computed anew if it has overflowed."""
+    store_statistics(numbers.statistics, numbers.statistics_stride, s)
+    c = s.c
+    if NEED_KL and POWER == 0:  # noqa: SIM102
+        if c == float("inf"):
+            c = far_differences(student, teacher, 0, V, s, exp2_scale, DIVERGENCE, LANES, STUDENT_MAP, TEACHER_MAP)
+            tl.store(numbers.statistics + 5 * numbers.statistics_stride, c)
+    return c
+
+
+@triton.jit
+def merged_parts(
+    parts,  # pointer to the row's [6, S]
+    S,
+    exp2_scale,
+    DIVERGENCE: tl.constexpr, POWER: tl.constexpr, S_ROUNDED: tl.constexpr,
+):  # fmt: skip
+    """Return the statistics of a row from those of its slices, which other programs have stored."""
+    part = tl.arange(0, S_ROUNDED)
+    inside = part < S
+    slices = Statistics(
+        tl.load(parts + part, mask=inside, other=LOWEST, cache_modifier=".cg"),
+        tl.load(parts + 1 * S + part, mask=inside, other=0.0, cache_modifier=".cg"),
+        tl.load(parts + 2 * S + part, mask=inside, other=0.0, cache_modifier=".cg"),
+        tl.load(parts + 3 * S + part, mask=inside, other=LOWEST, cache_modifier=".cg"),
+        tl.load(parts + 4 * S + part, mask=inside, other=0.0, cache_modifier=".cg"),
+        tl.load(parts + 5 * S + part, mask=inside, other=0.0, cache_modifier=".cg"),
+    )
+    return merged(slices, exp2_scale, DIVERGENCE, POWER)
+
+
+@triton.jit
+def publish(
+    student, teacher,  # Streams
+    numbers,
+    s,  # Statistics of the slice
+    parts,  # pointer to the row's [6, S]
+    split, S,  # the slice, and their number
+    count,  # pointer to the number of slices published
+    V, exp2_scale,
+    NEED_KL: tl.constexpr, DIVERGENCE: tl.constexpr, POWER: tl.constexpr,
+    LANES: tl.constexpr, STUDENT_MAP: tl.constexpr, TEACHER_MAP: tl.constexpr,
+    S_ROUNDED: tl.constexpr,  # S rounded up to a power of two
+):  # fmt: skip
+    """Publish the statistics of a slice; if it is the row's last, store those of the row.  Return whether it is the last.
+
+    The module's docstring of `single_pass.py` says why the order of the accesses suffices.
+    """
+    store_statistics(parts + split, S, s)
+    tl.debug_barrier()  # one thread stores, and another may release
+    is_last = tl.atomic_add(count, 1, sem="acq_rel") == S - 1
+    if is_last:
+        tl.debug_barrier()  # one thread acquires, and all threads load
+        whole = merged_parts(parts, S, exp2_scale, DIVERGENCE, POWER, S_ROUNDED)
+        store_whole(
+            student, teacher, numbers, whole, V, exp2_scale, NEED_KL, DIVERGENCE, POWER, LANES, STUDENT_MAP, TEACHER_MAP
+        )
+    return is_last
+
+
+@triton.jit(
+    do_not_specialize=["student_rows_inner", "teacher_rows_inner", "weights_stride", "statistics_stride", "S"]
+)  # fmt: skip
 def row_statistics_kernel(
     student_ptr, teacher_ptr,  # [outer, inner, V]
-    counted_ptr,  # [N], bool; a row that is not counted is not read
-    statistics_ptr,  # [S, 6, N]
+    labels_ptr,  # [N]; read if NEED_CE
+    weights_ptr,  # [3, N], float64; a row with weights 0 of both terms is not read
+    statistics_ptr,  # [7, N]
+    parts_ptr,  # [N, 6, S]; used if a row has several programs, as are the counters
+    counters_ptr,  # [1 + N, LINE], zeros: in all lines but the first the parts published
     student_rows_inner, student_stride_outer, student_stride_inner, student_stride_column,
     teacher_rows_inner, teacher_stride_outer, teacher_stride_inner, teacher_stride_column,
-    N, V, columns_per_split,
+    weights_stride, statistics_stride,
+    V, columns_per_split, S,
     exp2_scale,
     student_factor, student_cap, teacher_factor, teacher_cap,  # see `logits_of`
     NEED_CE: tl.constexpr, NEED_KL: tl.constexpr, DIVERGENCE: tl.constexpr, POWER: tl.constexpr,
     LANES: tl.constexpr, K: tl.constexpr, WIDE: tl.constexpr, STUDENT_MAP: tl.constexpr, TEACHER_MAP: tl.constexpr,
+    S_ROUNDED: tl.constexpr,  # S rounded up to a power of two; 1: one program per row
 ):  # fmt: skip
     row = tl.program_id(0)
     split = tl.program_id(1)
     low = split * columns_per_split
     high = tl.minimum(low + columns_per_split, V)
-    if tl.load(counted_ptr + row) == 0:
-        high = low
+    numbers = Numbers(labels_ptr + row, weights_ptr + row, weights_stride, statistics_ptr + row, statistics_stride)
+    w = load_weights(numbers)
+    end = high
+    if (w.ce == 0) & (w.divergence == 0):
+        end = low
     student_row = student_ptr + row_offset(row, student_rows_inner, student_stride_outer, student_stride_inner)
     teacher_row = teacher_ptr + row_offset(row, teacher_rows_inner, teacher_stride_outer, teacher_stride_inner)
     student = Stream(student_row, student_stride_column, student_factor, student_cap)
     teacher = Stream(teacher_row, teacher_stride_column, teacher_factor, teacher_cap)
-    s = sweep_statistics(
-        student, teacher, low, high, exp2_scale,
+    lanes = statistics_of_lanes(
+        student, teacher, low, end, exp2_scale,
         NEED_CE, NEED_KL, DIVERGENCE, POWER, LANES, K, WIDE, STUDENT_MAP, TEACHER_MAP,
     )  # fmt: skip
-    statistics = statistics_ptr + split.to(tl.int64) * 6 * N + row
-    store_statistics(statistics, N, s)
-    if NEED_KL and POWER == 0:  # noqa: SIM102
-        if s.c == float("inf"):
-            c = far_differences(student, teacher, low, high, s, exp2_scale, DIVERGENCE, LANES, STUDENT_MAP, TEACHER_MAP)
-            tl.store(statistics + 5 * N, c)
+    s = merged(lanes, exp2_scale, DIVERGENCE, POWER)
+    if S_ROUNDED == 1:
+        store_whole(
+            student, teacher, numbers, s, V, exp2_scale, NEED_KL, DIVERGENCE, POWER, LANES, STUDENT_MAP, TEACHER_MAP
+        )
+    else:
+        publish(
+            student, teacher, numbers, s, parts_ptr + row.to(tl.int64) * (6 * S), split, S,
+            counters_ptr + (1 + row) * LINE, V, exp2_scale,
+            NEED_KL, DIVERGENCE, POWER, LANES, STUDENT_MAP, TEACHER_MAP, S_ROUNDED,
+        )  # fmt: skip
+    end = high
+    w = load_weights(numbers)  # again, so that no register holds `end` in the loop
+    if (w.ce == 0) & (w.divergence == 0):
+        end = low
+    store_label_logit(student, numbers, low, high, end, V, NEED_CE, STUDENT_MAP)
 
 
 def row_statistics(
     student: torch.Tensor,  # [outer, inner, V]
     teacher: torch.Tensor | None,  # [outer', inner', V], as many rows
-    counted: torch.Tensor,  # [N], bool; a row that is not counted is not read
-    dtype: torch.dtype,  # dtype of the statistics; the kernel has only float32
-    need_ce: bool,
+    labels: torch.Tensor | None,  # [N], contiguous; None: no CE
+    weights: torch.Tensor,  # [3, N], float64; a row with weights 0 of both terms is not read
+    statistics: torch.Tensor,  # [7, N], float32, written
+    counters: torch.Tensor | None,  # [1 + N, LINE], int32, zeros; None: made here if they are needed
     objective: Objective,
     launch: Launch | None = None,
-) -> torch.Tensor:  # [S, 6, N], float32
-    """Return the statistics of each row's S splits, which `fused_kd.statistics.merge` merges."""
+) -> None:
+    """Write the statistics of each row."""
     second = student if teacher is None else teacher
     launch = launch or default_launch(student, min(student.element_size(), second.element_size()))
     outer, inner, V = student.shape
     N = outer * inner
     T, s, t, divergence = objective_arguments(objective)
-    statistics = torch.empty(launch.splits, 6, N, dtype=dtype, device=student.device)
+    parts, counters = shared_memory(launch.splits, statistics, counters) if launch.splits > 1 else (statistics,) * 2
     row_statistics_kernel[(N, launch.splits)](
-        student, second, counted, statistics,
-        inner, *student.stride(), second.shape[1], *second.stride(),
-        N, V, launch.columns_per_split, T.exp2_scale, s.factor, s.cap, t.factor, t.cap,
-        NEED_CE=need_ce, NEED_KL=teacher is not None, DIVERGENCE=divergence,
+        student, second, weights if labels is None else labels, weights, statistics, parts, counters,
+        inner, *student.stride(), second.shape[1], *second.stride(), weights.stride(0), statistics.stride(0),
+        V, launch.columns_per_split, launch.splits, T.exp2_scale, s.factor, s.cap, t.factor, t.cap,
+        NEED_CE=labels is not None, NEED_KL=teacher is not None, DIVERGENCE=divergence,
         POWER=T.power, LANES=launch.lanes, K=launch.columns,
-        WIDE=is_wide(student, second), STUDENT_MAP=s.kind, TEACHER_MAP=t.kind, **launch.options,
+        WIDE=is_wide(student, second), STUDENT_MAP=s.kind, TEACHER_MAP=t.kind,
+        S_ROUNDED=triton.next_power_of_2(launch.splits), **launch.options,
     )  # fmt: skip
-    return statistics
+
+
+def shared_memory(
+    splits: int,  # S
+    statistics: torch.Tensor,  # [7, N]
+    counters: torch.Tensor | None,  # [1 + N, LINE], int32, zeros
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return memory for the tuples of a row's programs, [N, 6, S], and the counters, which are made if there are none."""
+    N = statistics.shape[1]
+    parts = torch.empty(N, 6, splits, dtype=torch.float32, device=statistics.device)
+    return parts, new_counters(statistics, 1 + N) if counters is None else counters
+
+
+def new_counters(like: torch.Tensor, lines: int) -> torch.Tensor:
+    """Return zeros for programs that work on the same rows, `[lines, LINE]`."""
+    return torch.zeros(lines, LINE.value, dtype=torch.int32, device=like.device)

@@ -15,6 +15,9 @@ import triton
 import triton.language as tl
 
 LOG2_E = tl.constexpr(1.4426950408889634)
+# The integers in a cache line of 128 bytes.  Each counter has a line of its own: programs that wait for one row poll its
+# line, and all programs of a single pass add to the counter of tickets (docs/performance.md).
+LINE = tl.constexpr(32)
 
 
 class Stream(NamedTuple):
@@ -33,8 +36,25 @@ class Output(NamedTuple):
     stride: tl.tensor  # from column to column
 
 
+class Numbers(NamedTuple):
+    """The numbers of one row in memory: its label, its weights and its statistics."""
+
+    label: tl.tensor  # pointer to the label
+    weights: tl.tensor  # pointer to the first of three weights, float64; `fused_kd.rows` has their order
+    weights_stride: tl.tensor  # from weight to weight
+    statistics: tl.tensor  # pointer to the first of seven numbers, float32; `fused_kd.statistics` has their order
+    statistics_stride: tl.tensor  # from number to number
+
+
+class Weights(NamedTuple):
+    """The weights of one row in the loss, or in its gradient.  A row counts if one of them is not 0."""
+
+    ce: tl.tensor
+    divergence: tl.tensor
+
+
 class Statistics(NamedTuple):
-    """The six numbers of `fused_kd.statistics`, for one row, or for the part that each thread or program has of it."""
+    """The first six numbers of `fused_kd.statistics`, of one row, or of the part that each thread or program has of it."""
 
     m_s: tl.tensor
     d_1: tl.tensor
@@ -233,6 +253,26 @@ def store_zeros(output, low, high, LANES: tl.constexpr, K: tl.constexpr, WIDE: t
     for start in range(low, high, LANES * K):
         pointers = output.row + (start + column).to(tl.int64) * output.stride
         tl.store(pointers, zeros, mask=start + column < high)
+
+
+@triton.jit
+def load_weights(numbers):
+    """Return the Weights of a row, float64."""
+    stride = numbers.weights_stride
+    return Weights(tl.load(numbers.weights + 1 * stride), tl.load(numbers.weights + 2 * stride))
+
+
+@triton.jit
+def load_statistics(pointer, stride):
+    """Return the six numbers, `stride` elements apart.  Loads bypass L1, since other programs may have stored them."""
+    return Statistics(
+        tl.load(pointer, cache_modifier=".cg"),
+        tl.load(pointer + 1 * stride, cache_modifier=".cg"),
+        tl.load(pointer + 2 * stride, cache_modifier=".cg"),
+        tl.load(pointer + 3 * stride, cache_modifier=".cg"),
+        tl.load(pointer + 4 * stride, cache_modifier=".cg"),
+        tl.load(pointer + 5 * stride, cache_modifier=".cg"),
+    )
 
 
 @triton.jit

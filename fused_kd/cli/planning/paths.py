@@ -2,7 +2,8 @@
 
 A ledger lists the operations of a step in their order: what each allocates, and what is gone once it is done.  It has what
 grows with tokens x vocabulary or with a head.  A few hundred bytes per token are left out (in one launch up to 6 kB, 0.6%
-of the token's logits), and so are the blocks of at most 64 MB in which the backward pass of linear_kd_loss multiplies.
+of the token's logits), and so are, on a CPU, the blocks of at most 64 MB in which the backward pass of linear_kd_loss
+multiplies.
 
 The step is a function that projects both hidden states, takes the loss and returns it, and then a backward pass.  The
 function's variables are gone before backward; gradients are the first, so none is added to another.
@@ -202,8 +203,8 @@ def linear(step: LossStep) -> Ledger:
     early, late = (("teacher logits",), ()) if chunks.chunks <= 1 else ((), ("teacher logits",))
     sums = buffers(total) or buffers("weight gradient")
     forward = [
-        Operation("a chunk's loss", buffers("hidden gradient", "student logits", "teacher logits"), early),
-        Operation("a chunk's products", buffers(rounded) | sums, ("student logits", rounded, *late)),
+        Operation("a chunk's loss", buffers("hidden gradient", "student logits", "teacher logits", rounded), early),
+        Operation("a chunk's products", sums, ("student logits", rounded, *late)),
     ]
     return _ledger(
         forward, [Operation("times upstream", buffers("weight gradient") if total in sums else {}, (total,))]

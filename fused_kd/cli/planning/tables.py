@@ -105,8 +105,8 @@ def _details(step: LossStep) -> list[str]:
         f"it takes {_one_launch(step)}.",
         "Eager and kd_loss are planned as a function that projects, takes the loss and returns it.  Variables that hold "
         f"logits through backward cost up to {_size(passes)} each.",
-        "Left out: a few hundred bytes per token, blocks of 64 MB at most, CUDA's context and workspaces (about 0.5 GB), "
-        "fragments.",
+        "Left out: a few hundred bytes per token, on a CPU blocks of 64 MB at most, CUDA's context and workspaces (about "
+        "0.5 GB), fragments.",
     ]  # fmt: skip
 
 
