@@ -8,9 +8,9 @@ import functools
 import itertools
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from rich.console import Console
 from rich.table import Table
@@ -21,9 +21,12 @@ from .simulated.cases import Case, covering_cases
 
 if TYPE_CHECKING:
     from .simulated.launches import Difference, Outcome
+    from .simulated.rows import RowCase
 
 CHIPS = ("a100", "h100", "h200", "b200")
 DEFAULT_CHIPS = ("a100", "h100", "b200")
+
+AnyCase = TypeVar("AnyCase", "Case", "RowCase")
 
 DESCRIPTION = f"""\
 Launches both Triton kernels as compiled for each chip, on a simulator that executes their PTX on the CPU, and reports
@@ -31,7 +34,8 @@ accesses out of bounds, races, reads of memory that nothing has written, of rows
 rows, writes beyond a gradient's rows, results that are not those of Triton's interpreter or of the formula in float64, and
 a single pass that has other bits than two launches.
 Any two of the options (dtypes, temperature, terms, maps of the logits, memory layout, size, splits of a row, which
-gradients and where they are written, labels, masked logits) meet in at least one launch.
+gradients and where they are written, labels, masked logits) meet in at least one launch.  The kernels on a few numbers
+per row are launched too, twice each, beside the CPU operators.
 
 {simulator.FOLDER} names the folder of the simulator, a module `{simulator.MODULE}` with `device(chip, check_races=,
 check_init=, cache_model=)`, a context in which launches with CPU tensors are simulated, and whose `poison(tensor)` marks
@@ -62,8 +66,7 @@ def parser() -> argparse.ArgumentParser:
     return parser
 
 
-def chosen_cases(options: argparse.Namespace) -> list[Case]:
-    cases = covering_cases(1 if options.quick else 3 if options.thorough else 2)
+def chosen_cases(options: argparse.Namespace, cases: Iterable[AnyCase]) -> list[AnyCase]:
     wanted = set((options.case or "").split())
     return [case for case in cases if wanted <= set(case.name.split())]
 
@@ -80,6 +83,15 @@ def run(cases: Sequence[Case], chips: Sequence[str], workers: int) -> "dict[tupl
         outcomes = in_workers(functools.partial(launches.simulate, folder), launched, workers, doing="simulating")
     # The interpreter checks nothing: what a kernel does out of bounds may end its process.
     return outcomes | {(case, "interpreter"): error for case, error in expected.items() if error is not None}
+
+
+def run_rows(
+    cases: "Sequence[RowCase]", chips: Sequence[str], workers: int
+) -> "dict[tuple[RowCase, str], Outcome | BaseException]":
+    from .simulated import rows
+
+    launched = list(itertools.product(cases, chips))
+    return in_workers(rows.simulate, launched, workers, doing="simulating") if launched else {}
 
 
 def findings(outcome: "Outcome | BaseException") -> Sequence[str]:
@@ -122,24 +134,30 @@ def _differences(
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parser().parse_args(arguments)
     chips = options.chip or DEFAULT_CHIPS
-    cases = chosen_cases(options)
-    if not cases:
+    from .simulated.rows import CASES  # imports Triton
+
+    cases = chosen_cases(options, covering_cases(1 if options.quick else 3 if options.thorough else 2))
+    row_cases = chosen_cases(options, CASES)
+    if not (cases or row_cases):
         parser().error("no case has all of these words; see --list")
     if options.list:
-        print("\n".join(case.name for case in cases))
+        print("\n".join(case.name for case in (*cases, *row_cases)))
         return 0
     if not simulator.is_there(parser()):
         return 0
-    outcomes = run(cases, chips, options.workers)
+    outcomes = run(cases, chips, options.workers) if cases else {}
+    of_rows = run_rows(row_cases, chips, options.workers)
     console = Console()
     console = console if console.is_terminal else Console(width=140)  # a log has no width to fit
-    console.print(table(outcomes, chips))
-    for (case, chip), outcome in outcomes.items():
-        for finding in findings(outcome):
-            print(f"FINDING {chip} {case.name}: {finding}")
-    with_findings = sum(bool(findings(outcome)) for outcome in outcomes.values())
-    launches = len(chips) * sum(1 + (case.form == "two launches") for case in cases)
-    print(f"{len(cases)} cases on {', '.join(chips)}: {launches} launches, {with_findings} findings")
+    if outcomes:
+        console.print(table(outcomes, chips))
+    found = {(chip, case.name): findings(outcome) for (case, chip), outcome in (*outcomes.items(), *of_rows.items())}
+    for (chip, name), of_case in found.items():
+        for finding in of_case:
+            print(f"FINDING {chip} {name}: {finding}")
+    with_findings = sum(map(bool, found.values()))
+    launches = len(chips) * (sum(1 + (case.form == "two launches") for case in cases) + 2 * len(row_cases))
+    print(f"{len(cases) + len(row_cases)} cases on {', '.join(chips)}: {launches} launches, {with_findings} findings")
     return 1 if with_findings else 0
 
 

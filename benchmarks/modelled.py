@@ -45,19 +45,18 @@ def two_launches(logits: problems.Inputs) -> None:
     """Take the loss in two launches, planned for the modelled number of rows on the chip at hand."""
     from fused_kd import statistics as stats
     from fused_kd.backends import triton as kernels
-    from fused_kd.divergences import Objective, coefficients
+    from fused_kd.divergences import Objective
     from fused_kd.launch import two_passes
 
     (student,), (teacher,), labels = logits
     student, teacher = student.detach()[None], teacher[None]
-    weight, counted = torch.ones(labels.shape), torch.ones(labels.shape, dtype=torch.bool)
+    weights = torch.ones(3, *labels.shape, dtype=torch.float64)
+    statistics, gradient = torch.empty(stats.COUNT, *labels.shape), torch.empty_like(student)
     processors = torch.cuda.get_device_properties(0).multi_processor_count
     launch = two_passes(MODELLED_ROWS, student.shape[-1], student.element_size(), processors)
     objective = Objective(temperature=TEMPERATURE)
-    parts = kernels.row_statistics(student, teacher, counted, torch.float32, True, objective, launch)
-    gradient = torch.empty_like(student)
-    of_rows = coefficients(stats.merge(parts, TEMPERATURE), weight, weight, objective)
-    kernels.logit_gradient(student, teacher, labels, of_rows, gradient, None, objective, launch)
+    kernels.row_statistics(student, teacher, labels, weights, statistics, None, objective, launch)
+    kernels.logit_gradient(student, teacher, labels, statistics, weights, None, gradient, None, objective, launch)
 
 
 def of_peer(peer: peers.Peer) -> Callable[[problems.Inputs], None]:

@@ -60,6 +60,7 @@ TARGETS = (
 
 
 def modelled(simulator: Any, target: Target, temperature: float) -> dict[str, Any]:
+    from fused_kd import statistics as stats
     from fused_kd.backends import triton as kernels
     from fused_kd.devices import DEVICES
     from fused_kd.divergences import Objective
@@ -75,10 +76,13 @@ def modelled(simulator: Any, target: Target, temperature: float) -> dict[str, An
     generator = torch.Generator().manual_seed(0)
     student, teacher = ((3 * torch.randn(1, rows, target.vocab_size, generator=generator)).bfloat16() for _ in range(2))
     labels = torch.randint(target.vocab_size, (rows,), generator=generator)
-    weight, gradient = torch.ones(rows, dtype=torch.float64), torch.empty_like(student)
+    weights, gradient = torch.ones(3, rows, dtype=torch.float64), torch.empty_like(student)
+    statistics = torch.empty(stats.COUNT, rows)
     objective = Objective(temperature=temperature)
     with simulator.device(target.chip) as simulated:
-        kernels.statistics_and_gradient(student, teacher, labels, weight, weight, gradient, planned.launch, objective)
+        kernels.statistics_and_gradient(
+            student, teacher, labels, weights, statistics, gradient, None, planned.launch, objective
+        )
         launch = simulated.launches[-1]
         estimate = simulated.extrapolate(launch, rows=target.rows) if is_whole else launch.estimate()
     chip = launch.chip

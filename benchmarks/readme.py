@@ -7,8 +7,9 @@
     python -m benchmarks.readme
     python -m benchmarks.readme --check    # exit code 1 where a section is not what the records say
 
-compiled.json belongs to the kernels as they are; cpu.json, which they do not touch, may be older.  modelled.json and
-one_launch.json (`benchmarks.modelled`, `benchmarks.one_launch`) are needed too.  gpu.json may be missing.
+compiled.json belongs to the kernels as they are; cpu.json, which they do not touch, may be older.  modelled.json,
+one_launch.json, whole_step.json and regression.json (the modules of `benchmarks` with these names) are needed too.
+gpu.json may be missing.
 """
 
 import argparse
@@ -56,6 +57,10 @@ def performance() -> str:
         "",
         *_compiled(_read("compiled")),
         "",
+        *_operations(_read("regression")),
+        "",
+        *_whole_step(_read("whole_step")),
+        "",
         *_modelled(_read("modelled")),
     ]
     return "\n".join((BEGIN, "", *lines, "", END))
@@ -100,9 +105,9 @@ def _measured(record: dict[str, Any]) -> Iterator[str]:
         yield ""
         yield "Not measured here: " + "; ".join(f"{', '.join(names)} ({why})" for why, names in reasons.items()) + "."
     yield ""
-    yield "Read the pictures' left ends too: below a few million logits (N V) fixed costs show on a CPU, and PyTorch,"
-    yield "eager or compiled, is faster.  From hidden states most of the time is the products', which all have in common;"
-    yield "what differs there is memory."
+    yield "Read the pictures' left ends too: on a CPU fixed costs show, and eager PyTorch is faster below some 300 000"
+    yield "logits (N V), `torch.compile` below a few million.  From hidden states most of the time is the products', which"
+    yield "all have in common; what differs there is memory."
     yield ""
     for size in ("V", "N"):
         if (PICTURES / f"growing-{size}.png").exists():
@@ -147,6 +152,41 @@ def _compiled(record: dict[str, Any]) -> Iterator[str]:
             continue
         counts = f"{p['instructions']:.1f} | {p['kinds']['mufu']:.2f} | {p['bytes']:.1f}"
         yield f"| {p['kernel']} | {p['target']} | {counts} | {p['registers']} | {p['spill']} | {p['resident_warps']} |"
+
+
+def _operations(record: dict[str, Any]) -> Iterator[str]:
+    figures = record["figures"]
+    yield (
+        "Device operations of a step in bfloat16, forward and backward, counted on fake CUDA tensors, products included "
+        "(`benchmarks.regression`): kernels, products, fills, but not the upstream gradient that PyTorch's engine makes."
+    )
+    yield ""
+    yield "| step | operations | and per chunk |"
+    yield "| --- | ---: | ---: |"
+    for name, count in figures["operations"].items():
+        step = name.removesuffix(", beside its chunks")
+        per_chunk = figures["operations per chunk"].get(step)
+        function, _, options = step.partition(", ")
+        words = f"`{function}`, {options}" if options else f"`{function}`"
+        yield f"| {words} | {count:g} | {'' if per_chunk is None else format(per_chunk, 'g')} |"
+
+
+def _whole_step(record: dict[str, Any]) -> Iterator[str]:
+    results = record["results"]
+    yield (
+        f"**Modelled, not measured**: a whole step of `kd_loss`, bfloat16, N = {results[0]['rows']}, T = 2, all launches "
+        "one after another with 3 microseconds for each (`benchmarks.whole_step`).  With everything: shift, token weights, "
+        "alpha per row, `num_items` and the parts."
+    )
+    yield ""
+    yield "| modelled chip | V | options | microseconds | of the sweep | times the floor |"
+    yield "| --- | ---: | --- | ---: | ---: | ---: |"
+    for r in results:
+        sweep = next(launch["microseconds"] for launch in r["launches"] if launch["name"] == "the sweep")
+        yield (
+            f"| {r['chip'].upper()}, modelled | {spaced(r['vocab_size'])} | {r['options']} | {r['microseconds']:.0f} | "
+            f"{sweep:.0f} | {r['times_the_floor']:.2f} |"
+        )
 
 
 def _modelled(record: dict[str, Any]) -> Iterator[str]:

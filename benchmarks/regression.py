@@ -27,7 +27,8 @@ benchmarks/results/regression.json.
 Groups of figures:
   compiled         instructions, MUFU and bytes per pair, registers and spills of both kernels (bfloat16, T = 1, 2 and any
                    other, every target); as recorded with the Triton at hand, or with the nearest release, and then loosely
-  launches         of a training step on a GPU: Triton kernels, and PyTorch's operators that launch something
+  launches         of a training step on a GPU: Triton kernels, and PyTorch's operators that launch something; their sum,
+                   without the engine's upstream gradient, is at most 8, and 6 more per chunk of hidden states
   multiplications  of a training step from hidden states, in projections of the student
   memory           live bytes of a training step on CPU tensors, beyond inputs and gradients
   times            on one CPU thread, as multiples of eager PyTorch's in the same process

@@ -7,6 +7,7 @@ import argparse
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 from rich.console import Console
 from rich.table import Table
@@ -14,8 +15,9 @@ from rich.table import Table
 from fused_kd.devices import DEVICES
 from fused_kd.testing import record
 
-from .compiled.bounds import Violation, one_launch_violations, violations
-from .compiled.profile import OneLaunchFigures, Profile
+from .compiled.bounds import Violation, one_launch_violations, row_violations, violations
+from .compiled.profile import OneLaunchFigures, Profile, Resources
+from .compiled.rows import CALLS, RowVariant, measure, row_variants
 from .compiled.variants import (
     KERNELS,
     ONE_LAUNCH,
@@ -43,11 +45,12 @@ Columns of the table, counts per pair:
   sync                  barriers, shuffles, shared and local memory
 
 Of the kernels in one launch a second table has the registers beside those that rows in flight are planned by, and the
-shuffles in all loops over a row.
+shuffles in all loops over a row.  Of the kernels on a few numbers per row a third table has the resources alone.
 """
 NAMES = ("kernel", "target", "dtypes", "T", "terms", "layout", "map", "gradients")
 COUNTS = ("instr", "mufu", "fma", "alu", "conv", "B", "load", "store", "sync")
 NUMBERS = ("regs", "spill", "shared", "warps", "flight", *COUNTS)
+AnyVariant = TypeVar("AnyVariant", Variant, RowVariant)
 EPILOG = "Exit code: 0; 1 if a variant does not compile or, with --check, breaks a bound; 2 for wrong arguments."
 
 
@@ -60,7 +63,10 @@ def parser() -> argparse.ArgumentParser:
         help=f"only this target (repeatable; default: {' '.join(TARGETS)})",
     )  # fmt: skip
     parser.add_argument(
-        "--kernel", action="append", choices=(*KERNELS, *ONE_LAUNCH), help="only this kernel (repeatable)"
+        "--kernel",
+        action="append",
+        choices=(*KERNELS, *ONE_LAUNCH, *dict.fromkeys(kernel for kernel, _ in CALLS)),
+        help="only this kernel (repeatable)",
     )
     parser.add_argument(
         "--variant", action="append", metavar="WORDS", help='only variants with these words, as in "bf16/bf16 T=2"'
@@ -73,8 +79,8 @@ def parser() -> argparse.ArgumentParser:
     return parser
 
 
-def chosen_variants(options: argparse.Namespace, variants: Iterable[Variant]) -> list[Variant]:
-    def chosen(variant: Variant) -> bool:
+def chosen_variants(options: argparse.Namespace, variants: Iterable[AnyVariant]) -> list[AnyVariant]:
+    def chosen(variant: AnyVariant) -> bool:
         words = variant.name.split()
         return (
             (not options.target or variant.target in options.target)
@@ -117,6 +123,15 @@ def table_of_one_launch(found: dict[Variant, OneLaunchFigures]) -> Table:
     return table
 
 
+def table_of_rows(found: dict[RowVariant, Resources]) -> Table:
+    table = Table(box=None, header_style="bold", padding=(0, 1, 0, 0))
+    for name in ("kernel", "target", "call", "regs", "spill", "shared", "warps"):
+        table.add_column(name, no_wrap=True)
+    for v, r in found.items():
+        table.add_row(v.kernel, v.target, v.call, *map(str, (r.registers, r.spill, r.shared, r.resident_warps)))
+    return table
+
+
 def write_json(path: Path, profiles: dict[Variant, Profile], failures: Iterable[str], listing: bool) -> None:
     entries = [
         {**vars(variant), **profile.as_dict(), "violations": [str(v) for v in violations(variant, profile)]}
@@ -128,34 +143,47 @@ def write_json(path: Path, profiles: dict[Variant, Profile], failures: Iterable[
 
 
 def broken_bounds(
-    profiles: dict[Variant, Profile], in_one_launch: dict[Variant, OneLaunchFigures]
-) -> Iterator[tuple[Variant, Violation]]:
+    profiles: dict[Variant, Profile],
+    in_one_launch: dict[Variant, OneLaunchFigures],
+    of_rows: dict[RowVariant, Resources],
+) -> Iterator[tuple[Variant | RowVariant, Violation]]:
     for variant, profile in profiles.items():
         yield from ((variant, violation) for violation in violations(variant, profile))
     for variant, found in in_one_launch.items():
         yield from ((variant, violation) for violation in one_launch_violations(variant, found))
+    for row_variant, resources in of_rows.items():
+        yield from ((row_variant, violation) for violation in row_violations(resources))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parser().parse_args(arguments)
     variants = chosen_variants(options, all_variants(options.target or TARGETS))
     of_one_launch = chosen_variants(options, one_launch_variants(options.target or TARGETS))
-    if not variants + of_one_launch:
+    of_rows = chosen_variants(options, row_variants(options.target or TARGETS))
+    if not (variants or of_one_launch or of_rows):
         parser().error("no variant has all of these; see --list")
     if options.list:
-        print("\n".join(variant.name for variant in variants + of_one_launch))
+        print("\n".join(variant.name for variant in (*variants, *of_one_launch, *of_rows)))
         return 0
     console = Console()
     if not console.is_terminal:
         console = Console(width=180)  # a log has no width to fit
-    results = in_workers(figures, variants + of_one_launch, options.workers)
+    found = in_workers(measure, of_rows, options.workers) if of_rows else {}
+    results = in_workers(figures, variants + of_one_launch, options.workers) if variants or of_one_launch else {}
     profiles = {variant: result for variant, result in results.items() if isinstance(result, Profile)}
     in_one_launch = {variant: result for variant, result in results.items() if isinstance(result, OneLaunchFigures)}
-    failures = [f"{v.name}: {type(r).__name__}: {r}" for v, r in results.items() if isinstance(r, BaseException)]
+    resources = {variant: result for variant, result in found.items() if isinstance(result, Resources)}
+    failures = [
+        f"{v.name}: {type(r).__name__}: {r}"
+        for v, r in (*results.items(), *found.items())
+        if isinstance(r, BaseException)
+    ]
     if profiles:
         console.print(table(profiles))
     if in_one_launch:
         console.print(table_of_one_launch(in_one_launch))
+    if resources:
+        console.print(table_of_rows(resources))
     if options.listing:
         for variant, profile in profiles.items():
             print("", variant.name, *profile.listing, sep="\n")
@@ -163,11 +191,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         write_json(options.json, profiles, failures, options.listing)
     for failure in failures:
         print(f"FAILED {failure}")
-    broken = list(broken_bounds(profiles, in_one_launch)) if options.check else []
+    broken = list(broken_bounds(profiles, in_one_launch, resources)) if options.check else []
     for variant, violation in broken:
         print(f"BROKEN {variant.name}: {violation}")
     if options.check and not broken and not failures:
-        print(f"{len(profiles) + len(in_one_launch)} variants keep their bounds")
+        print(f"{len(profiles) + len(in_one_launch) + len(resources)} variants keep their bounds")
     return 1 if failures or broken else 0
 
 

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from fused_kd.launching import triton_release
 
-from .profile import OneLaunchFigures, Profile
+from .profile import OneLaunchFigures, Profile, Resources
 from .variants import LAYOUTS, SIZES, Variant, launch_shape
 
 
@@ -46,7 +46,8 @@ STEPS_OF_RELEASE = {
     ("shared", "gfx942"): {(3, 7): 2},
     ("whole", "sm_100"): {(3, 3): 2, (3, 5): 1, (3, 6): 1},
 }
-STEPS_AT_3 = {("shared", "sm_90", (3, 8)): -1}  # at T = 3 alone; an eighth more rows in flight, as above
+# At T = 3 alone; an eighth more rows in flight, as above.  On sm_100 rows are not shared (`Device.sharing`).
+STEPS_AT_3 = {("shared", "sm_90", (3, 8)): -1, ("shared", "sm_100", (3, 8)): -1}
 
 
 class Violation(NamedTuple):
@@ -82,6 +83,10 @@ def one_launch_violations(variant: Variant, figures: OneLaunchFigures) -> Iterat
     if variant.student == variant.teacher == "bf16":
         fewest = planned + (min(0, of_release) - 1) * REGISTER_STEP + 1
         yield from _at_least("registers", figures.registers, fewest)
+
+
+def row_violations(resources: Resources) -> Iterator[Violation]:
+    yield from _at_most("spill", resources.spill, 0)
 
 
 def _wide_violations(variant: Variant, profile: Profile) -> Iterator[Violation]:

@@ -151,11 +151,12 @@ def call_arguments(variant: Variant) -> dict[str, Pointer | int | float]:
     z = _map_arguments(variant)
     layout = LAYOUTS[variant.layout]
     in_one_launch = variant.kernel in ONE_LAUNCH
+    splits = launch(variant).splits
     N, V, need_ce = layout.rows, layout.vocabulary, TERMS[variant.terms][0]
     T = temperature_arguments(variant.temperature)
     dtypes = {"student": variant.student, "teacher": variant.teacher, "gradient": variant.student}
     dtypes["teacher_gradient"] = variant.teacher if variant.teacher_grad else variant.student
-    weight = Pointer("fp64", 8 * N)
+    weights = Pointer("fp64", 24 * N)
     pointers = {f"{name}_ptr": Pointer(dtype, N * V * SIZES[dtype]) for name, dtype in dtypes.items()}
     strides = {
         "student": (layout.student_stride, layout.column_stride),
@@ -165,15 +166,18 @@ def call_arguments(variant: Variant) -> dict[str, Pointer | int | float]:
     strides["teacher_gradient"] = strides["gradient"]
     arguments: dict[str, Pointer | int | float] = {
         **pointers,
-        "labels_ptr": Pointer("i64", 8 * N) if need_ce else weight if in_one_launch else Pointer("fp32", 28 * N),
-        "statistics_ptr": Pointer("fp32", 24 * N),
-        "parts_ptr": Pointer("fp32", 24 * N * SPLITS),
-        "progress_ptr": Pointer("i32", 4 * (1 + N)),
-        "counted_ptr": Pointer("i1", N),
-        "coefficients_ptr": Pointer("fp32", 28 * N),
-        **dict.fromkeys(("ce_weight_ptr", "divergence_weight_ptr"), weight),
+        "labels_ptr": Pointer("i64", 8 * N) if need_ce else weights,
+        "weights_ptr": weights,
+        "statistics_ptr": Pointer("fp32", 28 * N),
+        "upstream_ptr": Pointer("fp32", 4),
+        "parts_ptr": Pointer("fp32", 24 * N * splits if splits > 1 else 28 * N),
+        "counters_ptr": Pointer("i32", 128 * (1 + N)) if splits > 1 else Pointer("fp32", 28 * N),
+        "weights_stride": N,
+        "statistics_stride": N,
+        "upstream_stride": 0,
         "N": N,
         "V": V,
+        "S": splits,
         "columns_per_split": launch(variant).columns_per_split,
         "exp2_scale": T.exp2_scale,
         "inverse_T": T.inverse,
@@ -289,21 +293,25 @@ def _constants(variant: Variant) -> dict[str, int | bool]:
         "WIDE": LAYOUTS[variant.layout].wide * (plan.accesses if variant.kernel in ONE_LAUNCH else 1),
         "STUDENT_MAP": _map_arguments(variant).kind,
         "TEACHER_MAP": _map_arguments(variant).kind,
-        "S": SPLITS,
-        "S_ROUNDED": SPLITS,
+        "HAS_UPSTREAM": True,
+        **({"S": plan.splits} if variant.kernel == "shared" else {}),
+        "S_ROUNDED": 1 << (plan.splits - 1).bit_length() if plan.splits else 1,
     }
 
 
 def compile_variant(variant: Variant) -> Any:
+    return compiled_for(source(variant), variant.target, launch(variant).options)
+
+
+def compiled_for(source: "ASTSource", target: str, options: dict[str, Any]) -> Any:
     """Compile as a launch on the target would, without a GPU."""
     import triton
     from triton.backends.compiler import GPUTarget
 
-    target = variant.target
     is_amd = target.startswith("gfx")
     arch = target if is_amd else int(target.removeprefix("sm_"))
     gpu = GPUTarget("hip" if is_amd else "cuda", arch, warp_size(target))
-    return triton.compile(source(variant), target=gpu, options=launch(variant).options)
+    return triton.compile(source, target=gpu, options=options)
 
 
 def ptx(variant: Variant) -> str:
@@ -334,14 +342,17 @@ def figures(variant: Variant) -> Profile | OneLaunchFigures:
 
 
 def _read(variant: Variant) -> tuple[Resources, Any, str]:
+    return read(compile_variant(variant), variant.target, launch(variant).num_warps)
+
+
+def read(compiled: Any, target: str, num_warps: int) -> tuple[Resources, Any, str]:
     """Return resources, the module that reads the instruction set, and the code."""
-    compiled, num_warps = compile_variant(variant), launch(variant).num_warps
     shared = compiled.metadata.shared
     if "amdgcn" in compiled.asm:
         code = compiled.asm["amdgcn"]
         return amdgcn.resources(code, shared, num_warps), amdgcn, code
     code = _disassemble(compiled.asm["cubin"])
-    return sass.resources(code, shared, device_of_target(variant.target), num_warps), sass, code
+    return sass.resources(code, shared, device_of_target(target), num_warps), sass, code
 
 
 def _disassemble(cubin: bytes) -> str:

@@ -27,6 +27,8 @@ KINDS = {
     "spill": Kind("compiled"),
     "Triton launches": Kind("launches"),
     "other launches": Kind("launches"),
+    "operations": Kind("launches", ceiling=8),
+    "operations per chunk": Kind("launches", ceiling=6),
     "projections": Kind("multiplications"),
     "live bytes": Kind("memory", 0.01),
     "time, fused / eager": Kind("times", 1.0),

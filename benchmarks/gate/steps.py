@@ -1,13 +1,13 @@
 """Launches of a training step on a GPU, and the cost of its products: counted on fake tensors, without a GPU."""
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from fused_kd import kd_loss, linear_kd_loss, plan_chunks
+from fused_kd import KDLossOutput, kd_loss, linear_kd_loss, plan_chunks
 from fused_kd.testing.launches import Launches, fake_gpu
 
 from .figures import Figures
@@ -18,44 +18,89 @@ Step = Callable[[], object]
 V, H_S, H_T = 128_256, 1024, 2048
 CHUNK = 1024  # rows
 T = 2.0
+LOGITS: dict[str, tuple[int, dict[str, Any]]] = {  # rows, options
+    "kd_loss": (8192, {}),
+    "kd_loss, rows split": (8, {}),
+    "kd_loss, everything": (8192, {"everything": True}),
+    "kd_loss, inplace_backward": (8192, {"inplace_backward": True}),
+    "kd_loss, teacher_grad": (8192, {"teacher_grad": True}),
+    'kd_loss, reduction="none"': (8192, {"reduction": "none"}),
+    "kd_loss, float16": (8192, {"dtype": torch.float16}),
+}
 LINEAR: dict[str, tuple[tuple[bool, bool], dict[str, Any]]] = {  # gradients of hidden states and weight, options
     "trained head": ((True, True), {}),
+    "trained head, everything": ((True, True), {"everything": True}),
     "trained head, float32 logits": ((True, True), {"logits_dtype": torch.float32}),
+    "trained head, float16": ((True, True), {"dtype": torch.float16}),
+    "trained head, bias": ((True, True), {"bias": True}),
     "trained head, teacher_grad": ((True, True), {"teacher_grad": True}),
     "frozen head": ((True, False), {}),
     "loss only": ((False, False), {}),
     'reduction="none"': ((True, True), {"reduction": "none"}),
 }
+MULTIPLIED = ("trained head", "trained head, teacher_grad", "frozen head", "loss only", 'reduction="none"')
+A_CHUNK = ", a further chunk"
+ENGINE = "ones_like"  # the upstream gradient of a step, which the autograd engine makes
+# The ceilings of `figures.KINDS` are for one sweep of chunks that gives two gradients.  With teacher_grad each chunk takes
+# two products and a sweep more, and each gradient a launch of `scale` in backward.  A bias takes a sum and an addition per
+# chunk.  For row losses each chunk is projected and swept in forward, and again in backward.
+MORE_WORK = ("trained head, bias", "trained head, teacher_grad", 'reduction="none"')
 
 
-def from_logits(rows: int, **options: bool) -> Step:
-    student, teacher = (torch.randn(rows, V, dtype=torch.bfloat16, requires_grad=True) for _ in range(2))
+def _given(rows: int, everything: bool, options: dict[str, Any]) -> tuple[tuple[int, ...], dict[str, Any]]:
+    """Return the leading dimensions of the inputs, and the options of the loss.
+
+    `everything` stands for all options that weigh rows, and for the parts.  Fake labels have no values, so any of them may
+    be ignored.
+    """
+    options = {"temperature": T, **options}
+    if not everything:
+        return (rows,), options
+    shape = 8, rows // 8
+    weights, alpha, num_items = torch.rand(shape), torch.rand(shape), torch.tensor(5)
+    of_rows = {"shift": True, "token_weights": weights, "alpha": alpha, "num_items": num_items, "return_parts": True}
+    return shape, of_rows | options
+
+
+def _backward(found: torch.Tensor | KDLossOutput, leaves: Sequence[torch.Tensor]) -> None:
+    loss = found.loss if isinstance(found, KDLossOutput) else found
+    if leaves:
+        torch.autograd.grad(loss, leaves, torch.ones_like(loss))
+
+
+def from_logits(rows: int, dtype: torch.dtype = torch.bfloat16, everything: bool = False, **options: Any) -> Step:
+    shape, options = _given(rows, everything, options)
+    student, teacher = (torch.randn(*shape, V, dtype=dtype, requires_grad=True) for _ in range(2))
     logits = student.clone()  # a gradient takes the memory of a model's output, not of a parameter
     leaves = [logits, teacher] if options.get("teacher_grad") else [logits]
     teacher.requires_grad_(len(leaves) > 1)
-    labels = torch.randint(V, (rows,))
-    return lambda: torch.autograd.grad(kd_loss(logits, teacher, labels, temperature=T, **options), leaves)
+    labels = torch.randint(V, shape)
+    return lambda: _backward(kd_loss(logits, teacher, labels, **options), leaves)
 
 
-def from_hidden_states(chunks: int, needed: tuple[bool, bool], dtype: torch.dtype, options: dict[str, Any]) -> Step:
-    N = chunks * CHUNK
-    heads = [torch.randn(shape, dtype=dtype) for shape in ((N, H_S), (V, H_S), (N, H_T), (V, H_T))]
+def from_hidden_states(
+    chunks: int,
+    needed: tuple[bool, bool],
+    dtype: torch.dtype = torch.bfloat16,
+    everything: bool = False,
+    bias: bool = False,
+    **options: Any,
+) -> Step:
+    shape, options = _given(chunks * CHUNK, everything, options)
+    heads = [torch.randn(size, dtype=dtype) for size in ((*shape, H_S), (V, H_S), (*shape, H_T), (V, H_T))]
     of_teacher = needed if options.get("teacher_grad") else (False, False)
     leaves = [tensor.requires_grad_() for tensor, need in zip(heads, needed + of_teacher, strict=True) if need]
-    labels = torch.randint(V, (N,))
+    if bias:
+        options["student_bias"] = torch.randn(V, dtype=dtype, requires_grad=True)
+        leaves.append(options["student_bias"])
+    labels = torch.randint(V, shape)
     names = ("hidden_grad", "weight_grad", "teacher_hidden_grad", "teacher_weight_grad")
     one_row = plan_chunks(
         1, V, H_S, H_T, dtype=dtype, logits_dtype=options.get("logits_dtype"),
         **dict(zip(names, needed + of_teacher, strict=True)),
     )  # fmt: skip
     bound = CHUNK * one_row.workspace_bytes
-
-    def step() -> None:
-        loss = linear_kd_loss(*heads, labels, temperature=T, workspace_bytes=bound, **options)
-        if leaves:
-            torch.autograd.grad(loss, leaves, torch.ones_like(loss))
-
-    return step
+    return lambda: _backward(linear_kd_loss(*heads, labels, workspace_bytes=bound, **options), leaves)
 
 
 def launched(make: Callable[[], Step]) -> Launches:
@@ -68,32 +113,38 @@ def launched(make: Callable[[], Step]) -> Launches:
 
 def launches() -> tuple[Figures, Operators]:
     """Count the launches of a step in bfloat16; for heads, of one chunk of logits and of each further chunk."""
-    figures: Figures = {"Triton launches": {}, "other launches": {}}
+    figures: Figures = {"Triton launches": {}, "other launches": {}, "operations": {}, "operations per chunk": {}}
     operators = {}
     for name, kernels, others in _launches():
         figures["Triton launches"][name] = sum(kernels.values())
         figures["other launches"][name] = sum(others.values())
         operators[name] = dict(sorted(others.items()))
+    totals = {
+        name: kernels + figures["other launches"][name] - operators[name].get(ENGINE, 0)
+        for name, kernels in figures["Triton launches"].items()
+    }
+    figures["operations"] = {name: totals[name] for name in LOGITS}
+    for name in (name for name in LINEAR if name not in MORE_WORK):
+        step = f"linear_kd_loss, {name}"
+        figures["operations per chunk"][step] = totals[step + A_CHUNK]
+        figures["operations"][f"{step}, beside its chunks"] = totals[step] - totals[step + A_CHUNK]
     return figures, operators
 
 
 def _launches() -> Iterator[tuple[str, dict[str, float], dict[str, float]]]:
-    for name, rows, options in (
-        ("kd_loss", 8192, {}),
-        ("kd_loss, rows split", 8, {}),
-        ("kd_loss, inplace_backward", 8192, {"inplace_backward": True}),
-        ("kd_loss, teacher_grad", 8192, {"teacher_grad": True}),
-    ):
+    for name, (rows, options) in LOGITS.items():
         one = launched(lambda rows=rows, options=options: from_logits(rows, **options))
         yield name, one.kernels, one.operators
-    for name, given in LINEAR.items():
+    for name, (needed, options) in LINEAR.items():
         one, three = (
-            launched(lambda chunks=chunks, given=given: from_hidden_states(chunks, given[0], torch.bfloat16, given[1]))
+            launched(
+                lambda chunks=chunks, needed=needed, options=options: from_hidden_states(chunks, needed, **options)
+            )
             for chunks in (1, 3)
         )
         yield f"linear_kd_loss, {name}", one.kernels, one.operators
         added = _half(three.kernels - one.kernels), _half(three.operators - one.operators)
-        yield f"linear_kd_loss, {name}, a further chunk", *added
+        yield f"linear_kd_loss, {name}{A_CHUNK}", *added
 
 
 def _half(counts: Counter[str]) -> dict[str, float]:
@@ -107,11 +158,10 @@ def multiplications() -> Figures:
     counted by a formula of its own where it stays closed; here its products are.
     """
     counts = {}
-    for name, (needed, options) in LINEAR.items():
-        if name == "trained head, float32 logits":
-            continue
+    for name in MULTIPLIED:
+        needed, options = LINEAR[name]
         with fake_gpu():
-            step = from_hidden_states(3, needed, torch.float32, options)
+            step = from_hidden_states(3, needed, torch.float32, **options)
             with FlopCounterMode(display=False) as counter:
                 step()
         counts[f"linear_kd_loss, {name}"] = counter.get_total_flops() / (2 * 3 * CHUNK * V * H_S)

@@ -49,7 +49,8 @@ def launches(context: Context) -> None:
         print(case.name, *outcome.findings, flush=True)
     for dtype in (torch.float32, torch.bfloat16):
         gradient = torch.randn(2, 3, 1500, device=context.device).to(dtype)
-        kernels.scale_(gradient[:, :-1, 3:], torch.tensor(0.3, device=context.device))
+        scaled = gradient[:, :-1, 3:]
+        kernels.scale_(scaled, [torch.tensor(0.3, device=context.device)], scaled)
 
 
 def main(arguments: list[str] | None = None) -> int:

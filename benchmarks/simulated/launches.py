@@ -21,7 +21,7 @@ from torch import Tensor
 
 from fused_kd import statistics as stats
 from fused_kd.backends import cpu
-from fused_kd.divergences import DIVERGENCES, Objective, coefficients
+from fused_kd.divergences import DIVERGENCES, Objective
 from fused_kd.launch import Launch, SinglePass, two_passes
 from fused_kd.launching import compiles_clusters, device_of, is_wide
 from fused_kd.logit_map import LogitMap
@@ -58,6 +58,13 @@ class Inputs:
     kl_weight: Tensor  # [N]
     gradient: Tensor  # [outer, inner, V]; may be the student
     teacher_gradient: Tensor | None  # [outer', inner', V]; may be the teacher
+    upstream: Tensor | None  # a scalar or [N]; two launches have one
+
+    @property
+    def weights(self) -> Tensor:  # [3, N]
+        """Return the weights of the rows.  That of the row itself is not used by the sweeps."""
+        weights = torch.stack([torch.full_like(self.ce_weight, torch.nan), self.ce_weight, self.kl_weight])
+        return _between_others(weights.double())
 
     @property
     def ignored(self) -> Tensor:  # [N]
@@ -146,7 +153,18 @@ def inputs(case: Case) -> Inputs:
     gradients = [written(*arguments) for arguments in zip((student, teacher), dtypes, placements, strict=True)]
     teacher_gradient = gradients[1] if case.gradients.startswith("both") else None
     labels = labels.to({"i64": torch.int64, "i32": torch.int32}[case.labels])
-    return Inputs(student, teacher, labels, ce_weight, kl_weight, gradients[0], teacher_gradient)
+    upstream = torch.rand(() if case.labels == "i32" else N, generator=generator) + 0.5
+    return Inputs(
+        student, teacher, labels, ce_weight, kl_weight, gradients[0], teacher_gradient,
+        upstream if case.form == "two launches" else None,
+    )  # fmt: skip
+
+
+def _between_others(numbers: Tensor) -> Tensor:
+    """Return the numbers as those of a chunk of rows lie among those of all rows; the others are NaN."""
+    memory = numbers.new_full((numbers.shape[0], ROWS + 5), torch.nan)
+    memory[:, 2 : ROWS + 2] = numbers
+    return memory[:, 2 : ROWS + 2]
 
 
 def empty(dtype: torch.dtype, placement: Placement, vocabulary: int) -> Tensor:
@@ -218,70 +236,66 @@ def single_pass(case: Case, itemsize: int, clusters: bool) -> SinglePass:
 
 
 def run(case: Case, given: Inputs, clusters: bool = True) -> dict[str, Tensor]:
-    """Return the results of the kernels: statistics [S, 6, N], gradients [N, V]."""
+    """Return the results of the kernels: statistics [7, N], gradients [N, V]."""
     from fused_kd.backends import triton as kernels
 
-    need_ce, need_kl = TERMS[case.terms]
-    maps = LOGIT_MAPS[case.student_map], LOGIT_MAPS[case.teacher_map]
-    teacher, labels = given.teacher if need_kl else None, given.labels if need_ce else None
-    weights = given.ce_weight, given.kl_weight
-    objective = Objective(*maps, case.temperature, case.divergence)
-    read = [tensor.element_size() for tensor in (given.student, teacher) if tensor is not None]
+    given_to, objective = _of_case(case, given)
+    read = [tensor.element_size() for tensor in given_to[:2] if tensor is not None]
     written = read if given.teacher_gradient is not None else read[:1]
+    weights, statistics = given.weights, _statistics(given)
     torch.use_deterministic_algorithms(True)  # what PyTorch allocates is NaN until it is written
     if case.form != "two launches":
-        merged = kernels.statistics_and_gradient(
-            given.student, teacher, labels, *weights, given.gradient, single_pass(case, max(read), clusters), objective
+        kernels.statistics_and_gradient(
+            *given_to, weights, statistics, given.gradient, None, single_pass(case, max(read), clusters), objective
         )
         torch.use_deterministic_algorithms(False)
-        return _named(merged[None], given.gradient, None)
-    parts = kernels.row_statistics(
-        given.student, teacher, ~given.ignored, torch.float32, need_ce, objective, launch(case, min(read))
-    )
+        return _named(statistics, given.gradient, None)
+    kernels.row_statistics(*given_to, weights, statistics, None, objective, launch(case, min(read)))
     torch.use_deterministic_algorithms(False)
     kernels.logit_gradient(
-        given.student, teacher, labels, _coefficients(case, parts, weights),
-        given.gradient, given.teacher_gradient, objective, launch(case, max(written)),
+        *given_to, statistics, weights, given.upstream, given.gradient, given.teacher_gradient, objective,
+        launch(case, max(written)),
     )  # fmt: skip
-    return _named(parts, given.gradient, given.teacher_gradient)
+    return _named(statistics, given.gradient, given.teacher_gradient)
 
 
-def _coefficients(case: Case, parts: Tensor, weights: tuple[Tensor, Tensor]) -> Tensor:
-    wanted = (weight if need else None for weight, need in zip(weights, TERMS[case.terms], strict=True))
-    objective = Objective(temperature=case.temperature, divergence=case.divergence)
-    return coefficients(_merged(case, parts), *wanted, objective)
+def _of_case(case: Case, given: Inputs) -> tuple[tuple[Tensor, Tensor | None, Tensor | None], Objective]:
+    """Return student, teacher and labels, without those that the terms leave out, and the objective."""
+    need_ce, need_kl = TERMS[case.terms]
+    objective = Objective(LOGIT_MAPS[case.student_map], LOGIT_MAPS[case.teacher_map], case.temperature, case.divergence)
+    return (given.student, given.teacher if need_kl else None, given.labels if need_ce else None), objective
 
 
-def _merged(case: Case, parts: Tensor) -> Tensor:
-    return stats.merge(parts, case.temperature, DIVERGENCES[case.divergence].mass)
+def _statistics(given: Inputs) -> Tensor:  # [7, N]
+    """Return memory for the statistics, NaN."""
+    return _between_others(torch.full((stats.COUNT, ROWS), torch.nan)).to(given.student.device)
 
 
 def formula(case: Case) -> dict[str, Tensor]:
     """Return the results in float64, by the CPU operators, of logits that are rounded to the case's dtypes."""
     given = inputs(case)
-    need_ce, need_kl = TERMS[case.terms]
-    maps = LOGIT_MAPS[case.student_map], LOGIT_MAPS[case.teacher_map]
-    student, teacher = given.student.double(), given.teacher.double()
-    weights = given.ce_weight.double(), given.kl_weight.double()
+    (student, teacher, labels), objective = _of_case(case, given)
+    student, teacher = student.double(), None if teacher is None else teacher.double()
     gradient = torch.empty_like(student)
-    teacher_gradient = None if given.teacher_gradient is None else torch.empty_like(teacher)
-    logits = (student, teacher if need_kl else None)
-    objective = Objective(*maps, case.temperature, case.divergence)
-    parts = cpu.row_statistics(*logits, ~given.ignored, torch.float64, need_ce, objective)
-    labels = given.labels if need_ce else None
-    cpu.logit_gradient(*logits, labels, _coefficients(case, parts, weights), gradient, teacher_gradient, objective)
+    teacher_gradient = None if given.teacher_gradient is None else torch.empty_like(given.teacher.double())
+    statistics = torch.empty(stats.COUNT, ROWS, dtype=torch.float64)
+    upstream = None if given.upstream is None else given.upstream.double()
+    cpu.row_statistics(student, teacher, labels, given.weights, statistics, None, objective)
+    cpu.logit_gradient(
+        student, teacher, labels, statistics, given.weights, upstream, gradient, teacher_gradient, objective
+    )
     # The maximum of no columns is the lowest finite number, of another dtype here.
-    return _named(parts.clamp_min(torch.finfo(torch.float32).min), gradient, teacher_gradient)
+    return _named(statistics.clamp_min(torch.finfo(torch.float32).min), gradient, teacher_gradient)
 
 
-def _named(parts: Tensor, gradient: Tensor, teacher_gradient: Tensor | None) -> dict[str, Tensor]:
-    results = {"statistics": parts, "gradient": gradient.flatten(0, 1)}
+def _named(statistics: Tensor, gradient: Tensor, teacher_gradient: Tensor | None) -> dict[str, Tensor]:
+    results = {"statistics": statistics, "gradient": gradient.flatten(0, 1)}
     return results if teacher_gradient is None else {**results, "teacher gradient": teacher_gradient.flatten(0, 1)}
 
 
 def interpret(folder: Path, case: Case) -> None:
     """In a worker under the interpreter: leaves what `simulate` compares with."""
-    _prepare_process()
+    prepare_process()
     given = inputs(case)
     poison(given, lambda memory: memory.view(torch.uint8).fill_(POISON))
     torch.save({"interpreter": run(case, given), "float64": formula(case)}, _file(folder, case))
@@ -289,7 +303,7 @@ def interpret(folder: Path, case: Case) -> None:
 
 def simulate(folder: Path, item: tuple[Case, str]) -> Outcome:
     """In a worker that compiles: a case on a chip."""
-    _prepare_process()
+    prepare_process()
     case, chip = item
     file = _file(folder, case)
     expected = torch.load(file) if file.exists() else {}
@@ -316,24 +330,22 @@ def _other_bits(case: Case, results: dict[str, Tensor], clusters: bool) -> Itera
     from fused_kd.backends import triton as kernels
 
     given = inputs(case)  # the logits may have been overwritten
-    need_ce, need_kl = TERMS[case.terms]
-    teacher, labels = given.teacher if need_kl else None, given.labels if need_ce else None
-    objective = Objective(LOGIT_MAPS[case.student_map], LOGIT_MAPS[case.teacher_map], case.temperature, case.divergence)
-    read = [tensor.element_size() for tensor in (given.student, teacher) if tensor is not None]
+    given_to, objective = _of_case(case, given)
+    read = [tensor.element_size() for tensor in given_to[:2] if tensor is not None]
     one = single_pass(case, max(read), clusters)
     two = Launch(one.lanes, one.columns, one.num_warps, 1, case.vocabulary)
-    of_rows = _coefficients(case, results["statistics"], (given.ce_weight, given.kl_weight))
-    kernels.logit_gradient(given.student, teacher, labels, of_rows, given.gradient, None, objective, two)
+    kernels.logit_gradient(
+        *given_to, results["statistics"], given.weights, None, given.gradient, None, objective, two
+    )  # fmt: skip
     if not torch.equal(results["gradient"], given.gradient.flatten(0, 1)):
         yield "the gradient has other bits than that of two launches from the same statistics"
     given = inputs(case)
-    teacher = given.teacher if need_kl else None
+    given_to, _ = _of_case(case, given)
     alone = one.splits == 0 and one.ctas == 1  # nothing but threads is merged
-    if alone and not is_wide(given.student, given.teacher, given.gradient):
-        parts = kernels.row_statistics(
-            given.student, teacher, ~given.ignored, torch.float32, need_ce, objective, two
-        )  # fmt: skip
-        if not torch.equal(results["statistics"], parts):
+    if alone and not is_wide(*(tensor for tensor in given_to[:2] if tensor is not None)):
+        statistics = _statistics(given)
+        kernels.row_statistics(*given_to, given.weights, statistics, None, objective, two)
+        if not torch.equal(results["statistics"], statistics):
             yield "the statistics have other bits than those of two launches"
 
 
@@ -388,7 +400,7 @@ def _outcome(
     return Outcome(found, (*findings, *(str(difference) for difference in found if not difference.within_bounds)))
 
 
-def _prepare_process() -> None:
+def prepare_process() -> None:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore", RuntimeWarning)  # of numpy in the interpreter: NaN in poisoned rows, infinities
 
@@ -413,8 +425,6 @@ def differences(case: Case, results: dict[str, Tensor], expected: dict[str, dict
                     name, against, _of_gradient(result, other), bound, _misrounded(result, other), result.numel()
                 )
                 continue
-            if against == "float64":
-                result = _merged(case, result)[None]
             yield Difference(name, against, _of_statistics(result, other, case), bound, misrounded=0.0)
 
 
@@ -422,7 +432,7 @@ def _of_statistics(result: Tensor, other: Tensor, case: Case) -> float:
     """Return the largest of any number; c is a difference, of numbers that add up to about T e, or T d_T for reverse KL."""
     result, other = result.double(), other.double()
     size = other.abs()
-    size[:, stats.C] += other[:, DIVERGENCES[case.divergence].mass] * (case.temperature / stats.UNIT)
+    size[stats.C] += other[DIVERGENCES[case.divergence].mass] * (case.temperature / stats.UNIT)
     error = (result - other).abs()
     return float(torch.where(error == 0, 0.0, error / size).max() / EPSILON)
 

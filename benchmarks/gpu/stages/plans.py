@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fused_kd import statistics as stats
-from fused_kd.divergences import Objective, coefficients
+from fused_kd.divergences import Objective
 from fused_kd.launching import AUTO, TWO, device_of
 from fused_kd.testing import launching
 
@@ -78,11 +78,12 @@ def compile_launch(text: str, device: str, dtype: torch.dtype, vocabulary: int) 
 
 
 def problem(device: torch.device, dtype: torch.dtype, rows: int, vocabulary: int) -> tuple[Tensor, ...]:
-    """Return logits of student and teacher, labels, the weights of the rows and a gradient."""
+    """Return logits of student and teacher, labels, the weights and the statistics of the rows, and a gradient."""
     student, teacher = (torch.empty(1, rows, vocabulary, dtype=dtype, device=device).normal_(0, 3) for _ in range(2))
     labels = torch.randint(vocabulary, (rows,), device=device)
-    weight = torch.ones(rows, dtype=torch.float64, device=device)
-    return student, teacher, labels, weight, torch.empty_like(student)
+    weights = torch.ones(3, rows, dtype=torch.float64, device=device)
+    statistics = torch.empty(stats.COUNT, rows, device=device)
+    return student, teacher, labels, weights, statistics, torch.empty_like(student)
 
 
 def launched(text: str, *inputs: Tensor) -> Callable[[], object]:
@@ -90,20 +91,18 @@ def launched(text: str, *inputs: Tensor) -> Callable[[], object]:
     from fused_kd.backends import triton as kernels
     from fused_kd.launching import single_pass
 
-    student, teacher, labels, weight, gradient = inputs
-    counted, objective = weight != 0, Objective(temperature=TEMPERATURE)
+    student, teacher, labels, weights, statistics, gradient = inputs
+    objective = Objective(temperature=TEMPERATURE)
 
     def in_two() -> None:
-        parts = kernels.row_statistics(student, teacher, counted, torch.float32, True, objective)
-        statistics = stats.merge(parts, TEMPERATURE)
-        of_rows = coefficients(statistics, weight, weight, objective)
-        kernels.logit_gradient(student, teacher, labels, of_rows, gradient, None, objective)
+        kernels.row_statistics(student, teacher, labels, weights, statistics, None, objective)
+        kernels.logit_gradient(student, teacher, labels, statistics, weights, None, gradient, None, objective)
 
     if text == TWO:
         return in_two
     planned = single_pass(student, teacher, in_place=False, always=True)
     return lambda: kernels.statistics_and_gradient(
-        student, teacher, labels, weight, weight, gradient, planned, objective
+        student, teacher, labels, weights, statistics, gradient, None, planned, objective
     )
 
 

@@ -13,7 +13,7 @@ from unittest.mock import patch
 
 import torch
 
-from fused_kd import operators as ops
+from fused_kd import sweep
 from fused_kd.devices import DEVICES
 from fused_kd.testing import accuracy, interpreter, launching
 
@@ -34,7 +34,7 @@ def install(wrong: bool = False) -> None:
     replacements: dict[Any, dict[str, Any]] = {
         torch.cuda: cuda.REPLACEMENTS,
         accuracy: {"SAMPLE_ELEMENTS": 2**13},  # each costs hundreds of times what it does on a GPU
-        ops: {"scale_": cuda.as_operator(ops.scale_)},
+        sweep: {"scale": cuda.as_operator(sweep.scale)},
         torch: {"compile": functools.partial(torch.compile, backend="eager")},
     }
     for module, functions in replacements.items():
@@ -47,8 +47,8 @@ def install(wrong: bool = False) -> None:
 
 def _spoil() -> None:
     """Make the kernels' gradients too large, as a wrong factor would."""
-    kernels: Any = ops._kernels()
-    kernels.logit_gradient = _spoiled(kernels.logit_gradient, gradient=4)
+    kernels: Any = sweep._kernels()
+    kernels.logit_gradient = _spoiled(kernels.logit_gradient, gradient=6)
     kernels.statistics_and_gradient = _spoiled(kernels.statistics_and_gradient, gradient=5)
 
 
