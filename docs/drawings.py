@@ -74,7 +74,7 @@ def row() -> str:
         drawing.arrow(centre, 90, centre, 116)
         drawing.box(centre - 78, 120, 156, 46, NUMBERS, "m_s   d_1   d_T", "m_t    e     c")
         drawing.arrow(centre, 170, middle + (number - 1) * 60, 206)
-    drawing.text(20, 139, "1  statistics:", anchor="start")
+    drawing.text(20, 139, "2  statistics:", anchor="start")
     drawing.text(20, 157, "six numbers", anchor="start")
     drawing.box(middle - 140, 210, 280, 46, NUMBERS, "m_s   d_1   d_T   m_t    e     c", "of the whole row")
     drawing.text(20, 238, "merge", anchor="start")
@@ -84,9 +84,9 @@ def row() -> str:
         middle - 290, 300, 250, 50, NUMBERS, "CE = log d_1 - (z[label] - m_s)", "KL = c / (e T) + log(d_T / e)", size=13
     )
     drawing.box(middle + 40, 300, 250, 50, NUMBERS, "m_s   m_t   A   B   C   W   R", size=14)
-    drawing.text(middle - 165, 370, "2  values", size=13)
-    drawing.text(middle + 165, 370, "3  coefficients: the six numbers, with alpha,", size=13)
-    drawing.text(middle + 165, 387, "T², weights, divisor, upstream gradient", size=13)
+    drawing.text(middle - 165, 370, "3  losses, with the row's weights (1)", size=13)
+    drawing.text(middle + 165, 370, "coefficients: the six numbers, with the", size=13)
+    drawing.text(middle + 165, 387, "row's weights (1) and the upstream gradient", size=13)
     for start, centre in zip(starts, centres, strict=True):
         drawing.arrow(middle + 165 + (centre - middle) * 0.18, 396, centre, 432)
         drawing.cells(start, 436, count, size, GRADIENT)
@@ -99,7 +99,7 @@ def row() -> str:
         size=13, color=FAINT,
     )  # fmt: skip
     drawing.text(
-        middle, 538, "Parts are columns of a thread, tiles of a program, programs of a row, blocks on a CPU.",
+        middle, 538, "Parts are columns of a thread, tiles of a program, programs of a row.",
         size=13, color=FAINT,
     )  # fmt: skip
     return drawing.svg()
