@@ -24,12 +24,12 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from fused_kd.testing import peers, problems, record, shapes
+from fused_kd.testing import peers, problems, shapes
 from fused_kd.testing.problems import TEMPERATURE
 from fused_kd.testing.words import spaced
 
 from . import one_launch
-from .simulated.simulator import load
+from .simulated.simulator import load, report
 
 CHIPS = ("a100", "h100", "b200")
 VOCABULARIES = (32_000, 128_256, 151_936, 262_144)
@@ -123,10 +123,8 @@ def main(arguments: list[str] | None = None) -> int:
                 if name == TWO_LAUNCHES:
                     raise
                 results.append(subject | {"reason": f"{type(error).__name__}: {error}"[:160]})
-    Console(width=None if sys.stdout.isatty() else 150).print(table(results))
-    if options.json:
-        versions = record.versions("liger-kernel", "fla-core")
-        record.write_json(options.json, {"command": "benchmarks.modelled", "versions": versions, "results": results})
+    packages = "liger-kernel", "fla-core"
+    report("benchmarks.modelled", results, table(results), options.json, width=150, packages=packages)
     return 0
 
 

@@ -30,10 +30,9 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from fused_kd.testing import record
 from fused_kd.testing.words import spaced
 
-from .simulated.simulator import load
+from .simulated.simulator import load, report
 
 ROWS = 8192
 TEMPERATURES = (2.0, 3.0)
@@ -107,7 +106,7 @@ def modelled(simulator: Any, target: Target, temperature: float) -> dict[str, An
 
 
 def meets(result: dict[str, Any]) -> bool:
-    """Compared as they are printed: the targets have as many digits."""
+    """Return whether the figures meet the targets, compared as they are printed: the targets have as many digits."""
     return (
         round(result["bytes_a_pair"], 1) <= result["target_bytes_a_pair"]
         and round(result["times_the_floor"], 2) <= result["target_times_the_floor"]
@@ -128,11 +127,7 @@ def main(arguments: list[str] | None = None) -> int:
     targets = [target for target in TARGETS if target.chip in (options.chip or chips)]
     work = [(target, temperature) for target in targets for temperature in TEMPERATURES]
     results = [modelled(simulator, *item) for item in track(work, "simulating", console=Console(stderr=True))]
-    Console(width=None if sys.stdout.isatty() else 190).print(table(results))
-    if options.json:
-        record.write_json(
-            options.json, {"command": "benchmarks.one_launch", "versions": record.versions(), "results": results}
-        )
+    report("benchmarks.one_launch", results, table(results), options.json, width=190)
     return int(options.check and not all(map(meets, results)))
 
 

@@ -28,13 +28,12 @@ from rich.table import Table
 from fused_kd import statistics as stats
 from fused_kd.divergences import Objective
 from fused_kd.rows import RowOptions
-from fused_kd.testing import record
 from fused_kd.testing.problems import TEMPERATURE
 from fused_kd.testing.words import spaced
 
 from . import one_launch
 from .gate import steps
-from .simulated.simulator import load
+from .simulated.simulator import load, report
 
 ROWS = 8192
 SEQUENCES = 8  # with a shift
@@ -102,7 +101,7 @@ def modelled(simulator: Any, chip: str, V: int, everything: bool) -> dict[str, A
 
 
 def meets(result: dict[str, Any]) -> bool:
-    """Compared as they are printed: the targets have as many digits."""
+    """Return whether the figures meet the targets, compared as they are printed: the targets have as many digits."""
     return result["target"] is None or round(result["times_the_floor"], 2) <= result["target"]
 
 
@@ -116,11 +115,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     work = [(*shape, everything) for shape in TARGETS for everything in (False, True)]
     results = [modelled(simulator, *item) for item in track(work, "simulating", console=Console(stderr=True))]
-    Console(width=None if sys.stdout.isatty() else 190).print(table(results))
-    if options.json:
-        record.write_json(
-            options.json, {"command": "benchmarks.whole_step", "versions": record.versions(), "results": results}
-        )
+    report("benchmarks.whole_step", results, table(results), options.json, width=190)
     return int(options.check and not all(map(meets, results)))
 
 

@@ -128,11 +128,19 @@ def _product(row: Tensor, factor: float | Tensor) -> Tensor:
     return (row if factor else row.detach()) * factor
 
 
-def weighted_values(weight: Tensor, values: Tensor) -> Tensor:  # [N] each, float64
-    """Return weight * values; 0 where the weight is 0, even if the value is infinite or NaN."""
-    # The number is NEGLIGIBLE.  A global float would become an input of the compiled graph, and PyTorch 2.13 loses that
-    # input between two autograd functions.
-    return torch.where(weight.abs() < 1e-240, 0.0, weight * values)
+def weighted_values(weight: Tensor, values: Tensor) -> Tensor:  # float64, of one shape
+    """Return weight * values; 0 where the weight is negligible, even if the value is infinite or NaN."""
+    return torch.where(weight.abs() < NEGLIGIBLE, 0.0, weight * values)
+
+
+def are_read(weights: Tensor) -> Tensor:  # of [3, N]; [N], bool
+    """Return which rows are read: those in which a term has a weight."""
+    return torch.logical_or(weights[CE], weights[DIVERGENCE])
+
+
+def add_something(weights: Tensor) -> Tensor:  # of [3, N]; [N], bool
+    """Return which rows add something to loss and gradients: those that are read, without those of a learned weight 0."""
+    return weights[CE:].abs().sum(0) > NEGLIGIBLE
 
 
 def counted_rows(weights: Tensor) -> Tensor | None:  # of [3, N]

@@ -25,7 +25,7 @@ from . import statistics as stats
 from .backends import cpu
 from .divergences import Objective
 from .launch import SinglePass
-from .rows import CE, DIVERGENCE
+from .rows import are_read
 
 
 class KDOptions(NamedTuple):
@@ -165,11 +165,10 @@ def weight_gradients(
     options: KDOptions,
 ) -> Tensor:  # [3, N]
     """Return the gradients of the losses with respect to the weights.  They are 0 for a row that does not count."""
-    counted = torch.logical_or(weights[CE], weights[DIVERGENCE])
     values = divergences.values(
         statistics, options.objective, need_ce=options.ce_in_loss, need_divergence=options.divergence_in_loss
     )
-    for_ce, for_divergence = (torch.where(counted, upstream * value, 0.0) for value in values)
+    for_ce, for_divergence = (torch.where(are_read(weights), upstream * value, 0.0) for value in values)
     return torch.stack([torch.zeros_like(for_ce), for_ce, for_divergence])
 
 

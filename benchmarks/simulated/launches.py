@@ -294,7 +294,7 @@ def _named(statistics: Tensor, gradient: Tensor, teacher_gradient: Tensor | None
 
 
 def interpret(folder: Path, case: Case) -> None:
-    """In a worker under the interpreter: leaves what `simulate` compares with."""
+    """Run a case in a worker under the interpreter, and keep what `simulate` compares with."""
     prepare_process()
     given = inputs(case)
     poison(given, lambda memory: memory.view(torch.uint8).fill_(POISON))
@@ -302,7 +302,7 @@ def interpret(folder: Path, case: Case) -> None:
 
 
 def simulate(folder: Path, item: tuple[Case, str]) -> Outcome:
-    """In a worker that compiles: a case on a chip."""
+    """Run a case on a chip, in a worker that compiles."""
     prepare_process()
     case, chip = item
     file = _file(folder, case)

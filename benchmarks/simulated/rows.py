@@ -123,7 +123,7 @@ CASES = [RowCase(name) for name in CALLS]
 
 
 def simulate(item: tuple[RowCase, str]) -> Outcome:
-    """In a worker that compiles: a case on a chip."""
+    """Run a case on a chip, in a worker that compiles."""
     from fused_kd.backends import triton as kernels
 
     launches.prepare_process()

@@ -5,9 +5,8 @@ import math
 import torch
 from torch import Tensor
 
-from .. import statistics as stats
-from ..divergences import DIVERGENCES, Objective
-from ..rows import CE, DIVERGENCE, LARGEST_GRADIENT, NEGLIGIBLE, ROW
+from ..divergences import Objective, values
+from ..rows import CE, LARGEST_GRADIENT, NEGLIGIBLE, ROW, add_something, weighted_values
 from .cpu_sweep import Sweep, with_one_outer_index
 
 SCALED_ELEMENTS = 2**23  # elements that are scaled in float32 at a time: 32 MB
@@ -78,25 +77,15 @@ def row_losses(
 
     The part of a term that is not there is empty, as both are without `parts`.
     """
-    found = statistics.double()
-    values = []
-    if has_ce:
-        values.append(found[stats.D_1].log().sub_(found[stats.LABEL] - found[stats.M_S]))
-    if has_divergence:
-        values.append(DIVERGENCES[objective.divergence].value(found, objective.temperature))
-    if not values:
-        nothing = found.new_zeros(() if reduce else found.shape[1:], dtype=dtype)
-        return nothing, statistics.new_empty(0, dtype=dtype), statistics.new_empty(0, dtype=dtype)
-    terms = torch.stack(values)  # [1 or 2, N]
-    of_terms = weights[CE:] if has_divergence else weights[CE:DIVERGENCE]
-    loss = _weighted(of_terms if has_ce else of_terms[1:], terms, reduce, dtype)
+    found = values(statistics.double(), objective, need_ce=has_ce, need_divergence=has_divergence)
+    terms = torch.stack(found)  # [2, N]
 
     def part(needed: bool, index: int) -> Tensor:
         if not (needed and parts):
             return statistics.new_empty(0, dtype=dtype)
         return _weighted(weights[ROW], terms[index, None], reduce, dtype)
 
-    return loss, part(has_ce, 0), part(has_divergence, -1)
+    return _weighted(weights[CE:], terms, reduce, dtype), part(has_ce, 0), part(has_divergence, 1)
 
 
 def scale_(
@@ -138,15 +127,15 @@ def copy_counted(
     target: Tensor,  # [N, H], written, of any float dtype
 ) -> None:
     """Copy the rows that count, and write zeros for the others, which may hold anything."""
-    counted = weights.narrow(0, 1, 2).abs().sum(0) > NEGLIGIBLE
+    counted = add_something(weights)
     target.copy_(hidden)
     if not counted.all():
         target.masked_fill_(~counted[:, None], 0.0)
 
 
 def _weighted(
-    weights: Tensor,  # [1 or 2, N], or [N], float64
-    terms: Tensor,  # [1 or 2, N], float64
+    weights: Tensor,  # [2, N], or [N], float64
+    terms: Tensor,  # [2, N], or [1, N], float64
     reduce: bool,
     dtype: torch.dtype,  # that the results are rounded to
 ) -> Tensor:  # a scalar, or [N] without `reduce`
@@ -160,11 +149,10 @@ def _weighted(
             weighted = weighted.sum(1) if weighted.shape[0] > 1 else weighted.expand(2, -1).sum(1)[:1]
         return weighted.sum(0)
 
-    weighted = weights * terms
-    result = added(weighted)
+    result = added(weights * terms)
     if dtype == torch.float32 and reduce and math.isfinite(result.item()):
         return result.to(dtype)  # a negligible weight times a finite value is 0 in float32
-    return added(weighted.masked_fill_(weights.abs() < NEGLIGIBLE, 0.0)).to(dtype)
+    return added(weighted_values(weights, terms)).to(dtype)
 
 
 def _multiply(source: Tensor, factor: Tensor, target: Tensor) -> None:

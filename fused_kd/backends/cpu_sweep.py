@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .. import statistics as stats
 from ..divergences import DIVERGENCES, Coefficients, Objective, coefficients
-from ..rows import CE, DIVERGENCE, as_rows
+from ..rows import are_read, as_rows
 from .cpu_blocks import (
     Buffers,
     block_rows,
@@ -60,7 +60,7 @@ class _Weights:
         # [N], bool; None: every row.  A weight below the smallest number of the dtype gives a row a value, but no gradient.
         self.has_gradient: Tensor | None = None
         if not given.all():
-            counted = torch.logical_or(weights[CE], weights[DIVERGENCE])
+            counted = are_read(weights)
             self.counted = None if counted.all() else counted
             _, ce, divergence = (given != 0).unbind()
             has_gradient = ce if not has_divergence else divergence if not has_ce else ce | divergence
@@ -105,8 +105,7 @@ class Sweep:
         has_divergence = self.teacher is not None
         row = _Weights(weights, statistics.dtype, self.label is not None, has_divergence)
         if row.counted is not None or self.label is None or not has_divergence:
-            statistics.zero_()
-            statistics[stats.MAXIMA] = torch.finfo(statistics.dtype).min
+            statistics.copy_(stats.identity(statistics.shape[1], statistics.dtype))
         columns = statistics.unsqueeze(2)  # [7, N, 1]
         for rows in blocks_of_rows(row.counted, self.size, self.student, self.teacher, gradient):
             block = of_rows(columns, rows, dim=1)

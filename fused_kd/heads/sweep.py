@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..divergences import DIVERGENCES
-from ..rows import CE, NEGLIGIBLE, readable
+from ..rows import add_something, readable
 from ..sweep import Buffers, KDOptions, Logits, backend_of, chosen_launch, device_of
 from ..sweep import sweep as sweep_logits
 from .chunks import plan_chunks, row_stride
@@ -78,8 +78,9 @@ class Gradients:
         Such a row may hold anything, and 0 times NaN would be NaN.  The copy lies in the memory of the hidden states'
         gradient, if that has the dtype of the products: a chunk's gradient is written after the last use of its copy.
         """
-        every_row_counts = readable(weights) and bool((weights[CE:].abs().amax(0) > NEGLIGIBLE).all())
-        if not self.need_weight or (every_row_counts and head.hidden.dtype == head.weight.dtype):
+        if not self.need_weight:
+            return
+        if head.hidden.dtype == head.weight.dtype and readable(weights) and bool(add_something(weights).all()):
             return
         if self.hidden is not None and self.hidden.dtype == head.weight.dtype:
             self._counted = self.hidden

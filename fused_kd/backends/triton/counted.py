@@ -10,13 +10,10 @@ import triton
 import triton.language as tl
 
 from ...launch import NUM_WARPS
-from ...rows import CE, DIVERGENCE, NEGLIGIBLE
 from .gradient import roundable
-from .tiles import Output, store_tile
+from .tiles import NOTHING, OF_CE, OF_DIVERGENCE, Output, store_tile
 
 LANES, COLUMNS = 128, 8
-NOTHING = tl.constexpr(NEGLIGIBLE)
-OF_CE, OF_DIVERGENCE = tl.constexpr(CE), tl.constexpr(DIVERGENCE)
 
 
 @triton.jit(do_not_specialize=["weights_stride"])

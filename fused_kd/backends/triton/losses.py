@@ -22,13 +22,11 @@ import triton.language as tl
 
 from ... import statistics as stats
 from ...divergences import DIVERGENCES, Objective
-from ...rows import CE, DIVERGENCE, NEGLIGIBLE, ROW
 from .doubles import bits_of, double_of
+from .tiles import NOTHING, OF_CE, OF_DIVERGENCE, OF_ROW
 
 ROWS, NUM_WARPS = 128, 4  # per program; a row per thread
-NOTHING = tl.constexpr(NEGLIGIBLE)
 M_S, D_1, C, LABEL = (tl.constexpr(index) for index in (stats.M_S, stats.D_1, stats.C, stats.LABEL))
-OF_ROW, OF_CE, OF_DIVERGENCE = (tl.constexpr(index) for index in (ROW, CE, DIVERGENCE))
 
 
 @triton.jit

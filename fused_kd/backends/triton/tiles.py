@@ -14,10 +14,15 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
+from ...rows import CE, DIVERGENCE, NEGLIGIBLE, ROW
+
 LOG2_E = tl.constexpr(1.4426950408889634)
 # The integers in a cache line of 128 bytes.  Each counter has a line of its own: programs that wait for one row poll its
 # line, and all programs of a single pass add to the counter of tickets (docs/performance.md).
 LINE = tl.constexpr(32)
+# `fused_kd.rows` defines these: the rows of the weights, `[3, N]`, and the size below which a weight adds nothing.
+OF_ROW, OF_CE, OF_DIVERGENCE = (tl.constexpr(index) for index in (ROW, CE, DIVERGENCE))
+NOTHING = tl.constexpr(NEGLIGIBLE)
 
 
 class Stream(NamedTuple):
@@ -259,7 +264,7 @@ def store_zeros(output, low, high, LANES: tl.constexpr, K: tl.constexpr, WIDE: t
 def load_weights(numbers):
     """Return the Weights of a row, float64."""
     stride = numbers.weights_stride
-    return Weights(tl.load(numbers.weights + 1 * stride), tl.load(numbers.weights + 2 * stride))
+    return Weights(tl.load(numbers.weights + OF_CE * stride), tl.load(numbers.weights + OF_DIVERGENCE * stride))
 
 
 @triton.jit

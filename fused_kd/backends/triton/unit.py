@@ -11,15 +11,14 @@ import torch
 import triton
 import triton.language as tl
 
-from ...rows import CE, DIVERGENCE, LARGEST_GRADIENT, NEGLIGIBLE
+from ...rows import LARGEST_GRADIENT
 from .doubles import bits_of, double_of
+from .tiles import NOTHING, OF_CE, OF_DIVERGENCE
 
 NUM_WARPS = 16
 BLOCK = 1024  # rows per iteration
 MOST_PROGRAMS = 16
-NOTHING = tl.constexpr(NEGLIGIBLE)
 LARGEST = tl.constexpr(LARGEST_GRADIENT)
-OF_CE, OF_DIVERGENCE = tl.constexpr(CE), tl.constexpr(DIVERGENCE)
 
 
 @triton.jit

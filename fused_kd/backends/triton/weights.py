@@ -21,8 +21,9 @@ import torch
 import triton
 import triton.language as tl
 
-from ...rows import CE, DIVERGENCE, ROW, RowOptions
+from ...rows import RowOptions
 from .doubles import bits_of, double_of
+from .tiles import OF_CE, OF_DIVERGENCE, OF_ROW
 
 NUM_WARPS = 16
 SUMMED, WRITTEN = 2048, 512  # rows per iteration; 4 and 1 per thread
@@ -31,7 +32,6 @@ MOST_PROGRAMS = 64
 NUMBER, SCALAR, PER_ROW = (tl.constexpr(kind) for kind in range(3))
 # The constexpr DIVISOR.
 NO_DIVISOR, GIVEN_NUMBER, GIVEN_SCALAR, SUM = (tl.constexpr(kind) for kind in range(4))
-OF_ROW, OF_CE, OF_DIVERGENCE = (tl.constexpr(index) for index in (ROW, CE, DIVERGENCE))
 
 
 @triton.jit
