@@ -117,7 +117,7 @@ class KDLossFunction(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         *tensors, ctx.options, ctx.inplace_backward = inputs
-        _save(ctx, *tensors, output[3])
+        _save(ctx, *tensors, output[4])
         ctx.set_materialize_grads(False)
 
     @staticmethod
@@ -204,7 +204,7 @@ class SinglePassFunction(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         _, _, _, weights, ctx.options, _, ctx.written = inputs
-        _save(ctx, weights, *output[3:])
+        _save(ctx, weights, *output[4:])
         ctx.set_materialize_grads(False)
 
     @staticmethod
@@ -249,7 +249,7 @@ class LinearKDLossFunction(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         *heads, _, weights, ctx.options = inputs
         ctx.dtypes = _dtypes(heads, ctx.options)
-        _save(ctx, weights, *output[3:])
+        _save(ctx, weights, *output[4:])
         ctx.set_materialize_grads(False)
 
     @staticmethod
@@ -274,12 +274,12 @@ class LinearKDRowLossesFunction(torch.autograd.Function):
         *inputs: Any,  # as in LinearKDLossFunction
     ) -> tuple[Tensor, ...]:  # the fields of Losses
         *tensors, options = inputs
-        return linear_losses(*tensors, None, options=_without_gradients(options))[:4]
+        return linear_losses(*tensors, None, options=_without_gradients(options))[:5]
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         *tensors, ctx.options = inputs
-        _save(ctx, *tensors, output[3])
+        _save(ctx, *tensors, output[4])
         ctx.set_materialize_grads(False)
 
     @staticmethod
@@ -290,7 +290,7 @@ class LinearKDRowLossesFunction(torch.autograd.Function):
         for_weights = None
         if any(ctx.options.needed):
             operator = functools.partial(linear_losses, options=ctx.options)
-            unit, *found = _in_backward(operator, *heads, labels, weights, upstream)[4:]
+            unit, *found = _in_backward(operator, *heads, labels, weights, upstream)[5:]
             factors, in_place = [unit] if unit.numel() else [], not torch.is_grad_enabled()
             gradients = scaled(found, factors, _dtypes(heads, ctx.options), in_place=in_place)
         if ctx.needs_input_grad[7]:

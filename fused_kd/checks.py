@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .divergences import DIVERGENCES
+from .divergences import DIVERGENCES, Divergence
 from .logit_map import LogitMap
 from .options import Options, Scale, Softcap
 from .rows import readable
@@ -247,16 +247,13 @@ def _check_device(name: str, tensor: Tensor, student: Tensor) -> None:
 def check_options(options: Options) -> tuple[LogitMap, LogitMap]:
     """Check the options by themselves, and return the maps of student and teacher."""
     _check_alpha_values(options.alpha)
-    _check_positive(
-        "temperature",
-        options.temperature,
-        "a finite number above 0",
-        "; pass a Python number: reading it from a tensor would synchronise with the device",
-    )
+    hint = "; pass a Python number: reading it from a tensor would synchronise with the device"
+    _check_positive("temperature", options.temperature, "a finite number above 0", hint)
     if not _is_integer(options.ignore_index):
         raise TypeError(f"ignore_index: expected an integer, got {_what(options.ignore_index)}")
     _check_choice("reduction", options.reduction, REDUCTIONS)
-    _check_choice("divergence", options.divergence, tuple(DIVERGENCES))
+    if not isinstance(options.divergence, Divergence):
+        _check_choice("divergence", options.divergence, tuple(DIVERGENCES), ", or an object of fused_kd.divergences")
     _check_vocab_size(options.vocab_size, None)
     logits_dtype, workspace_bytes = options.logits_dtype, options.workspace_bytes
     if logits_dtype is not None and not isinstance(logits_dtype, torch.dtype):
@@ -274,10 +271,10 @@ def check_options(options: Options) -> tuple[LogitMap, LogitMap]:
     return logit_maps(options.logit_scale, options.logit_softcap)
 
 
-def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+def _check_choice(name: str, value: object, choices: tuple[str, ...], other: str = "") -> None:
     if not isinstance(value, str) or value not in choices:
         *others, last = [repr(choice) for choice in choices]
-        raise ValueError(f"{name}: expected {', '.join(others)} or {last}, got {_what(value)}")
+        raise ValueError(f"{name}: expected {', '.join(others)} or {last}{other}, got {_what(value)}")
 
 
 def check_rows(

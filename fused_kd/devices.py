@@ -43,6 +43,10 @@ CTAS = (2, 4, 8, 16)
 # `python -m benchmarks.one_launch` models the times.
 SHARED = Shape(2, 16, 64)
 
+# The same with two sweeps of statistics.  A program does more once per slice, so slices are longer: fewer threads are
+# resident, and each has more columns.  One warp needs no barrier to reduce.
+SHARED_TWO_SWEEPS = Shape(1, 32, 128)
+
 
 class Device(NamedTuple):
     """A GPU as far as launches, memory and machine code depend on it."""
@@ -57,6 +61,7 @@ class Device(NamedTuple):
     sharing: bool = True  # whether programs that share rows are faster than two passes; see SHARING_BYTES
     whole: tuple[Shape, ...] = WHOLE
     shared: Shape = SHARED
+    shared_two_sweeps: Shape = SHARED_TWO_SWEEPS
     target: str = ""  # Triton's compilation target, such as sm_90 or gfx942
     shared_bytes: int = 102_400  # shared memory per multiprocessor
     memory_gb: tuple[int, ...] = ()  # nominal memory of the cards with this GPU
@@ -82,6 +87,7 @@ DEVICES = {
     # The L2 bytes are those of the cache behind the L2 caches of the dies (Infinity Cache).
     "MI300X": Device(
         304, 256 * MIB, False, warp_size=64, registers=131072, shared=SHARED._replace(registers=80),
+        shared_two_sweeps=Shape(1, 16, 128),  # with 32 columns the compiler spills
         target="gfx942", shared_bytes=64 * KIB, memory_gb=(192,),
     ),
 }  # fmt: skip

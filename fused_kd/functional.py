@@ -18,6 +18,7 @@ from .autograd import (
     apply,
 )
 from .checks import plain
+from .divergences import Divergence
 from .heads.sweep import Head, LinearOptions, planned_chunk
 from .inplace import check_inplace_backward
 from .launch import SinglePass
@@ -32,7 +33,7 @@ from .terms import Terms, constant_teacher, make_terms
 @overload
 def kd_loss(
     student_logits: Tensor, teacher_logits: Tensor | None, labels: Tensor | None = ..., *,
-    alpha: float | Tensor = ..., temperature: float = ..., divergence: str = ..., ignore_index: int = ...,
+    alpha: float | Tensor = ..., temperature: float = ..., divergence: str | Divergence = ..., ignore_index: int = ...,
     reduction: str = ..., shift: bool = ..., token_weights: Tensor | None = ...,
     num_items: int | float | Tensor | None = ..., vocab_size: int | None = ..., logit_softcap: Softcap = ...,
     logit_scale: Scale = ..., teacher_grad: bool = ..., inplace_backward: bool = ...,
@@ -41,7 +42,7 @@ def kd_loss(
 @overload
 def kd_loss(
     student_logits: Tensor, teacher_logits: Tensor | None, labels: Tensor | None = ..., *,
-    alpha: float | Tensor = ..., temperature: float = ..., divergence: str = ..., ignore_index: int = ...,
+    alpha: float | Tensor = ..., temperature: float = ..., divergence: str | Divergence = ..., ignore_index: int = ...,
     reduction: str = ..., shift: bool = ..., token_weights: Tensor | None = ...,
     num_items: int | float | Tensor | None = ..., vocab_size: int | None = ..., logit_softcap: Softcap = ...,
     logit_scale: Scale = ..., teacher_grad: bool = ..., inplace_backward: bool = ...,
@@ -50,7 +51,7 @@ def kd_loss(
 @overload
 def kd_loss(
     student_logits: Tensor, teacher_logits: Tensor | None, labels: Tensor | None = ..., *,
-    alpha: float | Tensor = ..., temperature: float = ..., divergence: str = ..., ignore_index: int = ...,
+    alpha: float | Tensor = ..., temperature: float = ..., divergence: str | Divergence = ..., ignore_index: int = ...,
     reduction: str = ..., shift: bool = ..., token_weights: Tensor | None = ...,
     num_items: int | float | Tensor | None = ..., vocab_size: int | None = ..., logit_softcap: Softcap = ...,
     logit_scale: Scale = ..., teacher_grad: bool = ..., inplace_backward: bool = ...,
@@ -64,7 +65,7 @@ def kd_loss(
     *,
     alpha: float | Tensor = 0.5,
     temperature: float = 1.0,
-    divergence: str = "forward_kl",
+    divergence: str | Divergence = "forward_kl",
     ignore_index: int = -100,
     reduction: str = "mean",
     shift: bool = False,
@@ -95,12 +96,20 @@ def kd_loss(
             if it has no dimensions.
         temperature: T > 0, applied to both distributions in the divergence.  With PyTorch 2.9 or newer, `torch.compile`
             compiles twice for a temperature that changes from call to call, not once for every value.
-        divergence: D, where q is the teacher's distribution and p the student's.  "forward_kl" is KL(q || p) =
-            sum q log(q / p) (Hinton et al.): the student covers everything that the teacher does.  "reverse_kl" is
-            KL(p || q) = sum p log(p / q) (Gu et al., "MiniLLM", arXiv:2306.08543): the student leaves out what the teacher
-            would not say.  A token that both models mask with minus infinity adds nothing.  Forward KL is infinite if the
-            teacher has mass at a token where the student has none.  Reverse KL is infinite if the student has mass where
-            the teacher has none, and its gradient is then not finite either.  In the opposite cases the token adds nothing.
+        divergence: D, of the student's distribution p and the teacher's q: a name, which stands for the defaults, or an
+            object of `fused_kd.divergences`, or one of a class of your own.
+            "forward_kl", `ForwardKL()`, is KL(q || p) = sum q log(q / p): the student covers all that the teacher says.
+            "reverse_kl", `ReverseKL()`, is KL(p || q) = sum p log(p / q): the student leaves out what the teacher would not
+            say.
+            "mixed_kl", `MixedKL(reverse=0.5)`, is (1 - reverse) KL(q || p) + reverse KL(p || q).
+            "jsd", `JSD(beta=0.5)`, is beta KL(q || m) + (1 - beta) KL(p || m), where m = (1 - beta) p + beta q.
+            "skew_kl", `SkewKL(skew=0.1)`, is KL(q || skew q + (1 - skew) p).
+            "skew_reverse_kl", `SkewReverseKL(skew=0.1)`, is KL(p || skew p + (1 - skew) q).
+            "tvd", `TotalVariation()`, is sum |p - q| / 2.
+            A token that both models mask with minus infinity adds nothing.  Forward KL is infinite if the teacher has mass
+            at a token where the student has none.  Reverse KL is infinite if the student has mass where the teacher has
+            none, and its gradient is then not finite either.  In the opposite cases the token adds nothing.  Mixed KL is
+            infinite in both cases, and the others in neither.
         ignore_index: the label of rows that do not count.
         reduction: "mean" divides the sum by the sum of the weights of the rows that count.  "sum" does not divide.  "none"
             returns one value per row.  If no row counts, the loss is 0.
@@ -132,7 +141,9 @@ def kd_loss(
             overwritten, or was computed from them afterwards.  ValueError refuses leaves that require grad, views of such
             leaves, and teacher logits in the memory of other logits of the student.  Nothing is overwritten under
             `torch.func`.
-        return_parts: whether to return `KDLossOutput(loss, ce, divergence)`, with detached parts for logging.
+        return_parts: whether to return `KDLossOutput(loss, ce, divergence, entropy)`, all reduced alike, and all but the
+            loss detached, for logging.  `divergence` is without alpha and T^2.  `entropy` is that of the student's
+            distribution at temperature T, in nats, from the same sweep.  It needs neither labels nor a teacher.
 
     Returns:
         The loss in float32, or in float64 if an input is float64.  It is a scalar, or `[...]` with reduction "none".  It
@@ -177,8 +188,8 @@ def kd_loss(
         if inplace_backward:
             written = Overwritten()
             student = as_rows(OverwriteFunction.apply(student_logits, written))
-        return terms.output(*apply(SinglePassFunction, student, *arguments, launch, written)[:3])
-    return terms.output(*apply(KDLossFunction, student, *arguments, inplace_backward)[:3])
+        return terms.output(*apply(SinglePassFunction, student, *arguments, launch, written)[:4])
+    return terms.output(*apply(KDLossFunction, student, *arguments, inplace_backward)[:4])
 
 
 def _single_pass(
@@ -210,7 +221,7 @@ def _single_pass(
 def linear_kd_loss(
     student_hidden: Tensor, student_weight: Tensor, teacher_hidden: Tensor | None, teacher_weight: Tensor | None,
     labels: Tensor | None = ..., *, student_bias: Tensor | None = ..., teacher_bias: Tensor | None = ...,
-    alpha: float | Tensor = ..., temperature: float = ..., divergence: str = ..., ignore_index: int = ...,
+    alpha: float | Tensor = ..., temperature: float = ..., divergence: str | Divergence = ..., ignore_index: int = ...,
     reduction: str = ..., shift: bool = ..., token_weights: Tensor | None = ...,
     num_items: int | float | Tensor | None = ..., vocab_size: int | None = ..., logit_softcap: Softcap = ...,
     logit_scale: Scale = ..., teacher_grad: bool = ..., logits_dtype: torch.dtype | None = ...,
@@ -221,7 +232,7 @@ def linear_kd_loss(
 def linear_kd_loss(
     student_hidden: Tensor, student_weight: Tensor, teacher_hidden: Tensor | None, teacher_weight: Tensor | None,
     labels: Tensor | None = ..., *, student_bias: Tensor | None = ..., teacher_bias: Tensor | None = ...,
-    alpha: float | Tensor = ..., temperature: float = ..., divergence: str = ..., ignore_index: int = ...,
+    alpha: float | Tensor = ..., temperature: float = ..., divergence: str | Divergence = ..., ignore_index: int = ...,
     reduction: str = ..., shift: bool = ..., token_weights: Tensor | None = ...,
     num_items: int | float | Tensor | None = ..., vocab_size: int | None = ..., logit_softcap: Softcap = ...,
     logit_scale: Scale = ..., teacher_grad: bool = ..., logits_dtype: torch.dtype | None = ...,
@@ -232,7 +243,7 @@ def linear_kd_loss(
 def linear_kd_loss(
     student_hidden: Tensor, student_weight: Tensor, teacher_hidden: Tensor | None, teacher_weight: Tensor | None,
     labels: Tensor | None = ..., *, student_bias: Tensor | None = ..., teacher_bias: Tensor | None = ...,
-    alpha: float | Tensor = ..., temperature: float = ..., divergence: str = ..., ignore_index: int = ...,
+    alpha: float | Tensor = ..., temperature: float = ..., divergence: str | Divergence = ..., ignore_index: int = ...,
     reduction: str = ..., shift: bool = ..., token_weights: Tensor | None = ...,
     num_items: int | float | Tensor | None = ..., vocab_size: int | None = ..., logit_softcap: Softcap = ...,
     logit_scale: Scale = ..., teacher_grad: bool = ..., logits_dtype: torch.dtype | None = ...,
@@ -251,7 +262,7 @@ def linear_kd_loss(
     teacher_bias: Tensor | None = None,  # [V]
     alpha: float | Tensor = 0.5,
     temperature: float = 1.0,
-    divergence: str = "forward_kl",
+    divergence: str | Divergence = "forward_kl",
     ignore_index: int = -100,
     reduction: str = "mean",
     shift: bool = False,
@@ -351,4 +362,4 @@ def linear_kd_loss(
         planned_chunk(Head(*student), None if teacher[0] is None else Head(*teacher), sweep)  # type: ignore[arg-type]
     function = LinearKDRowLossesFunction if reduction == "none" else LinearKDLossFunction
     found = apply(function, *student, *teacher, rows(terms.labels), rows(terms.weights, 1), sweep)
-    return terms.output(*map(spread, found[:3]))
+    return terms.output(*map(spread, found[:4]))

@@ -125,6 +125,7 @@ def best_single_pass(
     device: Device,
     wide: bool = True,  # whether rows start at multiples of 16 bytes
     itemsize: int = 2,  # bytes per element of the widest tensor, of which a thread takes 16 bytes at once
+    sweeps: int = 1,  # sweeps of statistics that the divergence takes
 ) -> Candidate:
     """Return the best launch of a single pass: one program or cluster per row, or several programs per row.
 
@@ -132,12 +133,14 @@ def best_single_pass(
     such launch is taken whose bytes in flight fit L2 and whose work is at most ENOUGH.  Programs of whole rows put too
     many bytes in flight if rows are long; above V = 150 000 so do clusters of 16 blocks.  The last tile takes as long with
     few columns as with all, so a program of few tiles may take longer than several programs per row.
+
+    Clusters take one sweep of statistics: Triton 3.8 cannot compile the longer kernel for them (`PlanCTAPass` fails).
     """
     row = Row(vocabulary, vocabulary * read_itemsize, vocabulary * (read_itemsize + written_itemsize), itemsize)
     plans = [_of_whole_rows(rows, row, device, shape, 1) for shape in device.whole]
-    if device.clusters and wide:
+    if device.clusters and wide and sweeps == 1:
         plans += [_of_whole_rows(rows, row, device, CLUSTER, ctas) for ctas in CTAS]
-    shared = _of_shared_rows(rows, row, device)
+    shared = _of_shared_rows(rows, row, device, device.shared if sweeps == 1 else device.shared_two_sweeps)
     hitting = [plan for plan in (*plans, shared) if plan.hits]
     enough = [plan for plan in hitting if plan.work <= ENOUGH]
     return (enough or sorted(hitting, key=lambda plan: plan.work) or [shared])[0]
@@ -157,9 +160,8 @@ def _of_whole_rows(rows: int, row: Row, device: Device, shape: Shape, ctas: int)
     return Candidate(launch, in_flight, size, _hits(size, device), idle * (math.ceil(tiles) + ONCE) / tiles)
 
 
-def _of_shared_rows(rows: int, row: Row, device: Device) -> Candidate:
+def _of_shared_rows(rows: int, row: Row, device: Device, shape: Shape) -> Candidate:
     """Return the launch with the fewest programs per row that keep the rows in flight within L2 and fill the device."""
-    shape = device.shared
     columns, resident = shape.columns_of(row.itemsize), device.processors * resident_programs(device, shape)
     tile = shape.num_warps * device.warp_size * columns
     tiles = -(-row.vocabulary // tile)
@@ -188,11 +190,12 @@ def is_faster(
     device: Device,
     vocab_size: int,
     itemsizes: Sequence[int],  # bytes per logit of the student, and of the teacher if there is one
+    sweeps: int = 1,  # sweeps of statistics that the divergence takes
 ) -> bool:
     """Return whether a single pass is faster than two, for any number of rows and any strides.
 
     Its second sweep has to hit L2.  If programs have to share rows, the device must be one where that pays.
     """
     read, largest = sum(itemsizes), max(itemsizes)
-    found = best_single_pass(MANY_ROWS, vocab_size, read, itemsizes[0], device, wide=False, itemsize=largest)
+    found = best_single_pass(MANY_ROWS, vocab_size, read, itemsizes[0], device, False, largest, sweeps)
     return found.hits and (found.launch.splits == 0 or device.sharing)

@@ -128,6 +128,7 @@ def single_pass(
     *,
     in_place: bool,  # the gradient overwrites the student
     clusters: bool = True,  # whether a cluster may be planned
+    sweeps: int = 1,  # sweeps of statistics that the divergence takes
     always: bool = False,  # whether a single pass is taken even where two passes are faster
 ) -> SinglePass | None:
     """Return the launch of a single pass, as planned for the device or as asked for; None for two passes."""
@@ -137,7 +138,7 @@ def single_pass(
     outer, inner, columns = student.shape
     rows, vocabulary = max(1, outer * inner), vocab_size or columns
     read = [tensor.element_size() for tensor in (student, teacher) if tensor is not None]
-    if asked == AUTO and not always and device is not None and not is_faster(device, vocabulary, read):
+    if asked == AUTO and not always and device is not None and not is_faster(device, vocabulary, read, sweeps):
         return None
     if isinstance(asked, SinglePass) or device is None:
         # Under Triton's interpreter a bfloat16 gradient is written in float32; see `roundable`.
@@ -152,7 +153,7 @@ def single_pass(
     aligned = in_place or columns % 16 == 0  # the rows of a new gradient
     wide = aligned and is_wide(*(tensor for tensor in (student, teacher) if tensor is not None))
     device = device._replace(clusters=device.clusters and clusters)
-    return best_single_pass(rows, vocabulary, sum(read), written, device, wide, max(read)).launch
+    return best_single_pass(rows, vocabulary, sum(read), written, device, wide, max(read), sweeps).launch
 
 
 def is_wide(*tensors: Tensor) -> bool:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from . import checks
+from .divergences import Divergence
 from .functional import kd_loss, linear_kd_loss
 from .options import KDLossOutput, Options, Scale, Softcap
 
@@ -21,7 +22,7 @@ class _Loss(nn.Module):
 
     alpha: float | Tensor
     temperature: float
-    divergence: str
+    divergence: str | Divergence
     ignore_index: int
     reduction: str
     shift: bool
@@ -80,7 +81,7 @@ class KDLoss(_Loss):
         *,
         alpha: float | Tensor = 0.5,
         temperature: float = 1.0,
-        divergence: str = "forward_kl",
+        divergence: str | Divergence = "forward_kl",
         ignore_index: int = -100,
         reduction: str = "mean",
         shift: bool = False,
@@ -145,7 +146,7 @@ class LinearKDLoss(_Loss):
         *,
         alpha: float | Tensor = 0.5,
         temperature: float = 1.0,
-        divergence: str = "forward_kl",
+        divergence: str | Divergence = "forward_kl",
         ignore_index: int = -100,
         reduction: str = "mean",
         shift: bool = False,

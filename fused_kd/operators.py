@@ -84,23 +84,22 @@ KD_ARGUMENTS = len(KD_SCHEMA.split(", "))
 
 def packed(options: KDOptions) -> tuple[Any, ...]:
     """Return the arguments of KD_SCHEMA."""
-    numbers: list[float]
     *kd, objective = options
-    student_map, teacher_map, temperature, divergence, *numbers = objective
-    return *kd, temperature, divergence, [*student_map, *teacher_map, *numbers]
+    student_map, teacher_map, temperature, divergence, parameters = objective
+    return *kd, temperature, divergence, [*student_map, *teacher_map, *parameters]
 
 
 def unpacked(*arguments: Any) -> KDOptions:
     """Return the options from the arguments of KD_SCHEMA."""
     *kd, temperature, divergence, numbers = arguments
-    student_scale, student_softcap, teacher_scale, teacher_softcap, *others = numbers
+    student_scale, student_softcap, teacher_scale, teacher_softcap, *parameters = numbers
     maps = LogitMap(student_scale, student_softcap), LogitMap(teacher_scale, teacher_softcap)
-    return KDOptions._make((*kd, Objective(*maps, temperature, divergence, *others)))
+    return KDOptions._make((*kd, Objective(*maps, temperature, divergence, tuple(parameters))))
 
 
 _LOGITS = "Tensor? teacher, Tensor? labels"
 _GRADIENT_ARGUMENTS = f"{_LOGITS}, Tensor statistics, Tensor weights, Tensor upstream, bool teacher_grad, {KD_SCHEMA}"
-_LOSSES = "Tensor, Tensor, Tensor, Tensor"  # the fields of Losses
+_LOSSES = "Tensor, Tensor, Tensor, Tensor, Tensor"  # the fields of Losses
 ROW_WEIGHTS = define(
     "row_weights",
     "(Tensor? labels, Tensor? token_weights, Tensor? alpha, Tensor? num_items, Tensor like, SymInt rows, "
@@ -207,7 +206,7 @@ def new_losses(teacher: Tensor | None, labels: Tensor | None, weights: Tensor, o
         return weights.new_empty(shape if needed and options.parts else (0,), dtype=dtype)
 
     loss, statistics = weights.new_empty(shape, dtype=dtype), weights.new_empty(stats.COUNT, N, dtype=dtype)
-    return Losses(loss, part(labels is not None), part(teacher is not None), statistics)
+    return Losses(loss, part(labels is not None), part(teacher is not None), part(True), statistics)
 
 
 def _new_gradient(logits: Tensor) -> Tensor:
@@ -248,7 +247,7 @@ def _write_into(
     student: Tensor,
     teacher: Tensor | None,
     labels: Tensor | None,
-    statistics: Tensor,  # [7, N]
+    statistics: Tensor,  # [9, N]
     weights: Tensor,  # [3, N]
     upstream: Tensor,  # a scalar, or [N]
     teacher_grad: bool,

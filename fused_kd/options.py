@@ -10,6 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .divergences import Divergence
+
 # One value for both models, or a pair (student, teacher).
 Scale = float | tuple[float, float]
 Softcap = float | tuple[float | None, float | None] | None
@@ -21,7 +23,7 @@ class Options:
 
     alpha: float | Tensor = 0.5  # the weight of the divergence, in [0, 1]; a tensor gives one per row
     temperature: float = 1.0  # T, applied to both distributions in the divergence
-    divergence: str = "forward_kl"  # or "reverse_kl"
+    divergence: str | Divergence = "forward_kl"  # D: a name, or an object of `fused_kd.divergences`
     ignore_index: int = -100  # the label of rows that do not count
     reduction: str = "mean"  # or "sum", or "none" for one value per row
     shift: bool = False  # score each position against the label of the next one
@@ -36,16 +38,18 @@ class Options:
 
 
 class KDLossOutput(NamedTuple):
-    """The loss and its two parts, all reduced in the same way: loss = (1 - alpha) ce + alpha T^2 divergence.
+    """The loss, its two parts and the student's entropy, all reduced alike: loss = (1 - alpha) ce + alpha T^2 divergence.
 
-    The parts are detached, for logging.
+    All but the loss are detached, for logging.
 
     Attributes:
         loss: the loss, as the function returns it without `return_parts`.
         ce: the cross-entropy; None without labels.
         divergence: the divergence, without alpha and T^2; None without a teacher.
+        entropy: the entropy of the student's distribution at temperature T, in nats.
     """
 
     loss: Tensor
     ce: Tensor | None
     divergence: Tensor | None
+    entropy: Tensor

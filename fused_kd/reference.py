@@ -3,15 +3,18 @@
     L = (1 - alpha) CE(y, softmax(z_s)) + alpha T^2 D(softmax(z_t / T), softmax(z_s / T))
 
 Source: Hinton, Vinyals and Dean, "Distilling the Knowledge in a Neural Network", 2015 (arXiv:1503.02531).  These functions
-keep several [N, V] arrays.  They import only types from the rest of the package, and share no formula and no check with it.
+keep several [N, V] arrays.  They share no formula and no check with the rest of the package.
 """
 
+import math
 from typing import Any, Literal, overload
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import divergences
+from .divergences import Divergence
 from .options import KDLossOutput, Scale, Softcap
 
 
@@ -41,7 +44,118 @@ def reverse_kl_divergence(
     return kl_divergence(teacher_logits, student_logits, temperature)
 
 
-DIVERGENCES = {"forward_kl": kl_divergence, "reverse_kl": reverse_kl_divergence}
+def mixed_kl_divergence(
+    student_logits: Tensor,  # [N, V]
+    teacher_logits: Tensor,  # [N, V]
+    temperature: float,
+    reverse: float = 0.5,
+) -> Tensor:  # [N]
+    """Return (1 - reverse) times the forward KL plus reverse times the reverse KL of each row, in nats."""
+    forward = kl_divergence(student_logits, teacher_logits, temperature)
+    return (1 - reverse) * forward + reverse * reverse_kl_divergence(student_logits, teacher_logits, temperature)
+
+
+def _kl_from_mixture(
+    log_mass: Tensor,  # [N, V], log-probabilities, as is the other
+    log_other: Tensor,
+    share: float,  # of the first in the mixture
+) -> Tensor:  # [N]
+    """Return KL(mass || share mass + (1 - share) other) of each row."""
+    massless = log_mass.isneginf()
+    empty = massless & log_other.isneginf()  # the derivative of logaddexp would be NaN
+    log_mixture = torch.logaddexp(
+        log_mass.masked_fill(empty, 0.0) + math.log(share), log_other.masked_fill(empty, 0.0) + math.log1p(-share)
+    )
+    return (log_mass.exp() * (log_mass - log_mixture).masked_fill(massless, 0.0)).sum(-1)
+
+
+def jensen_shannon_divergence(
+    student_logits: Tensor,  # [N, V]
+    teacher_logits: Tensor,  # [N, V]
+    temperature: float,
+    beta: float = 0.5,
+) -> Tensor:  # [N]
+    """Return beta KL(q || m) + (1 - beta) KL(p || m) of each row, m = (1 - beta) p + beta q, in nats.
+
+    p is the student's distribution and q the teacher's.  Source: Agarwal et al., "On-Policy Distillation of Language
+    Models", arXiv:2306.13649.
+    """
+    log_p, log_q = _log_probabilities(student_logits, teacher_logits, temperature)
+    return beta * _kl_from_mixture(log_q, log_p, beta) + (1 - beta) * _kl_from_mixture(log_p, log_q, 1 - beta)
+
+
+def skew_kl_divergence(
+    student_logits: Tensor,  # [N, V]
+    teacher_logits: Tensor,  # [N, V]
+    temperature: float,
+    skew: float = 0.1,
+) -> Tensor:  # [N]
+    """Return KL(q || skew q + (1 - skew) p) of each row, in nats.  Source: Ko et al., "DistiLLM", arXiv:2402.03898."""
+    log_p, log_q = _log_probabilities(student_logits, teacher_logits, temperature)
+    return _kl_from_mixture(log_q, log_p, skew)
+
+
+def skew_reverse_kl_divergence(
+    student_logits: Tensor,  # [N, V]
+    teacher_logits: Tensor,  # [N, V]
+    temperature: float,
+    skew: float = 0.1,
+) -> Tensor:  # [N]
+    """Return KL(p || skew p + (1 - skew) q) of each row, in nats.  Source: Ko et al., "DistiLLM", arXiv:2402.03898."""
+    return skew_kl_divergence(teacher_logits, student_logits, temperature, skew)
+
+
+def total_variation_distance(
+    student_logits: Tensor,  # [N, V]
+    teacher_logits: Tensor,  # [N, V]
+    temperature: float,
+) -> Tensor:  # [N]
+    """Return sum |p - q| / 2 of each row.  Source: Wen et al., "f-Divergence Minimization", arXiv:2307.15190."""
+    log_p, log_q = _log_probabilities(student_logits, teacher_logits, temperature)
+    return (log_p.exp() - log_q.exp()).abs().sum(-1) / 2
+
+
+def _log_probabilities(
+    student_logits: Tensor, teacher_logits: Tensor, temperature: float
+) -> tuple[Tensor, Tensor]:  # [N, V] each
+    return F.log_softmax(student_logits / temperature, dim=-1), F.log_softmax(teacher_logits / temperature, dim=-1)
+
+
+DIVERGENCES = {
+    "forward_kl": kl_divergence,
+    "reverse_kl": reverse_kl_divergence,
+    "mixed_kl": mixed_kl_divergence,
+    "jsd": jensen_shannon_divergence,
+    "skew_kl": skew_kl_divergence,
+    "skew_reverse_kl": skew_reverse_kl_divergence,
+    "tvd": total_variation_distance,
+}
+
+
+def divergence_values(
+    student_logits: Tensor,  # [N, V]
+    teacher_logits: Tensor,  # [N, V]
+    temperature: float,
+    divergence: str | Divergence,
+) -> Tensor:  # [N]
+    """Return a divergence of each row.  One that has no formula here is the sum of its `elements`."""
+    name, parameters = divergences.named(divergence)
+    if name in DIVERGENCES:
+        return DIVERGENCES[name](student_logits, teacher_logits, temperature, *parameters)
+    return (
+        divergences.of(name, parameters)
+        .elements(*_log_probabilities(student_logits, teacher_logits, temperature))
+        .sum(-1)
+    )
+
+
+def student_entropy(
+    student_logits: Tensor,  # [N, V]
+    temperature: float,
+) -> Tensor:  # [N]
+    """Return the entropy of softmax(z_s / T) of each row, in nats, with 0 log 0 = 0."""
+    log_p = F.log_softmax(student_logits / temperature, dim=-1)
+    return -(log_p.exp() * log_p.masked_fill(log_p.isneginf(), 0.0)).sum(-1)
 
 
 def mapped(x: Tensor, scale: float, softcap: float | None) -> Tensor:
@@ -58,7 +172,7 @@ def _pair(value: Any) -> tuple[Any, Any]:
 @overload
 def kd_loss(
     student_logits: Tensor, teacher_logits: Tensor | None, labels: Tensor | None = ..., *,
-    alpha: float | Tensor = ..., temperature: float = ..., divergence: str = ..., ignore_index: int = ...,
+    alpha: float | Tensor = ..., temperature: float = ..., divergence: str | Divergence = ..., ignore_index: int = ...,
     reduction: str = ..., shift: bool = ..., token_weights: Tensor | None = ...,
     num_items: int | float | Tensor | None = ..., vocab_size: int | None = ..., logit_softcap: Softcap = ...,
     logit_scale: Scale = ..., teacher_grad: bool = ..., inplace_backward: bool = ...,
@@ -67,7 +181,7 @@ def kd_loss(
 @overload
 def kd_loss(
     student_logits: Tensor, teacher_logits: Tensor | None, labels: Tensor | None = ..., *,
-    alpha: float | Tensor = ..., temperature: float = ..., divergence: str = ..., ignore_index: int = ...,
+    alpha: float | Tensor = ..., temperature: float = ..., divergence: str | Divergence = ..., ignore_index: int = ...,
     reduction: str = ..., shift: bool = ..., token_weights: Tensor | None = ...,
     num_items: int | float | Tensor | None = ..., vocab_size: int | None = ..., logit_softcap: Softcap = ...,
     logit_scale: Scale = ..., teacher_grad: bool = ..., inplace_backward: bool = ...,
@@ -76,7 +190,7 @@ def kd_loss(
 @overload
 def kd_loss(
     student_logits: Tensor, teacher_logits: Tensor | None, labels: Tensor | None = ..., *,
-    alpha: float | Tensor = ..., temperature: float = ..., divergence: str = ..., ignore_index: int = ...,
+    alpha: float | Tensor = ..., temperature: float = ..., divergence: str | Divergence = ..., ignore_index: int = ...,
     reduction: str = ..., shift: bool = ..., token_weights: Tensor | None = ...,
     num_items: int | float | Tensor | None = ..., vocab_size: int | None = ..., logit_softcap: Softcap = ...,
     logit_scale: Scale = ..., teacher_grad: bool = ..., inplace_backward: bool = ...,
@@ -90,7 +204,7 @@ def kd_loss(
     *,
     alpha: float | Tensor = 0.5,
     temperature: float = 1.0,
-    divergence: str = "forward_kl",
+    divergence: str | Divergence = "forward_kl",
     ignore_index: int = -100,
     reduction: str = "mean",
     shift: bool = False,
@@ -163,13 +277,12 @@ def kd_loss(
         teacher_logits = teacher_logits if teacher_grad else teacher_logits.detach()
         teacher = rows(teacher_logits[..., :V].reshape(-1, V)).to(dtype)
         teacher = mapped(teacher, scales[1], softcaps[1])
-        value = DIVERGENCES[divergence](student, teacher, temperature)
+        value = divergence_values(student, teacher, temperature, divergence)
         loss = loss + alpha * temperature**2 * value
     if not return_parts:
         return reduce(loss)
-    return KDLossOutput(
-        reduce(loss), None if ce is None else reduce(ce.detach()), None if value is None else reduce(value.detach())
-    )
+    ce, value = (None if part is None else reduce(part.detach()) for part in (ce, value))
+    return KDLossOutput(reduce(loss), ce, value, reduce(student_entropy(student.detach(), temperature)))
 
 
 # fmt: off
@@ -177,7 +290,7 @@ def kd_loss(
 def linear_kd_loss(
     student_hidden: Tensor, student_weight: Tensor, teacher_hidden: Tensor | None, teacher_weight: Tensor | None,
     labels: Tensor | None = ..., *, student_bias: Tensor | None = ..., teacher_bias: Tensor | None = ...,
-    alpha: float | Tensor = ..., temperature: float = ..., divergence: str = ..., ignore_index: int = ...,
+    alpha: float | Tensor = ..., temperature: float = ..., divergence: str | Divergence = ..., ignore_index: int = ...,
     reduction: str = ..., shift: bool = ..., token_weights: Tensor | None = ...,
     num_items: int | float | Tensor | None = ..., vocab_size: int | None = ..., logit_softcap: Softcap = ...,
     logit_scale: Scale = ..., teacher_grad: bool = ..., logits_dtype: torch.dtype | None = ...,
@@ -188,7 +301,7 @@ def linear_kd_loss(
 def linear_kd_loss(
     student_hidden: Tensor, student_weight: Tensor, teacher_hidden: Tensor | None, teacher_weight: Tensor | None,
     labels: Tensor | None = ..., *, student_bias: Tensor | None = ..., teacher_bias: Tensor | None = ...,
-    alpha: float | Tensor = ..., temperature: float = ..., divergence: str = ..., ignore_index: int = ...,
+    alpha: float | Tensor = ..., temperature: float = ..., divergence: str | Divergence = ..., ignore_index: int = ...,
     reduction: str = ..., shift: bool = ..., token_weights: Tensor | None = ...,
     num_items: int | float | Tensor | None = ..., vocab_size: int | None = ..., logit_softcap: Softcap = ...,
     logit_scale: Scale = ..., teacher_grad: bool = ..., logits_dtype: torch.dtype | None = ...,
@@ -199,7 +312,7 @@ def linear_kd_loss(
 def linear_kd_loss(
     student_hidden: Tensor, student_weight: Tensor, teacher_hidden: Tensor | None, teacher_weight: Tensor | None,
     labels: Tensor | None = ..., *, student_bias: Tensor | None = ..., teacher_bias: Tensor | None = ...,
-    alpha: float | Tensor = ..., temperature: float = ..., divergence: str = ..., ignore_index: int = ...,
+    alpha: float | Tensor = ..., temperature: float = ..., divergence: str | Divergence = ..., ignore_index: int = ...,
     reduction: str = ..., shift: bool = ..., token_weights: Tensor | None = ...,
     num_items: int | float | Tensor | None = ..., vocab_size: int | None = ..., logit_softcap: Softcap = ...,
     logit_scale: Scale = ..., teacher_grad: bool = ..., logits_dtype: torch.dtype | None = ...,
@@ -218,7 +331,7 @@ def linear_kd_loss(
     teacher_bias: Tensor | None = None,  # [V]
     alpha: float | Tensor = 0.5,
     temperature: float = 1.0,
-    divergence: str = "forward_kl",
+    divergence: str | Divergence = "forward_kl",
     ignore_index: int = -100,
     reduction: str = "mean",
     shift: bool = False,

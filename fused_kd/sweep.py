@@ -23,7 +23,7 @@ from torch import Tensor
 from . import divergences, launching
 from . import statistics as stats
 from .backends import cpu
-from .divergences import Objective
+from .divergences import Objective, divergence_of
 from .launch import SinglePass
 from .rows import are_read
 
@@ -36,7 +36,7 @@ class KDOptions(NamedTuple):
     divergence_in_loss: bool  # False: the divergence is computed for the caller's log only
     dtype: torch.dtype  # dtype of the statistics and of the loss: float32, or float64 for float64 logits
     reduce: bool = True  # whether the losses of the rows are summed
-    parts: bool = False  # whether CE and divergence are returned beside the loss
+    parts: bool = False  # whether CE, divergence and entropy are returned beside the loss
     objective: Objective = Objective()
 
 
@@ -61,7 +61,8 @@ class Losses(NamedTuple):
     loss: Tensor  # a scalar, or [N]
     ce: Tensor  # the same, of CE; without parts, or without labels, an empty tensor
     divergence: Tensor  # the same, of the divergence; without parts, or without a teacher, an empty tensor
-    statistics: Tensor  # [7, N], merged
+    entropy: Tensor  # the same, of the student's entropy; without parts an empty tensor
+    statistics: Tensor  # [9, N], merged
 
 
 def losses(
@@ -74,7 +75,7 @@ def losses(
     """Return the losses of the rows, and write the gradients of their sum if there is memory for them."""
     student, teacher, labels = logits
     N = weights.shape[1]
-    statistics, counters = new_statistics(weights, options), new_counters(student, N + 2)
+    statistics, counters = new_statistics(weights, options), new_counters(student, lines_of(N, 1, options) + 1)
     sweep(logits, weights, options, statistics, counters, gradients, launch)
     return row_losses(statistics, weights, counters, options, labels is not None, teacher is not None)
 
@@ -83,8 +84,8 @@ def sweep(
     logits: Logits,
     weights: Tensor,  # [3, N]
     options: KDOptions,
-    statistics: Tensor,  # [7, N], written
-    counters: Tensor | None,  # [1 + N, LINE] zeros; more rows may follow
+    statistics: Tensor,  # [9, N], written
+    counters: Tensor | None,  # [lines_of(N, 1), LINE] zeros; more may follow
     gradients: Buffers | None,  # receives the gradients of sum_i (w_ce CE + w_d D); None: only statistics are taken
     launch: SinglePass | None = None,  # takes statistics and gradient in one launch; None: two passes
 ) -> None:
@@ -93,11 +94,13 @@ def sweep(
     real, backend = student[..., : options.vocab_size], backend_of(student, options.dtype)
     with device_of(student):
         if gradients is None or launch is None:
-            backend.row_statistics(real, teacher, labels, weights, statistics, counters, options.objective)
+            backend.row_statistics(
+                real, teacher, labels, weights, statistics, counters, options.objective, options.parts
+            )
         else:
             written = gradients.student[..., : options.vocab_size]
             backend.statistics_and_gradient(
-                real, teacher, labels, weights, statistics, written, counters, launch, options.objective
+                real, teacher, labels, weights, statistics, written, counters, launch, options.objective, options.parts
             )
             _zero_padding(gradients.student, options)
     if gradients is not None and launch is None:
@@ -107,7 +110,7 @@ def sweep(
 def write_gradients(
     gradients: Buffers,
     logits: Logits,
-    statistics: Tensor,  # [7, N]
+    statistics: Tensor,  # [9, N]
     weights: Tensor,  # [3, N]
     upstream: Tensor | None,  # the upstream gradient of the loss: a scalar, or [N]; None: 1
     options: KDOptions,
@@ -131,7 +134,7 @@ def _zero_padding(gradient: Tensor, options: KDOptions) -> None:
 
 
 def row_losses(
-    statistics: Tensor,  # [7, N]
+    statistics: Tensor,  # [9, N]
     weights: Tensor,  # [3, N]
     counters: Tensor | None,  # [n, LINE]; the last line is zeros
     options: KDOptions,
@@ -144,13 +147,18 @@ def row_losses(
             statistics, weights, None if counters is None else counters[-1:], has_ce, has_divergence,
             options.reduce, options.parts, options.dtype, options.objective,
         )  # fmt: skip
-    loss, ce, divergence = found
-    return Losses(loss, ce, divergence, statistics)
+    loss, ce, divergence, entropy = found
+    return Losses(loss, ce, divergence, entropy, statistics)
 
 
 def new_statistics(weights: Tensor, options: KDOptions) -> Tensor:
-    """Return memory for the statistics of all rows, `[7, N]`."""
+    """Return memory for the statistics of all rows, `[9, N]`."""
     return weights.new_empty(stats.COUNT, weights.shape[1], dtype=options.dtype)
+
+
+def lines_of(rows: int, sweeps: int, options: KDOptions) -> int:
+    """Return the lines of counters that sweeps over so many rows, all in all, need."""
+    return divergence_of(options.objective).sweeps * (sweeps + rows)
 
 
 def new_counters(like: Tensor, lines: int) -> Tensor | None:
@@ -159,13 +167,13 @@ def new_counters(like: Tensor, lines: int) -> Tensor | None:
 
 
 def weight_gradients(
-    statistics: Tensor,  # [7, N]
+    statistics: Tensor,  # [9, N]
     weights: Tensor,  # [3, N]
     upstream: Tensor,  # [N], or a scalar
     options: KDOptions,
 ) -> Tensor:  # [3, N]
     """Return the gradients of the losses with respect to the weights.  They are 0 for a row that does not count."""
-    values = divergences.values(
+    *values, _ = divergences.values(
         statistics, options.objective, need_ce=options.ce_in_loss, need_divergence=options.divergence_in_loss
     )
     for_ce, for_divergence = (torch.where(are_read(weights), upstream * value, 0.0) for value in values)
@@ -212,9 +220,11 @@ def chosen_launch(
         return None if launching.requested() == launching.TWO else ON_CPU
     # Triton 3.8 and 3.9 cannot compile a cluster's kernel with both terms and a softcap: `PlanCTAPass` fails.
     is_capped = options.objective.student_map.is_capped or options.objective.teacher_map.is_capped
+    sweeps = 1 if teacher is None else divergence_of(options.objective).sweeps
     return launching.single_pass(
-        student, teacher, options.vocab_size, in_place=in_place, clusters=not is_capped, always=always
-    )
+        student, teacher, options.vocab_size,
+        in_place=in_place, clusters=not is_capped, sweeps=sweeps, always=always,
+    )  # fmt: skip
 
 
 def runs_kernels(tensor: Tensor) -> bool:

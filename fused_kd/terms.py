@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from . import operators, rows, sweep
-from .divergences import GIVEN, Objective
+from .divergences import Objective, named
 from .heads.products import RELEASE
 from .logit_map import LogitMap
 from .options import KDLossOutput, Options
@@ -31,6 +31,7 @@ class Terms(NamedTuple):
         loss: Tensor,  # reduced; [N] for reduction "none"
         ce: Tensor,  # the same
         divergence: Tensor,  # the same
+        entropy: Tensor,  # the same
     ) -> Tensor | KDLossOutput:
         """Return the loss as the caller gets it: a tensor, or a `KDLossOutput` if parts are asked for."""
         if not self.options.reduce:
@@ -41,6 +42,7 @@ class Terms(NamedTuple):
             loss,
             self._part(ce) if self.labels is not None else None,
             self._part(divergence) if self.need_divergence else None,
+            self._part(entropy),
         )
 
     def _part(self, values: Tensor) -> Tensor:
@@ -59,8 +61,8 @@ def make_terms(
 ) -> Terms:
     """Return the terms of a loss.  The arguments must have been checked."""
     alpha, N = options.alpha, math.prod(student.shape[:-1])  # Size.numel would make a traced size a constant
-    temperature, *others = [getattr(options, name) for name in GIVEN]
-    objective = Objective(*maps, _constant_or_tensor(temperature), *others)  # type: ignore[arg-type]
+    name, parameters = named(options.divergence)
+    objective = Objective(*maps, _constant_or_tensor(options.temperature), name, parameters)  # type: ignore[arg-type]
     ce_in_loss = isinstance(alpha, Tensor) or alpha < 1
     divergence_in_loss = isinstance(alpha, Tensor) or alpha > 0
     row_options = RowOptions(

@@ -13,7 +13,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fused_kd import plan_chunks
-from fused_kd.divergences import DIVERGENCES
+from fused_kd.divergences import Divergence, KullbackLeibler, of
+
+from .divergences import NAMES, OBJECTS
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # Half of them have rows in two dimensions or more, so that strides matter.
@@ -92,6 +94,12 @@ class _Rows:
         return torch.randn(shape, generator=self.generator)
 
 
+def weights_of_kl(divergence: str | Divergence) -> tuple[float, float]:
+    """The weights of forward and reverse KL; 0 and 0 for a divergence of two sweeps, which is finite anyway."""
+    divergence = of(divergence) if isinstance(divergence, str) else divergence
+    return divergence.weights if isinstance(divergence, KullbackLeibler) else (0.0, 0.0)
+
+
 @st.composite
 def _rows(draw: st.DrawFn, widest: int) -> _Rows:
     generator = torch.Generator(torch.get_default_device()).manual_seed(draw(st.integers(0, 2**32 - 1)))
@@ -99,7 +107,7 @@ def _rows(draw: st.DrawFn, widest: int) -> _Rows:
     ignore_index = draw(st.sampled_from(IGNORE_INDICES))
     temperature = draw(TEMPERATURES)
     options: dict[str, Any] = {"temperature": temperature, "ignore_index": ignore_index, "labels": None, "shift": False}
-    options["divergence"] = draw(st.sampled_from(list(DIVERGENCES)))
+    options["divergence"] = draw(st.one_of(st.sampled_from(NAMES), st.sampled_from(OBJECTS)))
     labels, counted = None, torch.ones(shape, dtype=torch.bool)
     if draw(st.integers(0, 4)):
         labels = torch.randint(V, shape, generator=generator)
@@ -188,14 +196,15 @@ def kd_calls(draw: st.DrawFn, float64: bool = False) -> Call:
     if rows.labels is not None:
         masked[rows.labels[rows.counted].long()] = False
     cap = rows.options["logit_softcap"]
-    is_reverse = rows.options["divergence"] == "reverse_kl"
-    if isinstance(cap, tuple) and cap[is_reverse] is None:  # one cap would give mass where the other has none
-        masked[:] = False
+    # A KL is infinite where the distribution that it averages over has mass and the other has none.
+    forward, reverse = weights_of_kl(rows.options["divergence"])
+    if isinstance(cap, tuple) and any(cap[i] is None for i, weight in enumerate((forward, reverse)) if weight):
+        masked[:] = False  # one cap would give mass where the other has none
     student[..., masked] = teacher[..., masked] = -torch.inf
     if draw(st.integers(0, 4)) == 0:  # one of them alone has no mass there
-        if not is_reverse:
+        if not reverse and draw(st.integers(0, 2)):
             teacher[..., V // 2 + 1 :] = -torch.inf
-        elif rows.labels is None:
+        elif not forward and rows.labels is None:
             student[..., V // 2 + 1 :] = -torch.inf
 
     student, teacher = student.to(student_dtype), teacher.to(teacher_dtype)

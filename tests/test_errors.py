@@ -59,7 +59,12 @@ CASES = [
     ),
     ((S, S, L), {"temperature": torch.tensor(2.0)}, TypeError, "temperature: expected a finite .*pass a Python number"),
     ((S, S, L), {"reduction": "avg"}, ValueError, "reduction: expected 'mean', 'sum' or 'none', got 'avg'"),
-    ((S, S, L), {"divergence": "kl"}, ValueError, "divergence: expected 'forward_kl' or 'reverse_kl', got 'kl'"),
+    (
+        (S, S, L),
+        {"divergence": "kl"},
+        ValueError,
+        "divergence: expected 'forward_kl', 'reverse_kl', .*'tvd'.*, or an object of .*, got 'kl'",
+    ),
     ((S, S, L), {"shift": 1}, TypeError, "shift: expected True or False, got 1"),
     (
         (S, S),
@@ -191,7 +196,12 @@ LINEAR_CASES = [
     ((*HEADS, L), {"workspace_bytes": 0}, ValueError, "workspace_bytes: expected at least 1, got 0"),
     ((*HEADS, L), {"workspace_bytes": 1e9}, TypeError, "workspace_bytes: expected a number of bytes"),
     ((*HEADS, L), {"workspace_bytes": 100}, ValueError, "workspace_bytes: expected at least 512, .* got 100"),
-    ((*HEADS, L), {"divergence": 1}, ValueError, "divergence: expected 'forward_kl' or 'reverse_kl', got 1"),
+    (
+        (*HEADS, L),
+        {"divergence": 1},
+        ValueError,
+        "divergence: expected 'forward_kl', 'reverse_kl', .*'tvd'.*, or an object of .*, got 1",
+    ),
     ((*HEADS,), {"shift": True, "alpha": 1.0}, ValueError, "labels: expected a tensor with shift=True"),
     ((*HEADS, L), {"temperature": 0}, ValueError, "temperature: expected a finite number above 0"),
     ((*HEADS, L), {"token_weights": torch.ones(3)}, ValueError, "token_weights: expected one value a row"),

@@ -5,6 +5,7 @@
 
 import contextlib
 import functools
+import math
 import os
 import re
 import sys
@@ -19,12 +20,13 @@ from torch import Tensor
 
 from fused_kd import kd_loss, linear_kd_loss, reference
 from fused_kd import launching as launches
+from fused_kd.divergences.base import SMALLEST_SHARE
 from fused_kd.launch import Launch, SinglePass
 from fused_kd.rows import as_rows
 from fused_kd.testing.blocks import blocks_of
 
 from .spoils import Spoil, kd_spoils, linear_kd_spoils
-from .strategies import Call, by_position, kd_calls, linear_kd_calls
+from .strategies import Call, by_position, kd_calls, linear_kd_calls, weights_of_kl
 
 # An error may be twice eager's plus a few epsilons of the terms.  The terms, not the result: of a small difference of
 # large terms nothing computed in float32 knows more.
@@ -121,7 +123,7 @@ def run(loss: Callable[..., Any], arguments: dict[str, Any], upstream: Tensor) -
         hook.remove()
     return {
         "loss": value.detach(),
-        **dict(zip(("ce", "divergence"), parts, strict=False)),
+        **dict(zip(("ce", "divergence", "entropy"), parts, strict=bool(parts))),
         **gradients,
     }
 
@@ -169,25 +171,31 @@ class Terms:
         if teacher is not None:
             y, y_error = logits(teacher, teacher_error, 1)
             far = ((z - z.amax(1, keepdim=True)).abs() + (y - y.amax(1, keepdim=True)).abs()) / T
-            # The divergence is a mean of log(q / p) over q, the teacher's for forward KL and the student's for reverse KL.
-            is_reverse = given["divergence"] == "reverse_kl"
-            (x, p_error), (w, q_error) = ((y, y_error), (z, z_error)) if is_reverse else ((z, z_error), (y, y_error))
-            p, q = (x / T).softmax(1), (w / T).softmax(1)
-            p_error, q_error = 2 * p_error / T, 2 * q_error / T
-            far = (1 + far).where(q > 0, 0.0)  # of log q - log p
-            mean = (q * far).sum(1)
-            kl = (epsilon + q_error) * mean + p_error
-            of_q_size = (q * (far + mean[:, None])).norm(dim=1)
-            p, q = p.norm(dim=1), q.norm(dim=1)
-            of_p = p + q, (epsilon + p_error) * p + (epsilon + q_error) * q
-            of_q = of_q_size, (epsilon + q_error) * of_q_size + q * (kl + p_error + q_error)
-            (kl_size, kl_gradient), (of_teacher_size, of_teacher) = (of_q, of_p) if is_reverse else (of_p, of_q)
+            forward, reverse = weights_of_kl(given["divergence"])
+            if not (forward or reverse):  # of the logarithms of a mixture
+                far, forward, reverse = far.nan_to_num(posinf=-math.log(SMALLEST_SHARE)), 1.0, 1.0
+            for weight_of_kl, is_reverse in ((forward, False), (reverse, True)):
+                if not weight_of_kl:
+                    continue
+                (x, p_error), (w, q_error) = ((y, y_error), (z, z_error))[:: 1 if is_reverse else -1]
+                value, *sizes = self._of_kl(x / T, 2 * p_error / T, w / T, 2 * q_error / T, far, epsilon)
+                of_student, of_teacher_too = sizes[:: -1 if is_reverse else 1]
+                kl = kl + weight_of_kl * value
+                kl_size, kl_gradient = (
+                    kl_size + weight_of_kl * of_student[0],
+                    kl_gradient + weight_of_kl * of_student[1],
+                )
+                of_teacher_size = of_teacher_size + weight_of_kl * of_teacher_too[0]
+                of_teacher = of_teacher + weight_of_kl * of_teacher_too[1]
         alpha = given["alpha"]
         one_alpha = not isinstance(alpha, Tensor) or alpha.dim() == 0
         alpha = float(alpha) if one_alpha else alpha.detach().double().reshape(N)
         upstream = call.upstream.double().abs()
         upstream = upstream.reshape(N) if given["reduction"] == "none" else upstream
         self.ce, self.divergence = weight * ce, weight * kl
+        p = (z / T).softmax(1)
+        mean = 1 + math.log(z.shape[1]) + (p * ((z - z.amax(1, keepdim=True)).abs() / T).where(p > 0, 0.0)).sum(1)
+        self.entropy = weight * (epsilon + 2 * z_error / T) * mean
         row = (1 - alpha) * ce + alpha * T**2 * kl
         self.loss = weight * row
         # Less where the map is flat, but of its slope 1 - tanh^2 nothing is left there either.
@@ -202,6 +210,20 @@ class Terms:
         if given["reduction"] == "mean" and given.get("num_items") is None:  # the weight is in the divisor too
             total = self.token_weight.sum()
             self.token_weights = self.token_weights + upstream * self.loss.sum() / (total if total > 0 else 1.0)
+
+    def _of_kl(
+        self, x: Tensor, p_error: Tensor, w: Tensor, q_error: Tensor, far: Tensor, epsilon: float
+    ) -> tuple[Tensor, tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+        """Return the error of KL(q || p), and sizes and errors of the gradients of p and q."""
+        p, q = x.softmax(1), w.softmax(1)
+        far = (1 + far).where(q > 0, 0.0)  # of log q - log p
+        mean = (q * far).sum(1)
+        kl = (epsilon + q_error) * mean + p_error
+        of_q_size = (q * (far + mean[:, None])).norm(dim=1)
+        p, q = p.norm(dim=1), q.norm(dim=1)
+        of_p = p + q, (epsilon + p_error) * p + (epsilon + q_error) * q
+        of_q = of_q_size, (epsilon + q_error) * of_q_size + q * (kl + p_error + q_error)
+        return kl, of_p, of_q
 
     def _rows(self, given: dict[str, Any], N: int) -> tuple[Tensor, Tensor, Tensor]:
         """Which rows are read, their weights in the loss, and these in units of the token weights."""
@@ -253,7 +275,7 @@ def assert_as_the_oracle(
 
 def sizes(terms: Terms, arguments: dict[str, Any], shape: torch.Size) -> dict[str, Tensor]:
     """The bound of what both losses give, one a row or of a sum."""
-    reduced = {name: getattr(terms, name) for name in ("loss", "ce", "divergence")}
+    reduced = {name: getattr(terms, name) for name in ("loss", "ce", "divergence", "entropy")}
     if arguments["reduction"] != "none":
         reduced = {name: term.sum() for name, term in reduced.items()}
     found = reduced | {"alpha": terms.alpha, "token_weights": terms.token_weights}

@@ -5,6 +5,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from fused_kd import linear_kd_loss, reference
+from fused_kd.divergences import DIVERGENCES
 from fused_kd.heads import sweep as linear
 from fused_kd.heads.operator import linear_losses
 from fused_kd.sweep import KDOptions, new_statistics
@@ -41,6 +42,15 @@ def test_only_what_is_asked_for_is_computed(asked, flops, chunked):
         gradient = getattr(given, name).grad
         assert (gradient is not None) == (name in asked)
         assert gradient is None or relative_error(gradient, whole[name]) < 1e-6
+
+
+@pytest.mark.parametrize("divergence", sorted(DIVERGENCES))
+@pytest.mark.parametrize("chunked", [None, CHUNKED])
+def test_every_divergence_takes_the_same_products(divergence, chunked):
+    given = make("cpu")
+    with FlopCounterMode(display=False) as counter:
+        linear_kd_loss(*given[:5], divergence=divergence, workspace_bytes=chunked).backward()
+    assert counter.get_total_flops() == 3 * F_S + F_T
 
 
 def test_no_gradient_work_without_gradients():

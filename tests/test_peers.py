@@ -16,13 +16,13 @@ OTHERS = [peer for peer in peers.PEERS if peer.package is not None]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("peer", PLAIN, ids=lambda peer: f"{peer.name}-{peer.inputs}")
+@pytest.mark.parametrize("peer", PLAIN, ids=lambda peer: f"{peer.name}-{peer.inputs}-{peer.divergence}")
 def test_the_loss_agrees_with_its_formula(peer, dtype):
     shape = LOGITS._replace(inputs=peer.inputs, dtype=dtype)
     assert agreement.check(peer, peer.build(), shape, CPU, 2.0).agrees
 
 
-@pytest.mark.parametrize("peer", OTHERS, ids=lambda peer: f"{peer.name}-{peer.inputs}")
+@pytest.mark.parametrize("peer", OTHERS, ids=lambda peer: f"{peer.name}-{peer.inputs}-{peer.divergence}")
 def test_a_package_computes_what_is_said_of_it(peer):
     """Check a peer that is installed (extra "bench") and runs here; skip the others."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -62,6 +62,16 @@ def test_the_kl_part_is_the_divergence_at_t():
     p, q = (torch.softmax(stream[0].detach().double() / 2.0, -1) for stream in (inputs.student, inputs.teacher))
     value, _ = problems.exact("KL", inputs, 2.0)
     torch.testing.assert_close(value, (q * (q.log() - p.log())).sum(-1).mean())
+
+
+@pytest.mark.parametrize("divergence", problems.WORDS)
+def test_the_parts_of_a_divergence(divergence):
+    """Each part is the sum of its terms, each divergence has peers of its own, and none is another's."""
+    inputs, word = problems.make(LOGITS, CPU), problems.WORDS[divergence]
+    (value, _), (ce, _), (alone, _) = (problems.exact(part, inputs, 2.0) for part in (f"CE + {word}", "CE", word))
+    torch.testing.assert_close(value, (1 - problems.ALPHA) * ce + problems.ALPHA * 4 * alone)
+    assert {peer.name for peer in peers.of(LOGITS, divergence)} >= {peers.OURS, "eager PyTorch", "torch.compile"}
+    assert all(word in peer.part for peer in peers.of(HIDDEN, divergence) if peer.divergence != "forward_kl")
 
 
 def test_the_soft_part_has_another_value_and_the_gradient_of_the_loss():

@@ -23,7 +23,7 @@ def test_a_loss_with_parts_is_a_named_tuple() -> None:
     assert_type(linear_kd_loss(HIDDEN, WEIGHT, HIDDEN, WEIGHT, LABELS, return_parts=True), KDLossOutput)
     assert_type(reference.kd_loss(LOGITS, LOGITS, LABELS, return_parts=True), KDLossOutput)
     output = linear_kd_loss(HIDDEN, WEIGHT, None, None, LABELS, alpha=0.0, return_parts=True)
-    assert output._fields == ("loss", "ce", "divergence")
+    assert output._fields == ("loss", "ce", "divergence", "entropy")
     assert_type(output.divergence, Tensor | None)
     assert output.divergence is None
 

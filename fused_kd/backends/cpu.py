@@ -17,12 +17,13 @@ def row_statistics(
     teacher: Tensor | None,  # [outer', inner', V], as many rows; None: no divergence
     labels: Tensor | None,  # [N]; None: no CE
     weights: Tensor,  # [3, N], float64; a row whose CE and divergence weights are 0 is not read
-    statistics: Tensor,  # [7, N], written
+    statistics: Tensor,  # [9, N], written
     counters: object,  # not used, as in `statistics_and_gradient`
     objective: Objective,
+    entropy: bool = False,
 ) -> None:
-    """Write the statistics of each row."""
-    Sweep(student, teacher, labels, weights.shape[1], statistics.dtype, objective).run(weights, statistics)
+    """Write the statistics of each row; those of the student's entropy only if they are asked for."""
+    Sweep(student, teacher, labels, weights.shape[1], statistics.dtype, objective, entropy).run(weights, statistics)
 
 
 def statistics_and_gradient(
@@ -30,14 +31,15 @@ def statistics_and_gradient(
     teacher: Tensor | None,  # [outer', inner', V], as many rows; None: no divergence
     labels: Tensor | None,  # [N]; None: no CE
     weights: Tensor,  # [3, N], float64; a row whose CE and divergence weights are 0 is not read
-    statistics: Tensor,  # [7, N], written
+    statistics: Tensor,  # [9, N], written
     gradient: Tensor,  # [outer, inner, V], written, of any dtype; may be the student
     counters: object,  # not used: memory with which the programs of a kernel wait for one another
     launch: object,  # not used: the launch of the kernel that does the same on a GPU
     objective: Objective,
+    entropy: bool = False,
 ) -> None:
     """Write the statistics of each row and the gradient of the student's logits."""
-    sweep = Sweep(student, teacher, labels, weights.shape[1], statistics.dtype, objective)
+    sweep = Sweep(student, teacher, labels, weights.shape[1], statistics.dtype, objective, entropy)
     sweep.run(weights, statistics, with_one_outer_index(gradient))
 
 
@@ -45,7 +47,7 @@ def logit_gradient(
     student: Tensor,  # [outer, inner, V]
     teacher: Tensor | None,  # [outer', inner', V], as many rows; None: no divergence in the loss
     labels: Tensor | None,  # [N]; None: no CE in the loss
-    statistics: Tensor,  # [7, N]
+    statistics: Tensor,  # [9, N]
     weights: Tensor,  # [3, N], float64; a row whose weights are 0, times the upstream gradient, is not read
     upstream: Tensor | None,  # [N], or a scalar; None: 1
     gradient: Tensor,  # [outer, inner, V], written, of any dtype; may be the student
@@ -63,7 +65,7 @@ def logit_gradient(
 
 
 def row_losses(
-    statistics: Tensor,  # [7, N], merged
+    statistics: Tensor,  # [9, N], merged
     weights: Tensor,  # [3, N], float64
     counter: object,  # not used
     has_ce: bool,
@@ -72,20 +74,21 @@ def row_losses(
     parts: bool,
     dtype: torch.dtype,
     objective: Objective,
-) -> tuple[Tensor, Tensor, Tensor]:  # loss, CE and divergence: scalars, or [N] without `reduce`
-    """Return w_ce CE + w_d D of the rows and, if parts are asked for, w CE and w D; sums of these with `reduce`.
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # loss, CE, divergence and entropy: scalars, or [N] without `reduce`
+    """Return w_ce CE + w_d D of the rows and, if parts are asked for, w CE, w D and w H; sums of these with `reduce`.
 
-    The part of a term that is not there is empty, as both are without `parts`.
+    The part of a term that is not there is empty, as all are without `parts`.
     """
-    found = values(statistics.double(), objective, need_ce=has_ce, need_divergence=has_divergence)
-    terms = torch.stack(found)  # [2, N]
+    found = values(statistics.double(), objective, need_ce=has_ce, need_divergence=has_divergence, need_entropy=parts)
+    terms = torch.stack(found[:2])  # [2, N]
 
-    def part(needed: bool, index: int) -> Tensor:
+    def part(needed: bool, value: Tensor) -> Tensor:
         if not (needed and parts):
             return statistics.new_empty(0, dtype=dtype)
-        return _weighted(weights[ROW], terms[index, None], reduce, dtype)
+        return _weighted(weights[ROW], value[None], reduce, dtype)
 
-    return _weighted(weights[CE:], terms, reduce, dtype), part(has_ce, 0), part(has_divergence, 1)
+    needed = has_ce, has_divergence, True
+    return _weighted(weights[CE:], terms, reduce, dtype), *map(part, needed, found)  # type: ignore[return-value]
 
 
 def scale_(

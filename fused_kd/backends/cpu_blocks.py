@@ -52,10 +52,14 @@ class Buffers:
             self._padded = self._each if padded == size else buffers.unbind()
         return self._each
 
-    def exp2_(self, index: int) -> Tensor:
-        """Replace each x of that buffer by 2^x.  Equal values give equal bits, whatever their positions."""
-        self._padded[index].exp2_()
-        return self._each[index]
+    def apply(self, method: str, buffer: Tensor) -> Tensor:
+        """Apply a method of tensors, such as "exp2_", to one of the buffers, and return it.
+
+        Equal values give equal bits, whatever their positions.
+        """
+        index = next(i for i, each in enumerate(self._each) if each is buffer)
+        getattr(self._padded[index], method)()
+        return buffer
 
 
 def _padded(elements: int) -> int:

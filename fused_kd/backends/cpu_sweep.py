@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .. import statistics as stats
-from ..divergences import DIVERGENCES, Coefficients, Objective, coefficients
+from ..divergences import Coefficients, KullbackLeibler, Objective, coefficients, divergence_of
 from ..rows import are_read, as_rows
 from .cpu_blocks import (
     Buffers,
@@ -28,21 +28,21 @@ from .cpu_blocks import (
     write,
     zero,
 )
+from .cpu_divergences import KLBlock, RatioBlock, Terms, is_finite, sum_rows
 
 LOG2_E = math.log2(math.e)
 
-# The buffers of a block.  For T = 1, e^u is p.
+# The buffers of a block.  e^u follows where it is not p, and y - z comes last for a divergence of two sweeps.
 U, P, V, Q, AT_1 = range(5)
 
 
 class Exponentials(NamedTuple):
-    """The exponentials of a block, `[rows, V]` each, in buffers.  One that is not needed may be any buffer."""
+    """The exponentials of a block, `[rows, V]` each, in buffers, and what its gradients need of the divergence."""
 
     at_1: Tensor  # e^u
-    p: Tensor  # e^{u/T}
+    p: Tensor  # e^{u/T}; without a divergence any buffer, as is q
     q: Tensor  # e^{v/T}
-    difference: Tensor  # of the logits, as in `Divergence.term`
-    spare: Tensor  # a buffer that is free
+    terms: Terms
 
 
 class _Weights:
@@ -79,26 +79,35 @@ class Sweep:
         rows: int,
         dtype: torch.dtype,
         objective: Objective,
+        entropy: bool = False,  # whether the statistics include those of the student's entropy
     ) -> None:
         self.student, self.teacher = (
             with_one_outer_index(student),
             None if teacher is None else with_one_outer_index(teacher),
         )
-        self.objective = objective
+        self.objective, self.entropy = objective, entropy
         self.student_map, self.teacher_map, self.temperature = objective[:3]
-        self.kind = DIVERGENCES[objective.divergence]
         vocabulary = student.shape[2]
         # A label that names no column is clamped: the weights of its row are NaN.
         self.label = None if labels is None else labels.long().clamp(0, vocabulary - 1).unsqueeze(1)  # [N, 1]
         self.size = block_rows(rows, vocabulary)
-        needs_at_1 = labels is not None and self.temperature != 1
-        count = P + 1 if teacher is None else AT_1 + 1 if needs_at_1 else AT_1
+        self.needs_at_T = teacher is not None or entropy
+        kind = divergence_of(objective)
+        self.two_sweeps = teacher is not None and kind.sweeps == 2
+        needs_at_1 = labels is not None and self.temperature != 1 and self.needs_at_T
+        count = (V if teacher is None else AT_1) + needs_at_1 + self.two_sweeps
+        self.at_1 = (V if teacher is None else AT_1) if needs_at_1 else P
         self.buffers = Buffers(count, vocabulary, dtype)
+        self.block: KLBlock | RatioBlock
+        if isinstance(kind, KullbackLeibler):
+            self.block = KLBlock(kind, self.temperature, self.buffers.apply)
+        else:
+            self.block = RatioBlock(kind, self.temperature, self.buffers.apply)
 
     def run(
         self,
         weights: Tensor,  # [3, N]
-        statistics: Tensor,  # [7, N]
+        statistics: Tensor,  # [9, N]
         gradient: Tensor | None = None,  # [outer, inner, V]; None: only statistics are computed
     ) -> None:
         """Write the statistics, and the student's gradient."""
@@ -106,11 +115,11 @@ class Sweep:
         row = _Weights(weights, statistics.dtype, self.label is not None, has_divergence)
         if row.counted is not None or self.label is None or not has_divergence:
             statistics.copy_(stats.identity(statistics.shape[1], statistics.dtype))
-        columns = statistics.unsqueeze(2)  # [7, N, 1]
+        columns = statistics.unsqueeze(2)  # [9, N, 1]
         for rows in blocks_of_rows(row.counted, self.size, self.student, self.teacher, gradient):
             block = of_rows(columns, rows, dim=1)
             found = block.unbind()
-            x = self._statistics(rows, found, need_difference=gradient is not None and self.kind.is_over_student)
+            x = self._statistics(rows, found)
             if not isinstance(rows, slice):
                 statistics.index_copy_(1, rows, block.squeeze(2))
             if gradient is not None:
@@ -121,7 +130,7 @@ class Sweep:
     def write_gradients(
         self,
         weights: Tensor,  # [3, N]
-        statistics: Tensor,  # [7, N]
+        statistics: Tensor,  # [9, N]
         gradient: Tensor,  # [outer, inner, V]
         teacher_gradient: Tensor | None,  # [outer', inner', V]
     ) -> None:
@@ -132,12 +141,12 @@ class Sweep:
         tensors = self.student, self.teacher, gradient, teacher_gradient
         for rows in blocks_of_rows(row.has_gradient, self.size, *tensors):
             found = of_rows(columns, rows, dim=1).unbind()
-            x = self._reread(rows, found, need_difference=learns or self.kind.is_over_student)
+            x = self._reread(rows, found)
             k = self._coefficients(rows, found, row, teacher_grad=learns)
             self._write_gradient(rows, x, k, gradient)
             if teacher_gradient is not None and self.teacher is not None:
-                result = self.kind.teacher_gradient(x.p, x.q, x.difference, k.B, k.C, k.R, self.temperature)
-                multiply_by_slope(result, self.teacher, rows, self.teacher_map, buffer=x.spare)
+                result = self.block.teacher_gradient(x.terms, x.p, x.q, k)
+                multiply_by_slope(result, self.teacher, rows, self.teacher_map, buffer=x.terms.spare)
                 write(teacher_gradient, rows, result)
         for written in (gradient, teacher_gradient):
             if written is not None:
@@ -146,86 +155,112 @@ class Sweep:
     def _statistics(
         self,
         rows: slice | Tensor,
-        found: tuple[Tensor, ...],  # seven, [rows, 1] each, written
-        need_difference: bool,
+        found: tuple[Tensor, ...],  # nine, [rows, 1] each, written
     ) -> Exponentials:
         """Write the statistics of a block, and return its exponentials."""
-        m_s, d_1, d_T, m_t, e, c, label_logit = found
-        buffers, kind = self.buffers.resize(length(rows)), self.kind
+        m_s, d_1, d_T, m_t, e, _, label_logit, _, _ = found
+        buffers = self.buffers.resize(length(rows))
         z = load(self.student, rows, self.student_map, buffers[U])
         torch.amax(z, 1, True, out=m_s)
         if self.label is not None:
             torch.gather(z, 1, of_rows(self.label, rows), out=label_logit)
-        u = torch.sub(z, m_s, out=buffers[U])
-        at_1, p = self._of_student(u, buffers)
-        if self.label is not None:
-            _sum(at_1, d_1)
-        if self.teacher is None:
-            return Exponentials(at_1, p, p, p, u)
-        if self.label is not None and self.temperature == 1:
-            d_T.copy_(d_1)
+        if self.teacher is not None:
+            y = load(self.teacher, rows, self.teacher_map, buffers[V])
+            torch.amax(y, 1, True, out=m_t)
+            x = self._of_pair(z, y, found, buffers)
         else:
-            _sum(p, d_T)
-        y = load(self.teacher, rows, self.teacher_map, buffers[V])
-        torch.amax(y, 1, True, out=m_t)
-        v = torch.sub(y, m_t, out=buffers[V])
-        q = self._exponential(v, self.temperature, buffers, Q)
-        _sum(q, e)
-        mass, difference, spare = kind.term(u, v, p, q)
-        _sum(torch.mul(mass, difference, out=spare), c)
-        if math.isfinite(c.sum().item()):
-            c.mul_(1 / stats.UNIT)
-            return Exponentials(at_1, p, q, difference, spare)
-        # Masked tokens: a column without mass adds nothing, even if its difference is infinite.
-        _sum(torch.mul(mass, difference.masked_fill_(mass == 0, 0.0), out=spare), c)
-        c.mul_(1 / stats.UNIT)
-        if c.isinf().any():  # mass where the other distribution has none, or an overflow outside the unit
-            in_unit = c.clone()
-            u = load(self.student, rows, self.student_map, u).div(stats.UNIT) - m_s / stats.UNIT
-            v = load(self.teacher, rows, self.teacher_map, v).div(stats.UNIT) - m_t / stats.UNIT
-            mass, difference, _ = kind.term(u, v, p, q)
-            _sum(difference.masked_fill_(mass == 0, 0.0).mul_(mass), in_unit)
-            c.copy_(torch.where(c.isinf(), in_unit, c))
-        return self._reread(rows, found, need_difference) if need_difference else Exponentials(at_1, p, q, v, u)
+            x = self._of_student(torch.sub(z, m_s, out=buffers[U]), buffers)
+        if self.label is not None:
+            sum_rows(x.at_1, d_1)
+        if self.needs_at_T:
+            if self.label is not None and x.at_1 is x.p:
+                d_T.copy_(d_1)
+            else:
+                sum_rows(x.p, d_T)
+        if self.entropy:
+            self._sum_entropy(rows, found, x.p, buffers)
+        if self.teacher is None:
+            return x
+        sum_rows(x.q, e)
+        if isinstance(self.block, KLBlock):
+            terms = self.block.sums(
+                x.p, x.q, buffers[V], buffers[U], found, lambda: self._difference_in_unit(rows, found, buffers[U])
+            )
+            return x._replace(terms=terms)
+        return self._with_slopes(x, found, buffers)
 
     def _reread(
         self,
         rows: slice | Tensor,
-        found: tuple[Tensor, ...],  # seven, [rows, 1] each
-        need_difference: bool,
+        found: tuple[Tensor, ...],  # nine, [rows, 1] each
     ) -> Exponentials:
         """Return the exponentials of a block, given its statistics."""
         buffers = self.buffers.resize(length(rows))
-        u = torch.sub(load(self.student, rows, self.student_map, buffers[U]), found[stats.M_S], out=buffers[U])
-        at_1, p = self._of_student(u, buffers)
+        z = load(self.student, rows, self.student_map, buffers[U])
         if self.teacher is None:
-            return Exponentials(at_1, p, p, p, u)
-        v = torch.sub(load(self.teacher, rows, self.teacher_map, buffers[V]), found[stats.M_T], out=buffers[V])
-        q = self._exponential(v, self.temperature, buffers, Q)
-        if not need_difference:
-            return Exponentials(at_1, p, q, v, u)
-        _, difference, spare = self.kind.term(u, v, p, q)
-        return Exponentials(at_1, p, q, difference, spare)
+            return self._of_student(torch.sub(z, found[stats.M_S], out=buffers[U]), buffers)
+        y = load(self.teacher, rows, self.teacher_map, buffers[V])
+        x = self._of_pair(z, y, found, buffers)
+        if isinstance(self.block, KLBlock):
+            return x._replace(terms=Terms(buffers[V], None, buffers[U], careful=not is_finite(buffers[V])))
+        scratch = [number.clone() if i in (stats.C, stats.SECOND) else number for i, number in enumerate(found)]
+        return self._with_slopes(x, tuple(scratch), buffers)
 
-    def _of_student(self, u: Tensor, buffers: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+    def _of_pair(self, z: Tensor, y: Tensor, found: tuple[Tensor, ...], buffers: tuple[Tensor, ...]) -> Exponentials:
+        """Return the exponentials.  The buffer V gets the difference of the logits relative to their maxima."""
+        if self.two_sweeps:
+            torch.sub(y, z, out=buffers[-1])
+        u = torch.sub(z, found[stats.M_S], out=buffers[U])
+        v = torch.sub(y, found[stats.M_T], out=buffers[V])
+        x = self._of_student(u, buffers)
+        q = self._exponential(v, self.temperature, buffers, Q)
+        if not self.two_sweeps:
+            v.sub_(u)
+        return x._replace(q=q)
+
+    def _of_student(self, u: Tensor, buffers: tuple[Tensor, ...]) -> Exponentials:
         """Return e^u and e^{u/T}; for T = 1 they are the same tensor, for T = 2 one is the square of the other."""
-        temperature = 1.0 if self.teacher is None else self.temperature
-        p = self._exponential(u, temperature, buffers, P)
-        if self.label is None or temperature == 1:
-            return p, p
-        if temperature == 2:
-            return torch.mul(p, p, out=buffers[AT_1]), p
-        return self._exponential(u, 1.0, buffers, AT_1), p
+        temperature = self.temperature if self.needs_at_T else 1.0
+        at_1 = p = self._exponential(u, temperature, buffers, P)
+        if self.at_1 != P:
+            at_1 = (
+                torch.mul(p, p, out=buffers[self.at_1])
+                if temperature == 2 and self.teacher is not None  # the gradient of CE alone knows of no temperature
+                else self._exponential(u, 1.0, buffers, self.at_1)
+            )
+        return Exponentials(at_1, p, p, Terms(None, None, u, careful=False))
+
+    def _with_slopes(self, x: Exponentials, found: tuple[Tensor, ...], buffers: tuple[Tensor, ...]) -> Exponentials:
+        """Return the exponentials with the slopes of a divergence of two sweeps, whose sums are written."""
+        assert isinstance(self.block, RatioBlock)
+        return x._replace(terms=self.block.slopes(x.p, x.q, buffers[-1], (buffers[U], buffers[V]), found))
+
+    def _difference_in_unit(self, rows: slice | Tensor, found: tuple[Tensor, ...], buffer: Tensor) -> Tensor:
+        """Return the difference of the logits relative to their maxima, in UNIT."""
+        assert self.teacher is not None
+        u = load(self.student, rows, self.student_map, buffer).div(stats.UNIT).sub_(found[stats.M_S] / stats.UNIT)
+        v = load(self.teacher, rows, self.teacher_map, buffer).div(stats.UNIT).sub_(found[stats.M_T] / stats.UNIT)
+        return v.sub_(u)
+
+    def _sum_entropy(
+        self, rows: slice | Tensor, found: tuple[Tensor, ...], p: Tensor, buffers: tuple[Tensor, ...]
+    ) -> None:
+        """Write the sum h.  It overwrites the buffer U, which no term of the loss needs any more."""
+        sum_rows(buffers[U].mul_(p), found[stats.H])
+        if is_finite(found[stats.H]):
+            return
+        u = torch.sub(load(self.student, rows, self.student_map, buffers[U]), found[stats.M_S], out=buffers[U])
+        sum_rows(u.mul_(p).masked_fill_(p == 0, 0.0), found[stats.H])  # masked tokens
 
     def _exponential(self, u: Tensor, temperature: float, buffers: tuple[Tensor, ...], index: int) -> Tensor:
         """Return e^{u / T} in the buffer with that index."""
         torch.mul(u, LOG2_E / temperature, out=buffers[index])
-        return self.buffers.exp2_(index)
+        return self.buffers.apply("exp2_", buffers[index])
 
     def _coefficients(
         self,
         rows: slice | Tensor,
-        found: tuple[Tensor, ...],  # seven, [rows, 1] each
+        found: tuple[Tensor, ...],  # nine, [rows, 1] each
         row: _Weights,
         teacher_grad: bool = False,
     ) -> Coefficients:  # [rows, 1] each
@@ -235,22 +270,20 @@ class Sweep:
 
     def _write_gradient(self, rows: slice | Tensor, x: Exponentials, k: Coefficients, gradient: Tensor) -> None:
         """Write the gradient of a block of the student's logits.  It overwrites the spare buffer."""
-        result = x.spare
+        result = x.terms.spare
         if isinstance(rows, slice) and gradient.dtype == result.dtype and self.student_map.is_identity:
             result = view(gradient, rows)
+        joins_ce = self.label is not None and x.at_1 is x.p  # both terms are multiples of e^u
         if self.teacher is None:
             torch.mul(x.at_1, k.A, out=result)
         else:
-            joins_ce = self.temperature == 1 and not self.kind.is_over_student  # both terms are multiples of e^u
-            B = k.B + k.A if joins_ce and self.label is not None else k.B
-            self.kind.student_gradient(x.p, x.q, x.difference, B, k.C, k.R, self.temperature, out=result)
+            self.block.student_gradient(x.terms, x.p, x.q, k, k.A if joins_ce else None, out=result)
             if self.label is not None and not joins_ce:
                 result.addcmul_(x.at_1, k.A)
         if self.label is not None:
             result.scatter_add_(1, of_rows(self.label, rows), -k.W)
-        if result is x.spare:
-            # The teacher's gradient needs the difference for forward KL, and p for reverse KL.
-            free = x.difference if self.kind.is_over_student else x.p
+        if result is x.terms.spare:
+            free = x.at_1 if self.teacher is None or x.at_1 is not x.p else self.block.free(x.terms, x.p)
             multiply_by_slope(result, self.student, rows, self.student_map, buffer=free)
             write(gradient, rows, result)
 
@@ -267,14 +300,3 @@ def _zero_others(
     if has_gradient is not None:
         for rows in blocks_of_rows(~has_gradient, has_gradient.numel(), written):
             zero(written, rows)
-
-
-def _sum(
-    block: Tensor,  # [rows, V]
-    out: Tensor,  # [rows, 1]
-) -> None:
-    """Write the sum of each row, taken by one thread.  PyTorch would share a single row among its threads."""
-    if block.shape[0] > 1:
-        torch.sum(block, 1, True, out=out)
-    else:
-        out.copy_(block.expand(2, -1).sum(1, True)[:1])

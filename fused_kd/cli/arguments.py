@@ -1,7 +1,9 @@
 """The types of arguments that several commands take.  A wrong value ends the command with a message of what is expected."""
 
 import argparse
+import dataclasses
 import math
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,6 +12,8 @@ from .errors import UserError
 
 if TYPE_CHECKING:
     import torch
+
+    from ..divergences import Divergence
 
 MOST = 2**63 - 1  # the largest size that PyTorch takes
 
@@ -59,6 +63,42 @@ def share(text: str) -> float:
     if not 0 <= value <= 1:
         raise argparse.ArgumentTypeError(f"expected a number from 0 to 1, got {quoted(text)}")
     return value
+
+
+def known(option: str, given: Iterable[str], names: Iterable[str]) -> None:
+    """Refuse what is none of the names."""
+    expected = list(names)
+    unknown = [name for name in given if name not in expected]
+    if unknown:
+        raise UserError(f"{option}: expected some of {', '.join(expected)}, got {', '.join(unknown)}")
+
+
+def divergence(text: str) -> str:
+    """Return the text if it names a divergence; see `named_divergence`."""
+    try:
+        named_divergence(text)
+    except (TypeError, ValueError) as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    return text
+
+
+def named_divergence(text: str) -> "Divergence":
+    """Return the divergence of a name, such as "jsd", or of a name and its parameters, such as "jsd:0.3".
+
+    Raises:
+        ValueError: it has no such name, or another number of parameters, or refuses their values.
+    """
+    from ..divergences import DIVERGENCES, of
+
+    name, *given = text.split(":")
+    if name not in DIVERGENCES:
+        raise ValueError(f"expected one of {', '.join(DIVERGENCES)}, got {quoted(text)}")
+    parameters = [number(value) for value in given]
+    fields = [field.name for field in dataclasses.fields(DIVERGENCES[name])]
+    if len(parameters) > len(fields):
+        form = ":".join([name, *(each.upper() for each in fields)])
+        raise ValueError(f"expected {form}, got {quoted(text)}")
+    return of(name, parameters)
 
 
 def new_file(text: str) -> Path:

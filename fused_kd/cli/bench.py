@@ -15,8 +15,8 @@ from .interruption import Interruption, interruptible
 DESCRIPTION = """\
 Measures time and memory of a training step of the loss on this machine, forward, backward and both, beside what a user
 would take instead: eager PyTorch, torch.compile of it, and where they are installed (extra "bench") Liger-Kernel,
-torchtune, flash-linear-attention and Cut Cross-Entropy.  Each is first compared, in float64, with what it says it computes;
-what cannot run here is listed with the reason.
+torchtune, flash-linear-attention and Cut Cross-Entropy; TRL, orda-kernel and speculators too, if you install them.  Each
+is first compared, in float64, with what it says it computes; what cannot run here is listed with the reason.
 
 Shapes are those of models that are distilled into one another, with as many tokens as suit the device, then sweeps over V
 and N, which are drawn.  Times are medians, and half the distance of the quartiles; memory is the peak beyond inputs and
@@ -32,10 +32,14 @@ be written, 130 after Ctrl-C, 143 after SIGTERM.
 examples:
 
   fused-kd bench --pairs smollm2 --part models --seconds 1
+  fused-kd bench --divergence reverse_kl jsd --pairs smollm2 --part models
   fused-kd bench --json bench.json
 """
 
 PACKAGES = ("rich", "matplotlib")
+DISTRIBUTIONS = (
+    "liger-kernel", "torchtune", "fla-core", "cut-cross-entropy", "trl", "orda-kernel", "speculators",
+)  # fmt: skip
 
 
 def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -58,6 +62,11 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         "logits; from hidden states all on a GPU, the small ones on a CPU)",
     )  # fmt: skip
     parser.add_argument(
+        "--divergence", nargs="+", metavar="NAME", default=["forward_kl"],
+        help="divergences of the loss: forward_kl, reverse_kl, mixed_kl, jsd, skew_kl, skew_reverse_kl, tvd (default: "
+        "forward_kl)",
+    )  # fmt: skip
+    parser.add_argument(
         "--part", choices=("all", "models", "sweeps"), default="all",
         help="models: the shapes of models; sweeps: growing V and N (default: all)",
     )  # fmt: skip
@@ -77,7 +86,7 @@ def run(options: argparse.Namespace) -> int:
 def _bench(options: argparse.Namespace) -> int:
     import torch
 
-    from ..testing import record, shapes
+    from ..testing import problems, record, shapes
     from .benchmarking import comparison, finding, measure, plots, tables
     from .layout import console, print_table, say
     from .outputs import write_json
@@ -85,9 +94,8 @@ def _bench(options: argparse.Namespace) -> int:
     begin = time.perf_counter()
     device = arguments.device(options.device)
     dtype = getattr(torch, options.dtype or ("bfloat16" if device.type == "cuda" else "float32"))
-    unknown = [pair for pair in options.pairs if pair not in shapes.PAIRS]
-    if unknown:
-        raise UserError(f"--pairs: expected some of {', '.join(shapes.PAIRS)}, got {', '.join(unknown)}")
+    arguments.known("--pairs", options.pairs, shapes.PAIRS)
+    arguments.known("--divergence", options.divergence, problems.WORDS)
     before = _read(options.compare) if options.compare else None
     arguments.folder(options.output)
     work: list[shapes.Shape] = []
@@ -95,6 +103,7 @@ def _bench(options: argparse.Namespace) -> int:
         work += shapes.model_shapes(device, dtype, tuple(options.pairs))
     if options.part in ("all", "sweeps"):
         work += shapes.sweep_shapes(device, dtype)
+    tasks = [(shape, divergence) for shape in work for divergence in dict.fromkeys(options.divergence)]
 
     out = console(150)
     machine = record.machine(device)
@@ -103,7 +112,7 @@ def _bench(options: argparse.Namespace) -> int:
     with interruptible() as interruption:
         copy = measure.copy_bandwidth(device)
         say(f"{where}; a copy moves {copy / 1e9:.1f} GB/s")
-        done = _measure(work, device, options.seconds, results, interruption)
+        done = _measure(tasks, device, options.seconds, results, interruption)
     for group in tables.by_shape(results):
         if any(result.both for result in group):
             print_table(out, tables.time_table(group, copy))
@@ -118,7 +127,7 @@ def _bench(options: argparse.Namespace) -> int:
         figures = {
             "command": "fused-kd bench",
             "options": {key: value for key, value in vars(options).items() if key not in ("run", "json", "output")},
-            "versions": record.versions("liger-kernel", "torchtune", "fla-core", "cut-cross-entropy"),
+            "versions": record.versions(*DISTRIBUTIONS),
             "machine": machine,
             "copy_bytes_a_second": copy,
             "seconds": time.perf_counter() - begin,
@@ -129,28 +138,34 @@ def _bench(options: argparse.Namespace) -> int:
     pictures = plots.draw(options.output, results, where)
     drawn = f"; drawn: {', '.join(map(str, pictures))}" if pictures else ""
     say(f"{time.perf_counter() - begin:.0f} s in all{drawn}", hanging="  ")
-    say(finding.finding(results, done, len(work)))
+    say(finding.finding(results, done, len(tasks)))
     wrong = any(result.agrees is False and result.peer == "fused_kd" for result in results)
     return interruption.exit_code or (1 if wrong else 0)
 
 
-def _measure(work: list[Any], device: Any, seconds: float, results: list[Any], interruption: Interruption) -> int:
-    """Append the results of each shape, and return the number of shapes that were measured."""
+def _measure(
+    tasks: list[tuple[Any, str]],  # shapes and divergences
+    device: Any,
+    seconds: float,
+    results: list[Any],
+    interruption: Interruption,
+) -> int:
+    """Append the results of each task, and return the number of tasks that were measured."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-    from .benchmarking import suite
+    from .benchmarking import suite, tables
 
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
     done = 0
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task("", total=len(work))
-        for shape in work:
+        task = progress.add_task("", total=len(tasks))
+        for shape, divergence in tasks:
             if interruption:
                 break
-            progress.update(task, description=shape.label)
+            progress.update(task, description=shape.label + tables.of_divergence(divergence))
             with interruption.may_leave():
-                results += suite.measured(shape, device, seconds)
+                results += suite.measured(shape, device, seconds, divergence)
                 done += 1
             progress.advance(task)
     return done

@@ -6,14 +6,14 @@ from fractions import Fraction
 from pathlib import Path
 
 from ..checks import LARGEST, SMALLEST
-from .arguments import at_least_one, at_least_two, number, positive, quoted, share
+from .arguments import at_least_one, at_least_two, divergence, number, positive, quoted, share
 from .errors import reporting
 from .help import HelpFormatter
 
 DESCRIPTION = """\
 Distils a causal language model into a smaller one with the loss
 
-    (1 - alpha) CE(labels)  +  alpha T^2 KL(teacher || student, both at T)
+    (1 - alpha) CE(labels)  +  alpha T^2 D(teacher, student, both at T)
 
 and says what came of it: held-out KL to the teacher and perplexity before and after, the time and memory of the loss
 beside the rest of the step.  By default it needs no network and a few minutes on two CPU cores: the teacher is
@@ -33,6 +33,7 @@ examples:
 
   fused-kd distill --steps 20
   fused-kd distill --alpha 0.3 --temperature 4 --compare eager --output other
+  fused-kd distill --divergence jsd:0.3 --temperature 1
 """
 
 PACKAGES = ("rich", "matplotlib", "transformers", "gguf")  # of the extra "demo"
@@ -75,9 +76,14 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     models.add_argument("--output", metavar="FOLDER", type=Path, default=Path("distilled"), help="where results go")
 
     training = parser.add_argument_group("training")
-    training.add_argument("--alpha", type=share, default=0.5, help="weight of the KL term, 0 to 1")
+    training.add_argument("--alpha", type=share, default=0.5, help="weight of the divergence D, 0 to 1")
     training.add_argument(
-        "--temperature", type=_temperature, default=2.0, help="T of both distributions in the KL term"
+        "--divergence", metavar="NAME[:PARAMETER]", type=divergence, default="forward_kl",
+        help="D: forward_kl, reverse_kl, mixed_kl:REVERSE, jsd:BETA, skew_kl:SKEW, skew_reverse_kl:SKEW or tvd; without a "
+        "parameter its default, as fused_kd.divergences has it",
+    )  # fmt: skip
+    training.add_argument(
+        "--temperature", type=_temperature, default=2.0, help="T of both distributions in the divergence"
     )
     training.add_argument(
         "--loss", choices=("linear", "logits"), default="linear",

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .. import operators
 from ..operators import KD_ARGUMENTS, KD_SCHEMA
-from ..sweep import new_counters, new_statistics, row_losses
+from ..sweep import lines_of, new_counters, new_statistics, row_losses
 from .sweep import Gradients, Head, LinearOptions, has_unit, planned_chunk, sweep, unit_weights
 
 # The schema has the tensors first, then the fields of KDOptions and of LinearOptions, in their order.
@@ -24,7 +24,7 @@ LINEAR_LOSSES = operators.define(
     "ScalarType dtype, ScalarType teacher_dtype, ScalarType? logits_dtype, int? workspace_bytes) "
     # The number of results is fixed, since a list has no fallback under `is_grads_batched`.  A gradient that is not needed
     # is an empty tensor.
-    f"-> ({', '.join(['Tensor'] * 11)})",
+    f"-> ({', '.join(['Tensor'] * 12)})",
 )
 _operator = operators.packet(LINEAR_LOSSES)
 
@@ -65,10 +65,9 @@ def _linear_losses(*arguments) -> tuple[Tensor, ...]:  # type: ignore[no-untyped
     heads, (labels, weights, upstream), options = arguments[:6], arguments[6:9], _options(arguments[9:])
     student, teacher = Head(*heads[:3]), None if heads[3] is None else Head(*heads[3:])
     N, chunk_rows = weights.shape[1], planned_chunk(student, teacher, options)
-    statistics, counters = (
-        new_statistics(weights, options.kd),
-        new_counters(student.hidden, N + -(-N // chunk_rows) + 1),
-    )
+    chunks = -(-N // chunk_rows)
+    statistics = new_statistics(weights, options.kd)
+    counters = new_counters(student.hidden, lines_of(N, chunks, options.kd) + 1)
     gradients = _new_gradients(heads, options)
     scaled, unit = weights, weights.new_empty(0)
     if gradients:

@@ -11,9 +11,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..divergences import DIVERGENCES
+from ..divergences import divergence_of
 from ..rows import add_something, readable
-from ..sweep import Buffers, KDOptions, Logits, backend_of, chosen_launch, device_of
+from ..sweep import Buffers, KDOptions, Logits, backend_of, chosen_launch, device_of, lines_of
 from ..sweep import sweep as sweep_logits
 from .chunks import plan_chunks, row_stride
 from .products import accumulate, project
@@ -136,8 +136,8 @@ def sweep(
     weights: Tensor,  # [3, N]; a row whose weights of CE and divergence are 0 adds nothing, whatever it holds
     options: LinearOptions,
     gradients: Sequence[Gradients],  # accumulate those of sum_i (w_ce CE + w_d D): the student's, or both models'
-    statistics: Tensor,  # [7, N], written
-    counters: Tensor | None,  # zeros, with a line for each row and for each chunk
+    statistics: Tensor,  # [9, N], written
+    counters: Tensor | None,  # zeros, as `lines_of` counts them
     chunk_rows: int,
 ) -> None:
     """Write the statistics of all rows and add up the gradients, one chunk after another in the same buffers."""
@@ -161,7 +161,7 @@ def sweep(
                 own = [x if out is None else out[None, : x.shape[1]] for x, out in zip(found, rounded, strict=False)]
                 buffers = Buffers(*own)
                 launch = chosen_launch(logits, options.kd, in_place=own[0] is z) if len(own) == 1 else None
-            own_counters = None if counters is None else counters[first + chunk : rows.stop + chunk + 1]
+            own_counters = None if counters is None else counters[lines_of(first, chunk, options.kd) :]
             sweep_logits(logits, weights[:, rows], options.kd, statistics[:, rows], own_counters, buffers, launch)
             if buffers is None:
                 continue
@@ -219,7 +219,7 @@ def unit_weights(
         return weights if upstream is None else weights * upstream, weights.new_empty(0)
     objective = options.kd.objective
     scale = max(objective.student_map.scale, objective.teacher_map.scale)
-    slope = DIVERGENCES[objective.divergence].largest_slope / objective.temperature
+    slope = divergence_of(objective).largest_slope / objective.temperature
     with device_of(weights):
         scaled, unit = backend_of(weights, options.kd.dtype).unit_weights(weights, upstream, scale, scale * slope)
     return scaled, unit

@@ -11,6 +11,16 @@ import torch
 from torch import Tensor
 
 from .. import kd_loss, reference
+from ..divergences import (
+    JSD,
+    Divergence,
+    ForwardKL,
+    MixedKL,
+    ReverseKL,
+    SkewKL,
+    SkewReverseKL,
+    TotalVariation,
+)
 from ..launching import ONE, TWO, launching
 from .replacing import replaced_in
 from .words import dtype_name
@@ -31,6 +41,10 @@ TEMPERATURES = [0.5, 1.0, 2.0, 4.0, 10.0]
 ALPHAS = [0.0, 0.3, 1.0]
 LOGITS = ["flat", "peaked", "heavy-tailed"]
 ROWS = ["all", "ignored", "weighted"]
+FORWARD_KL = ForwardKL()
+# Divergences other than forward KL have a moderate set of cases, of sizes that take little time.
+OTHERS = [ReverseKL(), MixedKL(0.3), JSD(), JSD(0.1), SkewKL(), SkewReverseKL(), TotalVariation()]
+SHAPES_OF_OTHERS = [(2, 32_003), (33, 4_099), (129, 1_023)]
 # A case is repeated until it has so many rows and elements.  The error of a few numbers may be small by luck, and then the
 # ratio of two errors says nothing.
 SAMPLE_ROWS = 16
@@ -52,10 +66,12 @@ class Case:
     reduction: str
     seed: int
     launch: str = TWO  # ONE: the gradient comes with the loss, and backward multiplies it by the upstream gradient
+    divergence: Divergence = FORWARD_KL
 
     def __str__(self) -> str:
+        of = "" if self.divergence == FORWARD_KL else f"{self.divergence}, "
         return (
-            f"[{self.rows}, {self.vocabulary}] {self.dtypes}, T={self.temperature}, alpha={self.alpha}, {self.logits} "
+            f"{of}[{self.rows}, {self.vocabulary}] {self.dtypes}, T={self.temperature}, alpha={self.alpha}, {self.logits} "
             f"logits, rows {self.counted}, {self.reduction}, {self.launch}"
         )
 
@@ -153,7 +169,48 @@ def cases(quick: bool = False) -> list[Case]:
                     launch=next(launches) if has_choice else TWO,
                 )
             )
-    return result[::17] if quick else result
+    others = cases_of_others(DTYPES[:3], SHAPES_OF_OTHERS, TEMPERATURES, quick)
+    return (result[::17] if quick else result) + others
+
+
+def cases_of_others(
+    dtypes: Sequence[tuple[torch.dtype, torch.dtype]],
+    shapes: Sequence[tuple[int, int]],
+    temperatures: Sequence[float],
+    quick: bool,
+    kind: type[Case] = Case,
+) -> list[Any]:
+    """Return the cases of the divergences other than forward KL: shapes, dtypes and logits, with the rest in turns."""
+    result: list[Case] = []
+    turns = zip(
+        itertools.cycle(temperatures),
+        itertools.cycle([0.3, 0.7, 0.7, 0.3]),  # where models have no token in common the others' own gradients are 0
+        itertools.cycle(ROWS),
+        itertools.cycle(["mean", "sum", "none", "mean"]),
+        itertools.cycle([TWO, ONE]),
+        strict=False,
+    )
+    for divergence in OTHERS:
+        of = [
+            kind(
+                rows,
+                vocabulary,
+                *pair,
+                temperature,
+                alpha,
+                logits,
+                counted,
+                reduction,
+                seed=5000 + 100 * len(result) + i,
+                launch=launch if reduction != "none" and pair[0] != torch.float16 else TWO,
+                divergence=divergence,
+            )
+            for i, (((rows, vocabulary), pair, logits), (temperature, alpha, counted, reduction, launch)) in enumerate(
+                zip(itertools.product(shapes, dtypes, LOGITS), turns, strict=False)
+            )
+        ]
+        result += of[len(result) % 7 :: 13] if quick else of
+    return result
 
 
 def inputs(case: Case, device: torch.device, seed: int) -> Inputs:
@@ -189,7 +246,10 @@ def row_losses_and_gradient(
     """Return row losses `[N]` and the gradient of the reduced loss `[N, V]`, with the inputs cast to dtype if given."""
     student = (given.student if dtype is None else given.student.to(dtype)).detach().requires_grad_()
     teacher = given.teacher if dtype is None else given.teacher.to(dtype)
-    options = {"alpha": case.alpha, "temperature": case.temperature, "token_weights": given.token_weights}
+    options = {
+        "alpha": case.alpha, "temperature": case.temperature, "token_weights": given.token_weights,
+        "divergence": case.divergence,
+    }  # fmt: skip
     with torch.no_grad():
         rows = function(student, teacher, given.labels, reduction="none", **options)
     loss = function(student, teacher, given.labels, reduction=case.reduction, **options)
@@ -230,6 +290,8 @@ def measure(case: Case, device: torch.device, loss: Callable[..., Any] = kd_loss
     misrounded, off = 0.0, False
     if ours.dtype != torch.float32:
         misrounded, off = _rounding(ours, oracle, (eager - oracle).abs(), torch.cat(scales), torch.cat(factors))
+        if case.divergence != FORWARD_KL:
+            misrounded = 0.0  # not judged: a slope and its mean cancel in many elements, in eager PyTorch too
     return Errors(
         loss=relative_error(losses["ours"], losses["oracle"]),
         loss_eager=relative_error(losses["eager"], losses["oracle"]),
@@ -252,7 +314,11 @@ def _term_scale(case: Case, given: Inputs) -> Tensor:
     scale = weight * (given.upstream if case.reduction == "none" else given.upstream.sum())
     if case.reduction == "mean":
         scale = scale / weight.where(given.labels >= 0, 0.0).sum()
-    return scale * max(1 - case.alpha, case.alpha * case.temperature)
+    slope = torch.ones_like(scale)
+    if case.divergence != FORWARD_KL:  # the slope may grow with the difference of the logits
+        z, y = (x.double() - x.double().amax(1, keepdim=True) for x in (given.student, given.teacher))
+        slope = 1 + ((z - y).abs().amax(1) / case.temperature).clamp(max=case.divergence.largest_slope)
+    return scale * (slope * case.alpha * case.temperature).clamp_min(1 - case.alpha)
 
 
 def _rounding(
@@ -293,7 +359,7 @@ def _bound(eager: float) -> float:
 
 
 def by_group(measured: list[tuple[Case, Errors]]) -> Iterator[tuple[tuple[int, int, str], list[tuple[Case, Errors]]]]:
-    """Group the cases by shape and dtype pair."""
+    """Group the cases of a divergence by shape and dtype pair."""
     yield from (
         (key, list(group))
         for key, group in itertools.groupby(

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .. import linear_kd_loss, reference
 from ..launching import ONE, TWO, launching
-from .accuracy import ALPHAS, LOGITS, ROWS, SAMPLE_ROWS, Case, Errors
+from .accuracy import ALPHAS, LOGITS, ROWS, SAMPLE_ROWS, SHAPES_OF_OTHERS, Case, Errors, cases_of_others
 
 H_S, H_T = 48, 80
 SHAPES = [(1, 1000), (2, 32_003), (2, 262_144), (7, 128_256), (33, 4_099), (129, 1_023)]
@@ -61,7 +61,8 @@ def cases(quick: bool = False) -> list[LinearCase]:
             next(counted)
         options = temperature, next(alphas), logits, next(counted), next(reductions)
         result.append(LinearCase(rows, vocabulary, dtype, dtype, *options, seed=len(result), launch=next(launches)))
-    return result[::17] if quick else result
+    others = cases_of_others([(d, d) for d in DTYPES], SHAPES_OF_OTHERS[1:], TEMPERATURES, quick, LinearCase)
+    return (result[::17] if quick else result) + others
 
 
 def inputs(case: LinearCase, device: torch.device, seed: int) -> Inputs:
@@ -109,7 +110,8 @@ def results(name: str, case: LinearCase, given: Inputs, ours: Callable[..., Any]
     leaves = [tensor.requires_grad_() for tensor in (hidden, weight, bias)]
     arguments: list[Any] = [hidden, weight, *teacher, given.labels]
     options: dict[str, Any] = {
-        "alpha": case.alpha, "temperature": case.temperature, "token_weights": given.token_weights, "student_bias": bias
+        "alpha": case.alpha, "temperature": case.temperature, "token_weights": given.token_weights, "student_bias": bias,
+        "divergence": case.divergence,
     }  # fmt: skip
     if name == "ours":
         token_bytes = 2 * -(-case.vocabulary // 64) * 64 * dtype.itemsize

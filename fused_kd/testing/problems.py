@@ -61,10 +61,6 @@ def logits_of(stream: tuple[Tensor, ...]) -> Tensor:
 Part = Callable[[Tensor, Tensor, Tensor, float], Tensor]
 
 
-def _loss(student: Tensor, teacher: Tensor, labels: Tensor, temperature: float) -> Tensor:
-    return reference.kd_loss(student, teacher, labels, alpha=ALPHA, temperature=temperature)
-
-
 def _soft(student: Tensor, teacher: Tensor, labels: Tensor, temperature: float) -> Tensor:
     soft = -(F.softmax(teacher, -1) * F.log_softmax(student, -1)).sum(-1).mean()
     return (1 - ALPHA) * F.cross_entropy(student, labels) + ALPHA * soft
@@ -74,22 +70,42 @@ def _ce(student: Tensor, teacher: Tensor, labels: Tensor, temperature: float) ->
     return F.cross_entropy(student, labels)
 
 
-def _kl(student: Tensor, teacher: Tensor, labels: Tensor, temperature: float) -> Tensor:
-    return reference.kl_divergence(student, teacher, temperature).mean()
-
-
 def _ce_and_tvd(student: Tensor, teacher: Tensor, labels: Tensor, temperature: float) -> Tensor:
     distance = 0.5 * (F.softmax(student, -1) - F.softmax(teacher, -1)).abs().sum(-1)
     return F.cross_entropy(student, labels) + distance.mean()
 
 
+# The divergences by name, as tables call them.
+WORDS = {
+    "forward_kl": "KL",
+    "reverse_kl": "reverse KL",
+    "mixed_kl": "mixed KL",
+    "jsd": "JSD",
+    "skew_kl": "skew KL",
+    "skew_reverse_kl": "skew reverse KL",
+    "tvd": "total variation",
+}
+
+
+def _loss_with(divergence: str) -> Part:
+    return lambda student, teacher, labels, temperature: reference.kd_loss(
+        student, teacher, labels, alpha=ALPHA, temperature=temperature, divergence=divergence
+    )
+
+
+def _alone(divergence: str) -> Part:
+    return lambda student, teacher, labels, temperature: reference.divergence_values(
+        student, teacher, temperature, divergence
+    ).mean()
+
+
 # The formulas of the peers, as means over rows.
 PARTS: dict[str, Part] = {
-    "CE + KL": _loss,
     "CE + soft CE": _soft,  # its value differs from CE + KL, its gradient does not
     "CE": _ce,
-    "KL": _kl,
     "CE + TVD": _ce_and_tvd,
+    **{f"CE + {word}": _loss_with(divergence) for divergence, word in WORDS.items()},
+    **{word: _alone(divergence) for divergence, word in WORDS.items()},
 }
 
 

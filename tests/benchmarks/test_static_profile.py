@@ -15,6 +15,7 @@ static_profile: Any = pytest.importorskip("benchmarks.static_profile")
 from benchmarks.compiled import amdgcn, bounds, rows, sass, variants, workers  # noqa: E402
 from benchmarks.compiled.profile import OneLaunchFigures, profile, shuffles  # noqa: E402
 from fused_kd.devices import device_of_target  # noqa: E402
+from fused_kd.divergences import DIVERGENCES  # noqa: E402
 from fused_kd.statistics import UNIT  # noqa: E402
 
 ONE = "row_statistics sm_90 bf16/bf16 T=4 ce+kl dense identity"
@@ -186,6 +187,17 @@ def test_variants_cover_every_target_and_have_names_of_their_own():
     assert {name.split()[1] for name in names} == set(variants.TARGETS)
 
 
+def test_variants_cover_every_divergence_in_both_launches():
+    """Those of two sweeps in each of their kernels; tests define more divergences, which have none."""
+    ours = {name: kind for name, kind in DIVERGENCES.items() if kind.__module__.startswith("fused_kd.")}
+    in_two, in_one = variants.all_variants(["sm_90"]), variants.one_launch_variants(["sm_90"])
+    with_teacher = [variant for variant in in_two if variant.teacher_grad]
+    assert all({variant.divergence for variant in found} == set(ours) for found in (in_two, in_one, with_teacher))
+    of_sums = {variant.divergence for variant in in_two if variant.kernel == "ratio_sums"}
+    assert of_sums == set(variants.RATIOS) == set(bounds.OF_RATIOS)
+    assert of_sums == {name for name, kind in ours.items() if kind().sweeps == 2}
+
+
 def _of_tritons_jit(kernel: Any, arguments: Iterable[Any]) -> tuple[list[tuple[str, Any]], Any]:
     """Return what Triton's JIT looks up the compiled kernel of a call by, and the backend that reads it."""
     from triton.backends.compiler import GPUTarget
@@ -223,6 +235,7 @@ def test_specialisation_is_that_of_tritons_jit():
             for layout in ("dense", "odd", "transposed")
         ),
         variants.Variant("row_statistics", "sm_90", "bf16", "bf16", 2.0, "ce", "padded"),
+        variants.Variant("ratio_sums", "sm_90", "bf16", "fp32", 2.0, "ce+kl", "odd", divergence="jsd"),
         *(variants.Variant(kernel, "sm_90", "bf16", "bf16", 2.0, "kl", "padded") for kernel in variants.ONE_LAUNCH),
         *rows.row_variants(["sm_90"]),
     ]
@@ -257,7 +270,7 @@ def _of_other_steps(_: None) -> list[tuple[list[Any], list[Any]]]:
     pairs = [
         (prologue(8192, sequence=2048, temperature=2.0), prologue(1, sequence=1, temperature=1.0)),
         (prologue(16, num_items=16.0, alpha=0.25), prologue(17, num_items=0.5, alpha=1.0)),
-        (lambda: rows.row_losses(True, True, True, True), lambda: rows.row_losses(True, True, True, True, N=1)),
+        (lambda: rows.row_losses(True, True, parts=True), lambda: rows.row_losses(True, True, parts=True, N=1)),
         (lambda: rows.unit_weights(some(16)), lambda: rows.unit_weights(some(1), N=1)),
         (lambda: rows.copy_counted(some(16, 64), F64), lambda: rows.copy_counted(some(1, 64), F64, N=1)),
         (logits(2, 5, 999, 999), logits(8, 4096, 100_000, 100_000)),
@@ -316,6 +329,24 @@ def test_programs_that_share_a_row_take_fewer_registers_at_3_where_it_is_said(mo
     monkeypatch.setattr("triton.__version__", "3.8.0")
     variant = variants.Variant("shared", "sm_90", "bf16", "bf16", 3.0, "ce+kl", "dense")
     assert [registers for registers in range(40, 90) if keeps_its_bounds(variant, registers)] == list(range(49, 65))
+
+
+@pytest.mark.parametrize(
+    ("divergence", "entropy", "kept"),
+    [
+        ("forward_kl", False, range(41, 49)), ("reverse_kl", False, range(41, 57)), ("mixed_kl", False, range(41, 65)),
+        ("forward_kl", True, range(41, 65)), ("mixed_kl", True, range(41, 65)), ("jsd", False, range(41, 65)),
+        ("tvd", False, range(41, 49)),
+    ],
+)  # fmt: skip
+def test_other_divergences_take_more_registers_where_it_is_said(
+    monkeypatch: pytest.MonkeyPatch, divergence: str, entropy: bool, kept: range
+):
+    monkeypatch.setattr("triton.__version__", "3.8.0")
+    variant = variants.Variant(
+        "whole", "sm_90", "bf16", "bf16", 2.0, "ce+kl", "dense", divergence=divergence, entropy=entropy
+    )
+    assert [registers for registers in range(30, 90) if keeps_its_bounds(variant, registers)] == list(kept)
 
 
 @pytest.mark.parametrize(("version", "there"), [("3.7.1", False), ("3.8.0", True)])

@@ -152,6 +152,7 @@ def result(seconds, quartile, peak=1000, **other):
         (result(1.0, 0.01), result(1.0, 0.01, peak=1100), ["memory, MB"]),
         (result(1.0, 0.01), result(9.0, 0.01, rows=17), []),  # another shape
         (result(1.0, 0.01), result(9.0, 0.01, dtype="bfloat16"), []),
+        (result(1.0, 0.01), result(9.0, 0.01, divergence="jsd"), []),
     ],
 )
 def test_what_moved_beyond_noise(before, after, moved):
@@ -164,7 +165,8 @@ def test_what_moved_beyond_noise(before, after, moved):
 def tiny(monkeypatch):
     """A measurement of a second or two: the peers that need no package, small shapes."""
     monkeypatch.setattr(measure, "COPY_BYTES", 2**20)
-    with peers.offering(*PLAIN, *OTHERS[-1:]), shapes.tiny():
+    last = next(peer for peer in OTHERS if peer.name == "Liger fused linear CE")
+    with peers.offering(*PLAIN, last), shapes.tiny():
         yield
 
 
@@ -194,6 +196,24 @@ def test_bench_prints_draws_and_writes(tiny, tmp_path, capsys):
     assert ours.agrees
     assert 0 < ours.both.low <= ours.both.median <= ours.both.high
     assert ours.bandwidth == pytest.approx(3 * 4 * ours.rows * ours.vocab_size / ours.both.median)
+
+
+def test_divergences_have_tables_and_pictures_of_their_own(tiny, tmp_path, capsys):
+    file, folder = tmp_path / "new.json", tmp_path / "plots"
+    arguments = ["bench", "--device", "cpu", "--seconds", "0.01", "--output", str(folder), "--json", str(file)]
+    assert main([*arguments, "--divergence", "reverse_kl", "jsd", "jsd"]) == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    for divergence, word in (("reverse_kl", "reverse KL"), ("jsd", "JSD")):
+        assert f"from logits (kd_loss), {divergence}: N = 16, V = 301, float32" in printed
+        assert f"eager PyTorch │ CE + {word}" in printed
+    results = [suite.from_dict(entry) for entry in json.loads(file.read_text())["results"]]
+    assert {(r.divergence, r.computes) for r in results} == {("reverse_kl", "CE + reverse KL"), ("jsd", "CE + JSD")}
+    assert all(r.agrees for r in results)
+    assert f"{len(results) // 2} configurations" in printed.rsplit("kd_loss is", 1)[1]  # ours and eager
+    assert {path.name for path in folder.iterdir()} == {
+        f"growing-{size}{source}-{divergence}.png"
+        for size in "VN" for source in ("", "-from-hidden-states") for divergence in ("reverse_kl", "jsd")
+    }  # fmt: skip
 
 
 def test_a_wrong_loss_of_ours_is_exit_code_1(tiny, tmp_path, capsys):
@@ -261,6 +281,7 @@ def test_the_last_sentence_says_what_was_found(results, done, sentence):
     [
         (["--device", "abacus"], "--device: expected cpu, cuda or cuda:N, got 'abacus'"),
         (["--pairs", "llama2", "gpt5"], "--pairs: expected some of llama2, smollm2"),
+        (["--divergence", "kl"], "--divergence: expected some of forward_kl, reverse_kl, mixed_kl, jsd"),
         (["--compare", "no-such-file"], "--compare: expected a file that --json wrote, got no-such-file"),
         (["--seconds", "0"], "expected a finite number above 0, got '0'"),
         (["--json", "no-such-folder/x.json"], "expected a file in a folder that exists, got 'no-such-folder/x.json'"),

@@ -1,5 +1,6 @@
 """`fused-kd check`: what it prints, its exit codes, and that it can fail."""
 
+import collections
 import dataclasses
 import functools
 import json
@@ -10,9 +11,10 @@ import sys
 import pytest
 import torch
 
-from fused_kd import kd_loss, linear_kd_loss
+from fused_kd import kd_loss, linear_kd_loss, reference
 from fused_kd.backends import triton as kernels
 from fused_kd.cli import check, main
+from fused_kd.divergences import JSD
 from fused_kd.launching import ONE, TWO
 from fused_kd.testing import accuracy, launching, linear_accuracy
 
@@ -30,8 +32,8 @@ def quick_check(file, capsys, *options):
 
 @pytest.mark.slow
 def test_quick_check_passes_and_writes_every_figure(tmp_path, capsys):
-    """Two cores: 45 s."""
-    assert quick_check(tmp_path / "check.json", capsys) == 78
+    """Two cores: 50 s."""
+    assert quick_check(tmp_path / "check.json", capsys) == 108
 
 
 def test_a_check_of_one_loss_passes_and_writes_every_figure(tmp_path, capsys):
@@ -48,10 +50,46 @@ def test_the_table_has_what_it_promises():
         "launch": [ONE, TWO],
     }.items():  # fmt: skip
         assert set(values) <= {getattr(case, field) for case in cases}
-    assert len({(c.alpha, c.counted, c.temperature) for c in cases}) == 45
-    linear = linear_accuracy.cases()
+    assert len({(c.alpha, c.counted, c.temperature) for c in cases if c.divergence == accuracy.FORWARD_KL}) == 45
+    linear = [case for case in linear_accuracy.cases() if case.divergence == accuracy.FORWARD_KL]
     for pair in (("alpha", "counted"), ("alpha", "temperature"), ("counted", "temperature"), ("alpha", "reduction")):
         assert len({tuple(getattr(case, field) for field in pair) for case in linear}) == 9, pair
+
+
+def test_every_divergence_has_moderately_many_cases():
+    for suite, count in ((accuracy, 27), (linear_accuracy, 18)):
+        for quick in (False, True):
+            found = collections.Counter(case.divergence for case in suite.cases(quick))
+            assert set(found) == {accuracy.FORWARD_KL, *accuracy.OTHERS}
+            assert quick or {found[divergence] for divergence in accuracy.OTHERS} == {count}
+        cases = [case for case in suite.cases() if case.divergence == accuracy.OTHERS[0]]
+        for field in ("counted", "reduction", "temperature", "logits", "launch", "student_dtype"):
+            assert len({getattr(case, field) for case in cases}) > 1, field
+        assert len({case.seed for case in suite.cases()}) == len(suite.cases())
+    assert {divergence.name for divergence in (accuracy.FORWARD_KL, *accuracy.OTHERS)} == set(reference.DIVERGENCES)
+
+
+@pytest.mark.parametrize("divergence", accuracy.OTHERS, ids=str)
+@pytest.mark.parametrize("suite", [accuracy, linear_accuracy])
+def test_check_fails_for_another_divergence(suite, divergence):
+    loss = kd_loss if suite is accuracy else linear_kd_loss
+    case = next(c for c in suite.cases() if c.divergence == divergence and c.rows == 33)
+    assert suite.measure(case, torch.device("cpu")).failures(case.has_right_values) == []
+    for other in (JSD(0.4), accuracy.FORWARD_KL):
+        wrong = lambda *a, other=other, **k: loss(*a, **k | {"divergence": other})  # noqa: E731
+        assert suite.measure(case, torch.device("cpu"), wrong).failures(case.has_right_values) != []
+
+
+def test_a_table_per_divergence(tmp_path, capsys):
+    few = [c for c in accuracy.cases() if c.rows == 33 and c.logits == "flat" and c.student_dtype == torch.float32]
+    few = [next(c for c in few if c.divergence == divergence) for divergence in (accuracy.FORWARD_KL, JSD(), JSD(0.1))]
+    with accuracy.checking(few):
+        assert main(["check", "--backend", "cpu", "--loss", "logits", "--json", str(tmp_path / "json")]) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    for divergence in ("ForwardKL()", "JSD(beta=0.5)", "JSD(beta=0.1)"):
+        assert f"Errors against float64 on cpu, {divergence}, the worst of each group" in out
+    found = json.loads((tmp_path / "json").read_text())["configurations"]
+    assert [each["divergence"] for each in found] == ["ForwardKL()", "JSD(beta=0.5)", "JSD(beta=0.1)"]
 
 
 WRONG = {

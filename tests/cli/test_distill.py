@@ -26,8 +26,9 @@ from hypothesis import strategies as st
 transformers = pytest.importorskip("transformers")
 import huggingface_hub  # noqa: E402
 
-from fused_kd.cli import errors, main  # noqa: E402
+from fused_kd.cli import arguments, errors, main  # noqa: E402
 from fused_kd.cli.distillation import checkpoint, comparison, data, models, training  # noqa: E402
+from fused_kd.divergences import JSD, SkewReverseKL  # noqa: E402
 from fused_kd.integrations import huggingface  # noqa: E402
 from fused_kd.testing import memory  # noqa: E402
 
@@ -128,6 +129,45 @@ def test_distils_compares_and_saves(distill, teacher, loss, tmp_path, capsys):
     assert torch.equal(
         cached, student.generate(tokens["input_ids"], max_new_tokens=8, do_sample=False, use_cache=False)
     )
+
+
+@pytest.mark.parametrize("divergence", ["reverse_kl", "jsd:0.3", "tvd"])
+def test_another_divergence(distill, divergence, tmp_path, capsys):
+    assert distill("--compare", "eager", "--divergence", divergence, "--temperature", 1) == 0
+    output = capsys.readouterr().out
+    assert "trainings coincide" in output
+    assert f"T 1, {divergence}, loss from hidden states" in " ".join(output.split())
+    record = report(tmp_path)
+    assert record["settings"]["divergence"] == record["options"]["divergence"] == divergence
+    run = record["runs"]["fused"]
+    curve = run["curves"]["divergence"]
+    assert run["before"]["kl"] != pytest.approx(curve[0], rel=0.01)  # held-out text is measured by forward KL
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("kl", "expected one of forward_kl, reverse_kl, mixed_kl, jsd, skew_kl, skew_reverse_kl, tvd"),
+        ("jsd:", "JSD: expected beta from 1e-09 to 1 - 1e-09, got nan"),
+        ("jsd:1", "JSD: expected beta from 1e-09 to 1 - 1e-09, got 1.0; pass ReverseKL()"),
+        ("skew_kl:0", "pass ForwardKL()"),
+        ("jsd:0.3:0.4", "expected jsd:BETA, got 'jsd:0.3:0.4'"),
+        ("tvd:0.5", "expected tvd, got 'tvd:0.5'"),
+        ("", "expected one of forward_kl"),
+    ],
+)
+def test_a_wrong_divergence_is_refused(text, message, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["distill", "--divergence", text])
+    assert ended.value.code == 2
+    error = " ".join(capsys.readouterr().err.split())
+    assert "argument --divergence: " in error
+    assert message in error
+
+
+def test_a_divergence_by_its_name_and_parameter():
+    assert arguments.named_divergence("jsd") == JSD()
+    assert arguments.named_divergence("skew_reverse_kl:0.25") == SkewReverseKL(0.25)
 
 
 def test_same_seed_same_figures_and_another_seed_others(distill, tmp_path):
@@ -395,7 +435,7 @@ def test_bfloat16_autocast(distill, tmp_path):
 
 def test_alpha_zero_has_no_kl_in_the_eager_loss(distill, tmp_path):
     assert distill("--alpha", 0, "--compare", "eager") == 0
-    assert report(tmp_path)["runs"]["eager"]["curves"]["kl"] == [None] * STEPS
+    assert report(tmp_path)["runs"]["eager"]["curves"]["divergence"] == [None] * STEPS
 
 
 def test_a_student_of_its_own_and_a_padded_vocabulary(distill, folder, tmp_path, capsys):
@@ -447,7 +487,7 @@ def test_evaluation_is_kl_and_perplexity_by_definition(folder, loss):
     teacher, student = (models.load_model(str(folder / name), torch.float32) for name in ("llama", "gpt2"))
     tokens = torch.randint(256, (5, 16))
     halves = [huggingface.split(model, tokens) for model in (teacher, student)]
-    settings = training.Settings(0.5, 2.0, 256, 1, 2, 1e-3, 0, torch.float32, torch.device("cpu"))
+    settings = training.Settings(0.5, 2.0, "forward_kl", 256, 1, 2, 1e-3, 0, torch.float32, torch.device("cpu"))
     found = training.evaluate(*halves, data.Blocks(tokens, tokens), huggingface.LOSSES[loss], settings)
     with torch.no_grad():
         q, p = (model(tokens).logits[:, :-1].double().log_softmax(-1) for model in (teacher, student))

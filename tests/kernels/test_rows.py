@@ -9,7 +9,7 @@ import torch
 from fused_kd import rows
 from fused_kd import statistics as stats
 from fused_kd.backends import triton as kernels
-from fused_kd.divergences import DIVERGENCES, Objective
+from fused_kd.divergences import Objective, divergence_of
 from fused_kd.rows import CE, DIVERGENCE, NEGLIGIBLE, ROW, RowOptions
 
 IGNORED = -100
@@ -142,13 +142,15 @@ def test_weights_that_cancel_have_no_mean(kernel_device):
 
 def some_statistics(N, device):
     """Return statistics of rows at random, weights, and both between rows of memory that belong to others."""
-    memory = torch.full((7, N + 5), NAN, device=device)
+    memory = torch.full((stats.COUNT, N + 5), NAN, device=device)
     statistics = memory[:, 2 : N + 2]
     statistics[stats.M_S : stats.E] = 5 * torch.randn(4, N, device=device)
     for normaliser in (stats.D_1, stats.D_T, stats.E):
         statistics[normaliser] = 1 + 100 * torch.rand(N, device=device)
     statistics[stats.C] = torch.randn(N, device=device) / stats.UNIT
     statistics[stats.LABEL] = torch.randn(N, device=device)
+    statistics[stats.SECOND] = torch.randn(N, device=device)
+    statistics[stats.H] = -100 * torch.rand(N, device=device)
     memory = torch.full((3, N + 7), NAN, dtype=torch.float64, device=device)
     weights = memory[:, 1 : N + 1]
     weights.copy_(torch.rand(3, N, device=device))
@@ -157,25 +159,32 @@ def some_statistics(N, device):
 
 
 def expected_losses(statistics, weights, has_ce, has_divergence, parts, reduce, objective):
-    ce = divergence = torch.zeros_like(weights[ROW])
+    ce = divergence = entropy = torch.zeros_like(weights[ROW])
     if has_ce:
         ce = statistics[stats.D_1].double().log() - (statistics[stats.LABEL].double() - statistics[stats.M_S].double())
     if has_divergence:
-        divergence = DIVERGENCES[objective.divergence].value(statistics, objective.temperature)
+        divergence = divergence_of(objective).value(statistics, objective.temperature)
+    if parts:
+        d_T, h = statistics[stats.D_T].double(), statistics[stats.H].double()
+        entropy = d_T.log() - h / (objective.temperature * d_T)
     loss = rows.weighted_values(weights[CE], ce) + rows.weighted_values(weights[DIVERGENCE], divergence)
-    of_parts = [rows.weighted_values(weights[ROW], value) for value in (ce, divergence)]
+    of_parts = [rows.weighted_values(weights[ROW], value) for value in (ce, divergence, entropy)]
     nothing = loss.new_empty(0)
-    wanted = zip(of_parts, (has_ce, has_divergence), strict=True)
+    wanted = zip(of_parts, (has_ce, has_divergence, True), strict=True)
     results = [loss, *(part if parts and has else nothing for part, has in wanted)]
     return [result.sum() if reduce and result is not nothing else result for result in results]
 
 
 @pytest.mark.parametrize("N", SIZES)
 @pytest.mark.parametrize("reduce", [True, False])
-@pytest.mark.parametrize("divergence", list(DIVERGENCES))
+@pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", "mixed_kl", "jsd"])
 def test_row_losses_are_those_of_the_operators(kernel_device, N, reduce, divergence):
     statistics, weights = some_statistics(N, kernel_device)
-    objective = Objective(temperature=2.5, divergence=divergence)
+    if divergence == "mixed_kl":
+        statistics[stats.SECOND] /= stats.UNIT
+    statistics[stats.SECOND, ::2] *= 1e-9  # as where teacher and student are close
+    statistics[stats.C, ::2] *= 1e-9
+    objective = Objective(temperature=2.5, divergence=divergence, parameters=(0.3,) if divergence == "mixed_kl" else ())
     for has_ce, has_divergence, parts, dtype in itertools.product(
         [True, False], [True, False], [True, False], [torch.float32, torch.float64]
     ):
@@ -195,6 +204,18 @@ def test_row_losses_are_those_of_the_operators(kernel_device, N, reduce, diverge
         assert all(torch.equal(*pair) for pair in zip(results, again, strict=True))
 
 
+def test_reverse_kl_of_close_models_keeps_its_digits(kernel_device):
+    statistics, weights = some_statistics(60, kernel_device)
+    statistics[stats.SECOND] = statistics[stats.D_T] * torch.logspace(-30, -0.302, 60, device=kernel_device)
+    statistics[stats.SECOND, ::2] *= -1
+    statistics[stats.C], weights[:] = 0, 1
+    objective = Objective(divergence="reverse_kl")
+    terms = False, True, False, True, torch.float64
+    _, _, found, _ = kernels.row_losses(statistics, weights, None, *terms, objective)
+    expected = (statistics[stats.SECOND].double() / statistics[stats.D_T].double()).log1p()
+    torch.testing.assert_close(found, expected, rtol=1e-14, atol=0)
+
+
 @pytest.mark.parametrize("reduce", [True, False])
 @pytest.mark.parametrize("weight", [0.0, rows.LEARNED_ZERO, 2 * NEGLIGIBLE])
 def test_a_weight_of_zero_hides_what_is_not_finite(kernel_device, reduce, weight):
@@ -205,14 +226,14 @@ def test_a_weight_of_zero_hides_what_is_not_finite(kernel_device, reduce, weight
     statistics[:, 2] = NAN
     weights.fill_(weight)
     counter = torch.zeros(32, dtype=torch.int32, device=kernel_device)
-    results = kernels.row_losses(statistics, weights, counter, True, True, reduce, True, torch.float64, Objective())
+    results = kernels.row_losses(statistics, weights, counter, *[True] * 2, reduce, True, torch.float64, Objective())
     if weight < NEGLIGIBLE:
         assert all(torch.equal(result, torch.zeros_like(result)) for result in results)
     elif reduce:
         assert all(result.isnan() for result in results)
     else:
         inf = math.inf
-        expected = [[inf, inf, NAN], [inf, 0, NAN], [0, inf, NAN]]
+        expected = [[inf, inf, NAN], [inf, 0, NAN], [0, inf, NAN], [0, 0, NAN]]
         torch.testing.assert_close(
             torch.stack(results).cpu(), torch.tensor(expected).double(), rtol=0, atol=1e-230, equal_nan=True
         )

@@ -12,20 +12,32 @@ from fused_kd import statistics as stats
 from fused_kd.backends import triton as kernels
 from fused_kd.backends.triton.tiles import LINE
 from fused_kd.devices import DEVICES, Shape, device_of_properties
-from fused_kd.divergences import DIVERGENCES
 from fused_kd.launch import L2_SHARE, Launch, SinglePass, best_single_pass, resident_programs
 from fused_kd.launching import single_pass
 from fused_kd.logit_map import LogitMap
 
 from ..oracle import relative_error
-from .test_kernels import gradients_of, objective, some_columns, weights_of
+from .test_kernels import (
+    NAMES,
+    check_close_models,
+    close_models,
+    exact_divergence,
+    exact_gradients,
+    gradients_of,
+    identity_of,
+    objective,
+    sizes_of,
+    some_columns,
+    value_of,
+    weights_of,
+    written,
+)
 
 LANES, K = 32, 8
 TILE = LANES * K
 SIZES = [1, 2, TILE - 1, TILE, TILE + 1, 3 * TILE, 5 * TILE + 17]  # as in test_kernels.py
 SPLITS = [0, 1, 5]  # 0: whole rows
-NAMES = list(DIVERGENCES)
-FORWARD_KL, REVERSE_KL = NAMES
+FORWARD_KL, REVERSE_KL, MIXED_KL = NAMES
 
 
 def whole_or_shared(vocabulary, splits):
@@ -43,21 +55,23 @@ def given(device, vocabulary, rows=4, pad=0, outer=1):
     return student, teacher, labels, weights, 2 - weights
 
 
-def in_two_passes(student, teacher, labels, ce, kl, temperature, splits, divergence=FORWARD_KL, *maps):
+def in_two_passes(student, teacher, labels, ce, kl, temperature, splits, divergence=FORWARD_KL, *maps, entropy=False):
     columns = whole_or_shared(student.shape[-1], splits).columns_per_split
     launch = Launch(LANES, K, 1, max(1, splits), columns)
     options = {"maps": maps, "launch": launch}
+    options["entropy"] = entropy
     return gradients_of(student, teacher, labels, ce, kl, temperature, divergence, **options)[:2]
 
 
 def in_one_pass(
-    student, teacher, labels, ce, kl, gradient, launch, temperature, divergence=FORWARD_KL, *maps, counters=None
-):
+    student, teacher, labels, ce, kl, gradient, launch, temperature, divergence=FORWARD_KL, *maps, counters=None,
+    entropy=False,
+):  # fmt: skip
     """Return the statistics."""
     statistics = some_columns(stats.COUNT, student.shape[0] * student.shape[1], torch.float32, student.device)
     kernels.statistics_and_gradient(
         student, teacher, labels, weights_of(ce, kl), statistics, gradient, counters, launch,
-        objective(temperature, divergence, maps),
+        objective(temperature, divergence, maps), entropy,
     )  # fmt: skip
     return statistics
 
@@ -72,24 +86,29 @@ def gradient_from(statistics, student, teacher, labels, ce, kl, temperature, div
     return gradient
 
 
-def check(inputs, temperature, splits, divergence=FORWARD_KL, *maps):
+def same(statistics, others):
+    """Return whether the numbers are the same to the bit; those that are not written are NaN."""
+    return torch.equal(statistics.nan_to_num(12.5), others.nan_to_num(12.5))
+
+
+def check(inputs, temperature, splits, divergence=FORWARD_KL, *maps, entropy=False):
     """Bit for bit where threads alone are merged; where slices are, their merge rounds once or twice elsewhere.
 
     Given the statistics the gradient is the same to the bit, however they were merged.
     """
-    statistics, expected = in_two_passes(*inputs, temperature, splits, divergence, *maps)
+    statistics, expected = in_two_passes(*inputs, temperature, splits, divergence, *maps, entropy=entropy)
     student = inputs[0]
     gradient = torch.full_like(student, torch.nan)
     launch = whole_or_shared(student.shape[-1], splits)
-    ours = in_one_pass(*inputs, gradient, launch, temperature, divergence, *maps)
+    ours = in_one_pass(*inputs, gradient, launch, temperature, divergence, *maps, entropy=entropy)
     assert torch.equal(gradient, gradient_from(ours, *inputs, temperature, divergence, *maps))
     if splits <= 1:
-        assert torch.equal(ours, statistics)
+        assert same(ours, statistics)
         assert torch.equal(gradient, expected)
         return
-    size = statistics.abs()
-    size[stats.C] += statistics[DIVERGENCES[divergence].mass] * (temperature / stats.UNIT)  # c is a difference
-    assert ((ours - statistics).abs() <= 4e-7 * size).all()
+    assert torch.equal(ours.isnan(), statistics.isnan())
+    error = (ours - statistics).abs() - 4e-7 * sizes_of(statistics, temperature, divergence)
+    assert (error.nan_to_num(0.0) <= 0).all()
     # A gradient of one class is the difference of two roundings.
     assert (gradient - expected).abs().max() <= 4e-7 * max(1.0, float(expected.abs().max()))
     if student.shape[-1] > 2:
@@ -100,8 +119,9 @@ def check(inputs, temperature, splits, divergence=FORWARD_KL, *maps):
 @pytest.mark.parametrize("splits", SPLITS)
 @pytest.mark.parametrize("temperature", [2.0, 3.0])
 @pytest.mark.parametrize("divergence", NAMES)
-def test_is_what_two_passes_give(kernel_device, vocabulary, splits, temperature, divergence):
-    check(given(kernel_device, vocabulary), temperature, splits, divergence)
+@pytest.mark.parametrize("entropy", [False, True])
+def test_is_what_two_passes_give(kernel_device, vocabulary, splits, temperature, divergence, entropy):
+    check(given(kernel_device, vocabulary), temperature, splits, divergence, entropy=entropy)
 
 
 @pytest.mark.parametrize("vocabulary", [16, 2 * TILE, 6 * TILE, 7 * TILE + 16])
@@ -115,14 +135,14 @@ def test_columns_in_two_accesses(kernel_device, vocabulary, splits, temperature)
     columns = -(-vocabulary // (splits * 2 * TILE)) * 2 * TILE
     launch = SinglePass(1, 1, 32, 2 * K, -(-vocabulary // columns), columns, 2)
     ours = in_one_pass(student, teacher, labels, ce, kl, gradient, launch, temperature)
-    assert relative_error(ours, statistics.double()) < 4e-7
+    assert relative_error(*(written(numbers, FORWARD_KL).double() for numbers in (ours, statistics))) < 4e-7
     assert relative_error(gradient, expected.double()) < 4e-7
 
 
 @pytest.mark.parametrize("splits", SPLITS)
 @pytest.mark.parametrize(
     ("need_ce", "need_kl", "divergence"),
-    [(True, False, FORWARD_KL), (False, True, FORWARD_KL), (False, True, REVERSE_KL)],
+    [(True, False, FORWARD_KL), *((False, True, divergence) for divergence in NAMES)],
 )
 def test_one_term(kernel_device, splits, need_ce, need_kl, divergence):
     student, teacher, labels, ce, kl = given(kernel_device, 3 * TILE + 5)
@@ -146,13 +166,49 @@ def test_rows_further_apart_than_float32_reaches(kernel_device, splits, divergen
     gradient = torch.full_like(student, torch.nan)
     launch = whole_or_shared(student.shape[-1], splits)
     ours = in_one_pass(student, teacher, labels, ce, kl, gradient, launch, 0.5, divergence)
-    assert ours.isfinite().all()
+    ours_written = written(ours, divergence)
+    assert ours_written.isfinite().all()
     assert not gradient.isnan().any()
-    torch.testing.assert_close(ours, statistics, rtol=4e-6, atol=1e-6 / stats.UNIT)
+    torch.testing.assert_close(ours_written, written(statistics, divergence), rtol=4e-6, atol=1e-6 / stats.UNIT)
     from_ours = gradient_from(ours, student, teacher, labels, ce, kl, 0.5, divergence)
     torch.testing.assert_close(gradient, from_ours, rtol=0, atol=0)
     if divergence == FORWARD_KL:
         torch.testing.assert_close(gradient, expected, rtol=2e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("splits", SPLITS)
+@pytest.mark.parametrize("temperature", [1.0, 2.5])
+def test_reverse_kl_of_close_models(kernel_device, splits, temperature):
+    student, teacher = close_models(kernel_device)
+    ones, gradient = torch.ones(2, device=kernel_device), torch.full_like(student, torch.nan)
+    columns = -(-32_000 // (max(1, splits) * 2048)) * 2048
+    launch = SinglePass(1, 8, 32, K, splits, columns, 1)
+    statistics = in_one_pass(student, teacher, None, ones, ones, gradient, launch, temperature, REVERSE_KL)
+    value = value_of(statistics, temperature, REVERSE_KL)
+    check_close_models(value, [gradient], (student, teacher), temperature)
+
+
+@pytest.mark.parametrize("splits", SPLITS)
+@pytest.mark.parametrize("divergence", [None, *NAMES])
+def test_entropy_is_that_of_two_passes(kernel_device, splits, divergence):
+    student, teacher, labels, ce, kl = given(kernel_device, 3 * TILE + 5)
+    student[..., ::5] = -torch.inf
+    labels.fill_(1)
+    teacher[..., ::5] = -torch.inf
+    teacher = teacher if divergence else None
+    check((student, teacher, labels, ce, kl * bool(divergence)), 2.5, splits, divergence or FORWARD_KL, entropy=True)
+
+
+@pytest.mark.parametrize("splits", SPLITS)
+@pytest.mark.parametrize("temperature", [2.0, 2.5])
+def test_mixed_kl_and_its_gradient(kernel_device, splits, temperature):
+    student, teacher, _, ce, kl = given(kernel_device, 5 * TILE + 17)
+    gradient, launch = torch.full_like(student, torch.nan), whole_or_shared(5 * TILE + 17, splits)
+    statistics = in_one_pass(student, teacher, None, ce, kl, gradient, launch, temperature, MIXED_KL)
+    exact = exact_divergence(student, teacher, temperature, MIXED_KL)
+    torch.testing.assert_close(value_of(statistics, temperature, MIXED_KL), exact, rtol=1e-6, atol=0)
+    expected, _ = exact_gradients(student, teacher, None, ce, kl, temperature, MIXED_KL)
+    assert relative_error(gradient, expected) < 1e-6
 
 
 @pytest.mark.parametrize("splits", SPLITS)
@@ -174,7 +230,7 @@ def test_gradient_in_the_students_place(kernel_device, splits, pad, outer):
     check((student, teacher, labels, ce, kl), 2.0, splits)
     statistics = in_one_pass(student, teacher, labels, ce, kl, student, launch, 2.0)
     assert torch.equal(student, apart)
-    assert torch.equal(statistics, expected)
+    assert same(statistics, expected)
 
 
 @pytest.mark.parametrize("splits", SPLITS)
@@ -190,7 +246,8 @@ def test_rows_of_weight_zero_are_not_read(kernel_device, splits, ignored, diverg
     gradient = torch.full_like(student, torch.nan)
     launch = whole_or_shared(2 * TILE + 5, splits)
     statistics = in_one_pass(student, teacher, labels, ce, kl, gradient, launch, 2.0, divergence)
-    assert torch.equal(statistics[:, ignored], stats.identity(len(ignored), device=kernel_device))
+    expected = written(identity_of(divergence, len(ignored)), divergence)
+    assert torch.equal(written(statistics, divergence)[:, ignored], expected.to(kernel_device))
     assert not gradient[0, ignored].any()
     assert not gradient.isnan().any()
     counted = [row for row in range(4) if row not in ignored]
@@ -230,7 +287,7 @@ def test_bfloat16_by_the_default_plan(kernel_device):
     launch = single_pass(student, teacher, in_place=False, always=True)
     statistics = in_one_pass(student, teacher, labels, ce, kl, gradient, launch, 2.0)
     merged, expected, _ = gradients_of(student, teacher, labels, ce, kl, 2.0, FORWARD_KL)
-    assert torch.allclose(statistics, merged, rtol=4e-6)  # of 20 000 columns, in other orders
+    assert torch.allclose(statistics, merged, rtol=4e-6, equal_nan=True)  # of 20 000 columns, in other orders
     assert (gradient != expected).double().mean() < 0.001  # one unit in the last place
 
 
@@ -243,7 +300,7 @@ def test_a_gradient_of_16_bits_of_float32_logits(kernel_device, splits, pad):
     gradient, rounded = (torch.full_like(student, torch.nan, dtype=dtype) for dtype in (student.dtype, torch.bfloat16))
     expected = in_one_pass(student, teacher, labels, ce, kl, gradient, launch, 2.0)
     statistics = in_one_pass(student, teacher, labels, ce, kl, rounded, launch, 2.0)
-    assert torch.equal(statistics, expected)
+    assert same(statistics, expected)
     assert torch.equal(rounded, gradient.bfloat16())
 
 

@@ -1,12 +1,12 @@
 """The kernel arguments that encode an objective: temperature, maps of the logits, divergence."""
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from ...divergences import Objective
+from ...divergences import Objective, divergence_of
 from ...logit_map import LogitMap
 from .elements import DIVERGENCES
-from .tiles import CAPPED, IDENTITY, SCALED
+from .tiles import CAPPED, IDENTITY, OF_RATIO, SCALED
 
 
 class TemperatureArguments(NamedTuple):
@@ -25,7 +25,7 @@ def temperature_arguments(temperature: float) -> TemperatureArguments:
 
 def divergence_number(divergence: str) -> int:
     """Return the value of the constexpr DIVERGENCE."""
-    return DIVERGENCES[divergence].value  # type: ignore[no-any-return]
+    return DIVERGENCES.get(divergence, OF_RATIO).value  # type: ignore[no-any-return]
 
 
 class MapArguments(NamedTuple):
@@ -50,6 +50,7 @@ class ObjectiveArguments(NamedTuple):
     student_map: MapArguments
     teacher_map: MapArguments
     divergence: int
+    parameter: float  # of the divergence; 0 if it has none
 
 
 def objective_arguments(objective: Objective) -> ObjectiveArguments:
@@ -59,4 +60,27 @@ def objective_arguments(objective: Objective) -> ObjectiveArguments:
         map_arguments(objective.student_map),
         map_arguments(objective.teacher_map),
         divergence_number(objective.divergence),
+        divergence_of(objective).kernel_parameter,
     )
+
+
+def functions_of(objective: Objective) -> dict[str, Any]:
+    """Return the constexprs of the functions of a divergence of two sweeps; None for others.
+
+    VERSION changes with the source of the functions.  Triton before 3.5 knows a constexpr function by its name alone, and
+    would take the kernel of a function that has been defined anew.
+    """
+    divergence = divergence_of(objective)
+    value, slope, *_ = (None, None) if divergence.sweeps == 1 else divergence.kernels()
+    version = "".join(getattr(function, "cache_key", "") for function in (value, slope)) or None
+    return {"VALUE": value, "SLOPE": slope, "VERSION": version}
+
+
+def teacher_functions_of(objective: Objective) -> tuple[dict[str, Any], int]:
+    """Return the constexprs for a gradient of the teacher, and TEACHER_GRAD: 2 if VALUE is the teacher's slope, else 1."""
+    divergence, found = divergence_of(objective), functions_of(objective)
+    functions = () if divergence.sweeps == 1 else divergence.kernels()
+    if len(functions) < 3:
+        return found, 1
+    version = found["VERSION"] + getattr(functions[2], "cache_key", "") if found["VERSION"] else None
+    return {**found, "VALUE": functions[2], "VERSION": version}, 2

@@ -4,6 +4,7 @@ Let u = z - m_s and v = y - m_t be the logits of student and teacher relative to
 
     forward KL     A e^u + B e^{u/T} - C e^{v/T} - W [j = label]
     reverse KL     A e^u + B e^{u/T} ((u - v)/T - R) - W [j = label]
+    two sweeps     A e^u + B (G - e^{u/T} R) - W [j = label]                G is times d_T, see `ratios.py`
 
 If z = f(x) is a map of the head's output x (a scale, a softcap), this is multiplied by f'(x).  Each program computes the
 coefficients of its row from the statistics, the weights and the upstream gradient (`elements.coefficients_of`).
@@ -15,6 +16,7 @@ If the teacher learns too (TEACHER_GRAD), its gradient comes from the same loads
 
     forward KL     C e^{v/T} ((v - u)/T - R)
     reverse KL     C e^{v/T} - B e^{u/T}
+    two sweeps     B (f - G - e^{v/T} (d_T / e) S)
 
 R is the mean of the first summand, so the normalisers cancel in the difference, and no logarithm is needed.
 
@@ -29,15 +31,18 @@ import triton.language as tl
 from ...divergences import Objective
 from ...launch import Launch
 from ...launching import default_launch, is_wide
-from .arguments import objective_arguments
+from .arguments import functions_of, objective_arguments, teacher_functions_of
 from .elements import coefficients_of, pair_of, student_gradient, teacher_gradient
+from .ratio_sums import row_sums
+from .ratios import elements_of
 from .tiles import (
     IDENTITY,
     INTERPRETED,
+    OF_RATIO,
     Numbers,
     Output,
+    Scalars,
     Stream,
-    Temperature,
     Weights,
     load_pair,
     load_statistics,
@@ -56,20 +61,33 @@ def write_tile(
     output, teacher_output,
     column, high, label,  # column is a tile, the others are scalars
     k,  # Coefficients
-    T,  # Temperature
+    scalars,  # Scalars
     NEED_CE: tl.constexpr, HAS_LABEL: tl.constexpr, NEED_KL: tl.constexpr, DIVERGENCE: tl.constexpr,
-    TEACHER_GRAD: tl.constexpr, POWER: tl.constexpr, STUDENT_MAP: tl.constexpr, TEACHER_MAP: tl.constexpr,
-    MASKED: tl.constexpr,
+    VALUE: tl.constexpr, SLOPE: tl.constexpr, TEACHER_GRAD: tl.constexpr, POWER: tl.constexpr,
+    STUDENT_MAP: tl.constexpr, TEACHER_MAP: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """Read the logits of a tile and write their gradients."""
+    """Read the logits of a tile and write their gradients.
+
+    VALUE is used for the teacher's gradient alone, and is its slope if TEACHER_GRAD is 2.
+    """
     z, y = load_pair(student, teacher, column, high, NEED_KL, STUDENT_MAP, TEACHER_MAP, MASKED, False)
-    x = pair_of(z, y, k.m_s, k.m_t, T.exp2_scale, NEED_KL, POWER)
-    gradient = student_gradient(x, column == label, k, T.inverse, NEED_CE, HAS_LABEL, NEED_KL, DIVERGENCE, POWER)
+    x = pair_of(z, y, k.m_s, k.m_t, scalars.exp2_scale, NEED_KL, POWER)
+    ratio, G = x, x.p
+    if NEED_KL and DIVERGENCE == OF_RATIO:
+        ratio = elements_of(x, k.of_q, k.log, scalars)
+        G = SLOPE(ratio)
+    gradient = student_gradient(
+        x, G, column == label, k, scalars.inverse_T, NEED_CE, HAS_LABEL, NEED_KL, DIVERGENCE, POWER
+    )
     if STUDENT_MAP != IDENTITY:
         gradient *= slope_at(z, student, STUDENT_MAP)
     store_tile(output, column, high, gradient, MASKED)
     if TEACHER_GRAD:
-        gradient = teacher_gradient(x, k, T.inverse, DIVERGENCE)
+        if DIVERGENCE == OF_RATIO:
+            K = VALUE(ratio) if TEACHER_GRAD == 2 else VALUE(ratio) - G
+            gradient = k.B * tl.fma(-k.S, ratio.q, K)
+        else:
+            gradient = teacher_gradient(x, k, scalars.inverse_T, DIVERGENCE)
         if TEACHER_MAP != IDENTITY:
             gradient *= slope_at(y, teacher, TEACHER_MAP)
         store_tile(teacher_output, column, high, gradient, MASKED)
@@ -81,10 +99,10 @@ def sweep_gradient(
     output, teacher_output,
     low, high, label,
     k,  # Coefficients
-    T,  # Temperature
-    NEED_CE: tl.constexpr, NEED_KL: tl.constexpr, DIVERGENCE: tl.constexpr, TEACHER_GRAD: tl.constexpr,
-    POWER: tl.constexpr, LANES: tl.constexpr, K: tl.constexpr, WIDE: tl.constexpr, STUDENT_MAP: tl.constexpr,
-    TEACHER_MAP: tl.constexpr,
+    scalars,  # Scalars
+    NEED_CE: tl.constexpr, NEED_KL: tl.constexpr, DIVERGENCE: tl.constexpr, VALUE: tl.constexpr, SLOPE: tl.constexpr,
+    TEACHER_GRAD: tl.constexpr, POWER: tl.constexpr, LANES: tl.constexpr, K: tl.constexpr, WIDE: tl.constexpr,
+    STUDENT_MAP: tl.constexpr, TEACHER_MAP: tl.constexpr,
 ):  # fmt: skip
     """Write the gradients of columns low to high of one row.
 
@@ -101,24 +119,24 @@ def sweep_gradient(
             with_label = low + (label - low) // TILE * TILE
     for start in range(low, with_label, TILE):
         write_tile(
-            student, teacher, output, teacher_output, start + column, high, label, k, T,
-            NEED_CE, False, NEED_KL, DIVERGENCE, TEACHER_GRAD, POWER, STUDENT_MAP, TEACHER_MAP, False,
+            student, teacher, output, teacher_output, start + column, high, label, k, scalars,
+            NEED_CE, False, NEED_KL, DIVERGENCE, VALUE, SLOPE, TEACHER_GRAD, POWER, STUDENT_MAP, TEACHER_MAP, False,
         )  # fmt: skip
     if NEED_CE:
         if with_label < whole:
             write_tile(
-                student, teacher, output, teacher_output, with_label + column, high, label, k, T,
-                NEED_CE, True, NEED_KL, DIVERGENCE, TEACHER_GRAD, POWER, STUDENT_MAP, TEACHER_MAP, False,
+                student, teacher, output, teacher_output, with_label + column, high, label, k, scalars,
+                NEED_CE, True, NEED_KL, DIVERGENCE, VALUE, SLOPE, TEACHER_GRAD, POWER, STUDENT_MAP, TEACHER_MAP, False,
             )  # fmt: skip
         for start in range(with_label + TILE, whole, TILE):
             write_tile(
-                student, teacher, output, teacher_output, start + column, high, label, k, T,
-                NEED_CE, False, NEED_KL, DIVERGENCE, TEACHER_GRAD, POWER, STUDENT_MAP, TEACHER_MAP, False,
+                student, teacher, output, teacher_output, start + column, high, label, k, scalars,
+                NEED_CE, False, NEED_KL, DIVERGENCE, VALUE, SLOPE, TEACHER_GRAD, POWER, STUDENT_MAP, TEACHER_MAP, False,
             )  # fmt: skip
     if whole < high:
         write_tile(
-            student, teacher, output, teacher_output, whole + column, high, label, k, T,
-            NEED_CE, NEED_CE, NEED_KL, DIVERGENCE, TEACHER_GRAD, POWER, STUDENT_MAP, TEACHER_MAP, True,
+            student, teacher, output, teacher_output, whole + column, high, label, k, scalars,
+            NEED_CE, NEED_CE, NEED_KL, DIVERGENCE, VALUE, SLOPE, TEACHER_GRAD, POWER, STUDENT_MAP, TEACHER_MAP, True,
         )  # fmt: skip
 
 
@@ -129,10 +147,10 @@ def row_gradient(
     low, high, label,
     s,  # Statistics of the whole row
     weights,  # Weights, float64
-    T,  # Temperature
-    NEED_CE: tl.constexpr, NEED_KL: tl.constexpr, DIVERGENCE: tl.constexpr, TEACHER_GRAD: tl.constexpr,
-    POWER: tl.constexpr, LANES: tl.constexpr, K: tl.constexpr, WIDE: tl.constexpr, STUDENT_MAP: tl.constexpr,
-    TEACHER_MAP: tl.constexpr,
+    scalars,  # Scalars
+    NEED_CE: tl.constexpr, NEED_KL: tl.constexpr, DIVERGENCE: tl.constexpr, VALUE: tl.constexpr, SLOPE: tl.constexpr,
+    TEACHER_GRAD: tl.constexpr, POWER: tl.constexpr, LANES: tl.constexpr, K: tl.constexpr, WIDE: tl.constexpr,
+    STUDENT_MAP: tl.constexpr, TEACHER_MAP: tl.constexpr,
 ):  # fmt: skip
     """Write the gradients of columns low to high of one row; zeros, without reading it, if its weights are 0 in float32.
 
@@ -146,10 +164,10 @@ def row_gradient(
         if TEACHER_GRAD:
             store_zeros(teacher_output, low, high, LANES, K, WIDE)
     else:
-        k = coefficients_of(s, w_ce, w, T.inverse, DIVERGENCE)
+        k = coefficients_of(s, w_ce, w, scalars, DIVERGENCE, TEACHER_GRAD)
         sweep_gradient(
-            student, teacher, output, teacher_output, low, high, label, k, T,
-            NEED_CE, NEED_KL, DIVERGENCE, TEACHER_GRAD, POWER, LANES, K, WIDE, STUDENT_MAP, TEACHER_MAP,
+            student, teacher, output, teacher_output, low, high, label, k, scalars,
+            NEED_CE, NEED_KL, DIVERGENCE, VALUE, SLOPE, TEACHER_GRAD, POWER, LANES, K, WIDE, STUDENT_MAP, TEACHER_MAP,
         )  # fmt: skip
 
 
@@ -163,7 +181,7 @@ def logit_gradient_kernel(
     student_ptr, teacher_ptr,  # [outer, inner, V]
     labels_ptr,  # [N]; read if NEED_CE
     weights_ptr,  # [3, N], float64; a row with weights 0 of both terms is not read
-    statistics_ptr,  # [7, N], merged
+    statistics_ptr,  # [9, N], merged
     upstream_ptr,  # a scalar or [N]; read if HAS_UPSTREAM
     gradient_ptr,  # [outer, inner, V]; may be the student
     teacher_gradient_ptr,  # [outer, inner, V], written if TEACHER_GRAD; may be the teacher
@@ -174,9 +192,10 @@ def logit_gradient_kernel(
     teacher_gradient_stride_column,
     weights_stride, statistics_stride, upstream_stride,
     V, columns_per_split,
-    exp2_scale, inverse_T,
+    exp2_scale, inverse_T, parameter,
     student_factor, student_cap, teacher_factor, teacher_cap,  # see `logits_of`
-    NEED_CE: tl.constexpr, NEED_KL: tl.constexpr, DIVERGENCE: tl.constexpr, TEACHER_GRAD: tl.constexpr,
+    NEED_CE: tl.constexpr, NEED_KL: tl.constexpr, DIVERGENCE: tl.constexpr,
+    VALUE: tl.constexpr, SLOPE: tl.constexpr, VERSION: tl.constexpr, TEACHER_GRAD: tl.constexpr,
     HAS_UPSTREAM: tl.constexpr, POWER: tl.constexpr, LANES: tl.constexpr, K: tl.constexpr, WIDE: tl.constexpr,
     STUDENT_MAP: tl.constexpr, TEACHER_MAP: tl.constexpr,
 ):  # fmt: skip
@@ -203,9 +222,9 @@ def logit_gradient_kernel(
         Stream(student_row, student_stride_column, student_factor, student_cap),
         Stream(teacher_row, teacher_stride_column, teacher_factor, teacher_cap),
         Output(gradient_row, gradient_stride_column), Output(teacher_gradient_row, teacher_gradient_stride_column),
-        low, high, label, load_statistics(numbers.statistics, statistics_stride), w,
-        Temperature(exp2_scale, inverse_T),
-        NEED_CE, NEED_KL, DIVERGENCE, TEACHER_GRAD, POWER, LANES, K, WIDE, STUDENT_MAP, TEACHER_MAP,
+        low, high, label, load_statistics(numbers.statistics, statistics_stride, DIVERGENCE), w,
+        Scalars(exp2_scale, inverse_T, parameter),
+        NEED_CE, NEED_KL, DIVERGENCE, VALUE, SLOPE, TEACHER_GRAD, POWER, LANES, K, WIDE, STUDENT_MAP, TEACHER_MAP,
     )  # fmt: skip
 
 
@@ -213,7 +232,7 @@ def logit_gradient(
     student: torch.Tensor,  # [outer, inner, V]
     teacher: torch.Tensor | None,  # [outer', inner', V], as many rows; None: no divergence
     labels: torch.Tensor | None,  # [N], contiguous; None: no CE
-    statistics: torch.Tensor,  # [7, N], float32
+    statistics: torch.Tensor,  # [9, N], float32
     weights: torch.Tensor,  # [3, N], float64
     upstream: torch.Tensor | None,  # a scalar or [N], float32 or float64; None: 1
     gradient: torch.Tensor,  # [outer, inner, V], written; may be the student
@@ -231,19 +250,26 @@ def logit_gradient(
     launch = launch or default_launch(student, max(tensor.element_size() for tensor in gradients))
     outer, inner, V = student.shape
     N = outer * inner
-    T, s, t, divergence = objective_arguments(objective)
+    T, s, t, divergence, parameter = objective_arguments(objective)
     second = student if teacher is None else teacher
     written = [roundable(tensor) for tensor in gradients]
     first, last = written[0], written[-1]  # without a teacher's gradient both are the student's
+    functions, of_teacher = functions_of(objective), 0
+    if teacher_gradient is not None:
+        functions, of_teacher = teacher_functions_of(objective)
+    if of_teacher == 2:  # the value less the sum of the student's slopes may have lost the sum of the teacher's
+        statistics = statistics.clone()
+        whole = launch._replace(splits=1, columns_per_split=V)
+        row_sums(student, second, weights, statistics, None, None, objective, whole, functions)
     logit_gradient_kernel[(N, launch.splits)](
         student, second, weights if labels is None else labels, weights, statistics,
         weights if upstream is None else upstream, first, last,
         inner, *student.stride(), second.shape[1], *second.stride(),
         first.shape[1], *first.stride(), last.shape[1], *last.stride(),
         weights.stride(0), statistics.stride(0), upstream.stride(0) if upstream is not None and upstream.dim() else 0,
-        V, launch.columns_per_split, T.exp2_scale, T.inverse, s.factor, s.cap, t.factor, t.cap,
+        V, launch.columns_per_split, T.exp2_scale, T.inverse, parameter, s.factor, s.cap, t.factor, t.cap,
         NEED_CE=labels is not None, NEED_KL=teacher is not None, DIVERGENCE=divergence,
-        TEACHER_GRAD=teacher_gradient is not None, HAS_UPSTREAM=upstream is not None, POWER=T.power,
+        **functions, TEACHER_GRAD=of_teacher, HAS_UPSTREAM=upstream is not None, POWER=T.power,
         LANES=launch.lanes, K=launch.columns, WIDE=is_wide(student, second, *written),
         STUDENT_MAP=s.kind, TEACHER_MAP=t.kind, **launch.options,
     )  # fmt: skip

@@ -24,6 +24,12 @@ LINE = tl.constexpr(32)
 OF_ROW, OF_CE, OF_DIVERGENCE = (tl.constexpr(index) for index in (ROW, CE, DIVERGENCE))
 NOTHING = tl.constexpr(NEGLIGIBLE)
 
+# The constexpr DIVERGENCE.
+FORWARD_KL = tl.constexpr(0)
+REVERSE_KL = tl.constexpr(1)
+MIXED_KL = tl.constexpr(2)
+OF_RATIO = tl.constexpr(3)  # a sum over columns of a function of both probabilities, which takes a sweep of its own
+
 
 class Stream(NamedTuple):
     """One row of one model: the head's outputs in memory, and the map from them to logits; see `logits_of`."""
@@ -47,7 +53,7 @@ class Numbers(NamedTuple):
     label: tl.tensor  # pointer to the label
     weights: tl.tensor  # pointer to the first of three weights, float64; `fused_kd.rows` has their order
     weights_stride: tl.tensor  # from weight to weight
-    statistics: tl.tensor  # pointer to the first of seven numbers, float32; `fused_kd.statistics` has their order
+    statistics: tl.tensor  # pointer to the first of nine numbers, float32; `fused_kd.statistics` has their order
     statistics_stride: tl.tensor  # from number to number
 
 
@@ -59,7 +65,10 @@ class Weights(NamedTuple):
 
 
 class Statistics(NamedTuple):
-    """The first six numbers of `fused_kd.statistics`, of one row, or of the part that each thread or program has of it."""
+    """The numbers of `fused_kd.statistics` but the label's, of one row, or of the part that a thread or a program has.
+
+    A number that the divergence does not need, or h if no entropy is asked for, is not used and may be any other.
+    """
 
     m_s: tl.tensor
     d_1: tl.tensor
@@ -67,10 +76,15 @@ class Statistics(NamedTuple):
     m_t: tl.tensor
     e: tl.tensor
     c: tl.tensor
+    second: tl.tensor
+    h: tl.tensor
 
 
 class Coefficients(NamedTuple):
-    """The seven numbers of one row that its gradients need; `fused_kd.divergences` defines them, in this order."""
+    """The numbers of one row that its gradients need; `fused_kd.divergences` defines them, in this order.
+
+    Mixed KL alone uses `reverse`, and divergences of two sweeps alone the last two.
+    """
 
     m_s: tl.tensor
     m_t: tl.tensor
@@ -79,13 +93,18 @@ class Coefficients(NamedTuple):
     C: tl.tensor  # coefficient of e^{v/T}
     W: tl.tensor  # subtracted at the label
     R: tl.tensor  # mean log-ratio
+    S: tl.tensor  # mean log-ratio under the student's distribution
+    reverse: tl.tensor  # the share r of reverse KL
+    of_q: tl.tensor  # d_T / e
+    log: tl.tensor  # log(e / d_T)
 
 
-class Temperature(NamedTuple):
-    """The two forms in which kernels use T."""
+class Scalars(NamedTuple):
+    """The numbers of the objective that all rows share."""
 
     exp2_scale: tl.tensor  # log2(e) / T
-    inverse: tl.tensor  # 1 / T
+    inverse_T: tl.tensor  # noqa: N815  # 1 / T
+    parameter: tl.tensor  # of the divergence; 0 if it has none
 
 
 @triton.jit
@@ -268,24 +287,37 @@ def load_weights(numbers):
 
 
 @triton.jit
-def load_statistics(pointer, stride):
-    """Return the six numbers, `stride` elements apart.  Loads bypass L1, since other programs may have stored them."""
-    return Statistics(
-        tl.load(pointer, cache_modifier=".cg"),
-        tl.load(pointer + 1 * stride, cache_modifier=".cg"),
-        tl.load(pointer + 2 * stride, cache_modifier=".cg"),
-        tl.load(pointer + 3 * stride, cache_modifier=".cg"),
-        tl.load(pointer + 4 * stride, cache_modifier=".cg"),
-        tl.load(pointer + 5 * stride, cache_modifier=".cg"),
-    )
+def load_statistics(pointer, stride, DIVERGENCE: tl.constexpr):
+    """Return the numbers that the gradient needs, `stride` elements apart.
+
+    Loads bypass L1, since other programs may have stored them.
+    """
+    m_s = tl.load(pointer, cache_modifier=".cg")
+    d_1 = tl.load(pointer + 1 * stride, cache_modifier=".cg")
+    d_T = tl.load(pointer + 2 * stride, cache_modifier=".cg")
+    m_t = tl.load(pointer + 3 * stride, cache_modifier=".cg")
+    e = tl.load(pointer + 4 * stride, cache_modifier=".cg")
+    c = tl.load(pointer + 5 * stride, cache_modifier=".cg")
+    second = c
+    if DIVERGENCE == MIXED_KL or DIVERGENCE == OF_RATIO:  # noqa: SIM109
+        second = tl.load(pointer + 7 * stride, cache_modifier=".cg")
+    return Statistics(m_s, d_1, d_T, m_t, e, c, second, c)
 
 
 @triton.jit
-def store_statistics(pointer, stride, s):
-    """Store the six numbers, `stride` elements apart."""
+def store_statistics(pointer, stride, s, DIVERGENCE: tl.constexpr, NEED_ENTROPY: tl.constexpr):
+    """Store the numbers that a sweep gives, `stride` elements apart.
+
+    It gives neither c nor `second` of OF_RATIO.  `second` of reverse KL is of whole rows alone.
+    """
     tl.store(pointer, s.m_s)
     tl.store(pointer + 1 * stride, s.d_1)
     tl.store(pointer + 2 * stride, s.d_T)
     tl.store(pointer + 3 * stride, s.m_t)
     tl.store(pointer + 4 * stride, s.e)
-    tl.store(pointer + 5 * stride, s.c)
+    if DIVERGENCE != OF_RATIO:
+        tl.store(pointer + 5 * stride, s.c)
+    if DIVERGENCE == MIXED_KL:
+        tl.store(pointer + 7 * stride, s.second)
+    if NEED_ENTROPY:
+        tl.store(pointer + 8 * stride, s.h)

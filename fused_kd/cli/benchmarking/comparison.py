@@ -8,6 +8,7 @@ from rich.table import Table
 from ...testing.steps import PASSES
 from .measure import Spread
 from .suite import Result
+from .tables import of_divergence
 
 LEAST = 1.05  # a smaller change of the median is noise, however narrow the quartiles are
 MEMORY_LEAST = 1.01
@@ -62,7 +63,8 @@ def table(found: list[Change]) -> Table:
     for change in sorted(found, key=lambda c: -max(c.ratio, 1 / c.ratio if c.ratio else float("inf"))):
         result = change.result
         table.add_row(
-            result.peer, f"{result.inputs}, N = {result.rows}, V = {result.vocab_size}", change.figure,
-            f"{change.before:.4g}", f"{change.after:.4g}", f"{change.ratio:.2f}",
+            result.peer,
+            f"{result.inputs}{of_divergence(result.divergence)}, N = {result.rows}, V = {result.vocab_size}",
+            change.figure, f"{change.before:.4g}", f"{change.after:.4g}", f"{change.ratio:.2f}",
         )  # fmt: skip
     return table

@@ -10,9 +10,11 @@ import matplotlib.pyplot as plt
 from matplotlib.ticker import NullLocator, StrMethodFormatter
 
 from ...testing.peers import OURS
+from ...testing.problems import WORDS
 from ...testing.shapes import INPUTS
 from ..outputs import written_beside
 from .suite import Result
+from .tables import of_divergence
 
 AXES = {"V": ("vocab_size", "vocabulary V"), "N": ("rows", "tokens N")}
 COLOURS = ("tab:orange", "tab:green", "tab:purple", "tab:brown", "tab:pink", "tab:gray")
@@ -20,14 +22,14 @@ MARKERS = "sD^vP*"
 
 
 def draw(folder: Path, results: list[Result], where: str) -> list[Path]:
-    """Draw one picture per swept size and kind of inputs: time and memory side by side."""
+    """Draw one picture per swept size, kind of inputs and divergence: time and memory side by side."""
     written = []
-    for inputs, group in itertools.product(INPUTS, AXES):
-        points = [r for r in results if (r.inputs, r.group) == (inputs, group) and r.both is not None]
+    for inputs, group, divergence in itertools.product(INPUTS, AXES, WORDS):
+        drawn = inputs, group, divergence
+        points = [r for r in results if (r.inputs, r.group, r.divergence) == drawn and r.both is not None]
         if points:
-            path = folder / (
-                f"growing-{group}.png" if inputs == "logits" else f"growing-{group}-from-hidden-states.png"
-            )
+            source = "" if inputs == "logits" else "-from-hidden-states"
+            path = folder / f"growing-{group}{source}{of_divergence(divergence).replace(', ', '-')}.png"
             _draw(path, points, group, where)
             written.append(path)
     return written
@@ -41,7 +43,10 @@ def _draw(path: Path, points: list[Result], group: str, where: str) -> None:
         "logits" if first.inputs == "logits" else f"hidden states of {first.student_hidden} / {first.teacher_hidden}"
     )
     figure, axes = plt.subplots(1, 2, figsize=(12, 5), layout="constrained")
-    figure.suptitle(f"Distillation loss from {source}, forward and backward, {first.dtype}, {fixed}\n{where}")
+    figure.suptitle(
+        f"Distillation loss from {source}, forward and backward, {first.dtype}, {fixed}"
+        f"{of_divergence(first.divergence)}\n{where}"
+    )
     _panel(axes[0], points, field, "time of a step, ms", lambda r: 1000 * r.both.median)
     _panel(axes[1], points, field, "memory beyond inputs and gradients, MB", lambda r: (r.peak_bytes or 0) / 1e6)
     for axis in axes:

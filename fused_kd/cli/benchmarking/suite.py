@@ -40,19 +40,22 @@ class Result:
     launches: int | None = None
     joules: float | None = None
     bandwidth: float | None = None  # bytes a second of the floor, where the inputs are logits
+    divergence: str = "forward_kl"
 
     @classmethod
     def of(cls, shape: Shape, peer: Peer, **measured: Any) -> "Result":
         sizes = shape.rows, shape.vocab_size, shape.student_hidden, shape.teacher_hidden
         return cls(
-            shape.group, shape.name, shape.inputs, *sizes, dtype_name(shape.dtype), peer.name, peer.computes, **measured
-        )
+            shape.group, shape.name, shape.inputs, *sizes, dtype_name(shape.dtype), peer.name, peer.computes,
+            divergence=peer.divergence, **measured,
+        )  # fmt: skip
 
     @property
     def key(self) -> tuple[Any, ...]:
         """The fields that are equal in two results that can be compared."""
         return (
-            self.inputs, self.rows, self.vocab_size, self.student_hidden, self.teacher_hidden, self.dtype, self.peer,
+            self.inputs, self.rows, self.vocab_size, self.student_hidden, self.teacher_hidden, self.dtype,
+            self.divergence, self.peer,
         )  # fmt: skip
 
     def as_dict(self) -> dict[str, Any]:
@@ -64,14 +67,14 @@ def from_dict(record: dict[str, Any]) -> Result:
     return Result(**{**record, **passes})
 
 
-def measured(shape: Shape, device: torch.device, budget: float) -> list[Result]:
-    """Measure every peer at a shape, in about `budget` seconds of timed runs."""
+def measured(shape: Shape, device: torch.device, budget: float, divergence: str = "forward_kl") -> list[Result]:
+    """Measure every peer of a divergence at a shape, in about `budget` seconds of timed runs."""
     torch._dynamo.reset()  # compiled peers are compiled for each shape: one that has seen several makes slower code
     buffers = steps.rotation(problems.make(shape, device), device)
     results: list[Result] = []
     prepared: dict[Peer, steps.Step] = {}
     found: dict[Peer, dict[str, Any]] = {}
-    for peer in peers.of(shape):
+    for peer in peers.of(shape, divergence):
         reason = peer.missing(device)
         if reason is None:
             try:

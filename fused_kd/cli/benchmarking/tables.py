@@ -7,6 +7,7 @@ from typing import Any
 from rich.table import Table
 
 from ...testing.peers import OURS
+from ...testing.problems import WORDS
 from ...testing.words import spaced
 from .measure import Spread
 from .suite import Result
@@ -16,7 +17,8 @@ INPUTS = {"logits": "from logits (kd_loss)", "hidden": "from hidden states (line
 
 def by_shape(results: Iterable[Result]) -> Iterator[list[Result]]:
     def shape(result: Result) -> tuple[Any, ...]:
-        return result.inputs, result.group, result.vocab_size, result.rows, result.shape, result.dtype
+        sizes = result.vocab_size, result.rows
+        return result.inputs, result.group, *sizes, result.shape, result.dtype, result.divergence
 
     for _, group in groupby(sorted(results, key=shape), key=shape):
         yield list(group)
@@ -25,7 +27,11 @@ def by_shape(results: Iterable[Result]) -> Iterator[list[Result]]:
 def title(result: Result) -> str:
     heads = f", H = {result.student_hidden} / {result.teacher_hidden}" if result.inputs == "hidden" else ""
     sizes = f"N = {result.rows}, V = {spaced(result.vocab_size)}{heads}, {result.dtype}"
-    return f"{result.shape}, {INPUTS[result.inputs]}: {sizes}"
+    return f"{result.shape}, {INPUTS[result.inputs]}{of_divergence(result.divergence)}: {sizes}"
+
+
+def of_divergence(divergence: str) -> str:
+    return "" if divergence == "forward_kl" else f", {divergence}"
 
 
 def time_table(results: list[Result], copy_bandwidth: float) -> Table:
@@ -61,7 +67,7 @@ def time_table(results: list[Result], copy_bandwidth: float) -> Table:
 
 
 def computes_all(result: Result) -> bool:
-    return result.computes.startswith(("CE + KL", "CE + soft CE"))
+    return result.computes.partition(", T = ")[0] in (f"CE + {WORDS[result.divergence]}", "CE + soft CE")
 
 
 def wrong(result: Result) -> str:

@@ -71,7 +71,7 @@ def distill(options: argparse.Namespace) -> int:
         layout.print_table(console, report.cost_table(runs))
         if comparisons:
             layout.say(report.verdict(comparisons))
-        plot.draw(output / CURVES, runs, settings.temperature)
+        plot.draw(output / CURVES, runs, settings.temperature, settings.divergence)
         seconds = time.perf_counter() - begin
         write_json(
             output / REPORT,
@@ -154,6 +154,7 @@ def _prepare(options: argparse.Namespace, text: str, device: torch.device) -> Pr
     settings = Settings(
         alpha=options.alpha,
         temperature=options.temperature,
+        divergence=options.divergence,
         vocabulary=vocabulary,
         steps=options.steps,
         batch=options.batch_size,
@@ -241,7 +242,7 @@ def _progress(title: str, training: Training, console: Console) -> Iterator[Call
 
         def on_step(done: int, result: KDLossOutput) -> None:
             if done % refresh == 0 or done == steps:
-                parts = zip(("loss", "CE", "KL"), result, strict=True)
+                parts = zip(("loss", "CE", "divergence", "entropy"), result, strict=True)
                 values = "  ".join(f"{name} {float(part.detach()):.3f}" for name, part in parts if part is not None)
                 bar.update(task, completed=done, values=values)
 

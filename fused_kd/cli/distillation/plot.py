@@ -1,4 +1,4 @@
-"""The picture: loss, KL and CE against steps, and where the time of a step goes."""
+"""The picture: loss, divergence and CE against steps, and where the time of a step goes."""
 
 from pathlib import Path
 
@@ -20,11 +20,11 @@ STYLES = {
 PART_COLORS = ("0.85", "0.7", "tab:orange", "tab:red", "0.55", "0.4")
 
 
-def draw(path: Path, runs: dict[str, Run], temperature: float) -> None:
+def draw(path: Path, runs: dict[str, Run], temperature: float, divergence: str) -> None:
     figure, axes = plt.subplots(2, 2, figsize=(11, 7.5), layout="constrained")
     panels = (
         ("loss", "loss (nats)", "Loss"),
-        ("kl", f"KL at T = {temperature:g} (nats)", "KL(teacher || student), training batches"),
+        ("divergence", f"{divergence} at T = {temperature:g} (nats)", "Divergence of the teacher, training batches"),
         ("ce", "cross-entropy (nats)", "Cross-entropy of the student, training batches"),
     )
     for panel, (curve, label, title) in zip(axes.flat, panels, strict=False):

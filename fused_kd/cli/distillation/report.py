@@ -51,7 +51,8 @@ def summary(settings: Settings, loss: str, sequence: int, facts: dict[str, Any])
         f"Text     {spaced(facts['train_tokens'])} tokens to train on, {spaced(facts['held_out_tokens'])} held out"
         f"{blocks}\n"
         f"Training {settings.steps} steps of {settings.batch} x {sequence} tokens ({epochs:.2g} epochs) on "
-        f"{settings.device}, alpha {settings.alpha:g}, T {settings.temperature:g}, loss from {LOSS_INPUTS[loss]}"
+        f"{settings.device}, alpha {settings.alpha:g}, T {settings.temperature:g}, {settings.divergence}, "
+        f"loss from {LOSS_INPUTS[loss]}"
     )
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from ...integrations.huggingface import Loss, SplitModel
 from ...options import KDLossOutput
 from ...testing import memory
+from ..arguments import named_divergence
 from ..stopwatch import Stamp, finish, seconds_between, stamp
 from .data import Blocks, batches
 
@@ -26,6 +27,7 @@ CLIP_NORM = 1.0  # of the gradient
 class Settings:
     alpha: float
     temperature: float
+    divergence: str  # its name, and its parameters after colons
     vocabulary: int  # V, the real columns of the logits
     steps: int
     batch: int  # sequences per step
@@ -60,7 +62,7 @@ class History:
     """Figures of a training, one value per step."""
 
     loss: list[float]
-    kl: list[float]  # nats, at the temperature of training
+    divergence: list[float]  # nats, at the temperature of training
     ce: list[float]  # nats
     gradient_norm: list[float]  # before clipping
     seconds: list[dict[str, float]]  # of each of PARTS
@@ -68,7 +70,7 @@ class History:
     gradient_bytes: int  # of that the result: the gradients of the student's hidden states and head
 
     def curves(self) -> dict[str, list[float]]:
-        return {"loss": self.loss, "kl": self.kl, "ce": self.ce, "gradient_norm": self.gradient_norm}
+        return {"loss": self.loss, "divergence": self.divergence, "ce": self.ce, "gradient_norm": self.gradient_norm}
 
     def diverged(self) -> bool:
         return not all(map(math.isfinite, self.loss))
@@ -169,8 +171,8 @@ class Training:
         results = [leaf.grad, *(parameter.grad for parameter in self.student.parameters())]
         gradient_bytes = sum(gradient.nbytes for gradient in results if gradient is not None)
         self._optimiser.zero_grad()
-        losses, kl, ce, norms = torch.stack(self._values).T.tolist()
-        return History(losses, kl, ce, norms, self._seconds(), peak, gradient_bytes)
+        losses, divergences, ce, norms = torch.stack(self._values).T.tolist()
+        return History(losses, divergences, ce, norms, self._seconds(), peak, gradient_bytes)
 
     def _seconds(self) -> list[dict[str, float]]:
         """Return the seconds of each part, for every step."""
@@ -188,6 +190,7 @@ class Training:
                 labels,
                 alpha=self.settings.alpha,
                 temperature=self.settings.temperature,
+                divergence=named_divergence(self.settings.divergence),
                 vocab_size=self.settings.vocabulary,
             )
 
@@ -219,7 +222,7 @@ def learning_rate_share(step: int, steps: int) -> float:
 
 
 def _values(result: KDLossOutput) -> list[Tensor]:
-    """Return loss, KL and CE; NaN for a part that was not computed because its weight is 0."""
+    """Return loss, divergence and CE; NaN for a part that was not computed because its weight is 0."""
     loss = result.loss.detach()
     parts = result.divergence, result.ce
     return [loss, *(torch.full_like(loss, math.nan) if part is None else part for part in parts)]
