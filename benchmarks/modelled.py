@@ -55,7 +55,7 @@ def two_launches(logits: problems.Inputs) -> None:
     processors = torch.cuda.get_device_properties(0).multi_processor_count
     launch = two_passes(MODELLED_ROWS, student.shape[-1], student.element_size(), processors)
     objective = Objective(temperature=TEMPERATURE)
-    kernels.row_statistics(student, teacher, labels, weights, statistics, None, objective, launch)
+    kernels.row_statistics(student, teacher, labels, weights, statistics, None, objective, False, launch)
     kernels.logit_gradient(student, teacher, labels, statistics, weights, None, gradient, None, objective, launch)
 
 

@@ -8,8 +8,8 @@
     python -m benchmarks.readme --check    # exit code 1 where a section is not what the records say
 
 compiled.json belongs to the kernels as they are; cpu.json, which they do not touch, may be older.  modelled.json,
-one_launch.json, whole_step.json and regression.json (the modules of `benchmarks` with these names) are needed too.
-gpu.json may be missing.
+one_launch.json, whole_step.json and regression.json (the modules of `benchmarks` with these names) are needed too, and
+one_launch-divergences.json (`benchmarks.one_launch --divergences`).  gpu.json may be missing.
 """
 
 import argparse
@@ -62,6 +62,8 @@ def performance() -> str:
         *_whole_step(_read("whole_step")),
         "",
         *_modelled(_read("modelled")),
+        "",
+        *_divergences(_read("one_launch-divergences")),
     ]
     return "\n".join((BEGIN, "", *lines, "", END))
 
@@ -205,6 +207,31 @@ def _modelled(record: dict[str, Any]) -> Iterator[str]:
         yield (
             f"| {r['chip'].upper()}, modelled | {spaced(r['vocab_size'])} | {r['peer']} | {r['computes']} | "
             f"{r['bytes_a_pair']:.1f} | {1000 * r['modelled_seconds']:.2f} | {r['times_the_floor']:.2f} | {ratio:.2f} |"
+        )
+
+
+def _divergences(record: dict[str, Any]) -> Iterator[str]:
+    results = record["results"]
+    first = results[0]
+    yield (
+        f"**Modelled, not measured**: CE and each divergence in one launch on an {first['chip'].upper()}, forward and "
+        f"backward, bfloat16, N = {first['rows']}, V = {spaced(first['vocab_size'])}, T = {first['temperature']:g} "
+        "(`benchmarks.one_launch --divergences`).  Instructions are those of all sweeps.  Bound by: the model's most used "
+        "resource, and its time over the floor's."
+    )
+    yield ""
+    yield (
+        "| divergence | programs per row, warps, columns of a thread | bytes a pair | modelled ms | times the floor | "
+        "goal | instructions a pair | registers | bound by |"
+    )
+    yield "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | --- |"
+    for r in results:
+        plan, (bound, share) = r["plan"], next(iter(r["bounds"].items()))
+        programs = plan["splits"] or (f"cluster of {plan['ctas']}" if plan["ctas"] > 1 else 1)
+        yield (
+            f"| `{r['divergence']}` | {programs}, {plan['num_warps']}, {plan['columns']} | {r['bytes_a_pair']:.1f} | "
+            f"{1000 * r['modelled_seconds']:.2f} | {r['times_the_floor']:.2f} | {r['target_times_the_floor']:.2f} | "
+            f"{r['instructions_a_pair']:.0f} | {r['registers']} | {bound} {share:.2f} |"
         )
 
 

@@ -47,7 +47,7 @@ Columns of the table, counts per pair:
 Of the kernels in one launch a second table has the registers beside those that rows in flight are planned by, and the
 shuffles in all loops over a row.  Of the kernels on a few numbers per row a third table has the resources alone.
 """
-NAMES = ("kernel", "target", "dtypes", "T", "terms", "layout", "map", "gradients")
+NAMES = ("kernel", "target", "dtypes", "T", "terms", "layout", "map", "divergence", "gradients")
 COUNTS = ("instr", "mufu", "fma", "alu", "conv", "B", "load", "store", "sync")
 NUMBERS = ("regs", "spill", "shared", "warps", "flight", *COUNTS)
 AnyVariant = TypeVar("AnyVariant", Variant, RowVariant)
@@ -103,8 +103,8 @@ def table(profiles: dict[Variant, Profile]) -> Table:
 
 
 def _row(v: Variant, p: Profile) -> Iterator[str]:
-    yield from (v.kernel, v.target, v.dtypes, v.temperature_name, v.terms, v.layout, v.logit_map)
-    yield "-" if v.kernel == "row_statistics" else "both" if v.teacher_grad else "student"
+    yield from (v.kernel, v.target, v.dtypes, v.temperature_name, v.terms, v.layout, v.logit_map, v.divergence_name)
+    yield "-" if v.kernel != "logit_gradient" else "both" if v.teacher_grad else "student"
     yield from map(str, (p.registers, p.spill, p.shared, p.resident_warps))
     yield f"{p.kilobytes_in_flight:.0f}"
     yield from (f"{value:.2f}" for value in (p.instructions, *(p.kinds[k] for k in ("mufu", "fma", "alu", "convert"))))
@@ -115,11 +115,11 @@ def _row(v: Variant, p: Profile) -> Iterator[str]:
 
 def table_of_one_launch(found: dict[Variant, OneLaunchFigures]) -> Table:
     table = Table(box=None, header_style="bold", padding=(0, 1, 0, 0))
-    for name in ("form", "target", "T", "regs", "planned", "spill", "shared", "warps", "shuffles"):
+    for name in ("form", "target", "T", "divergence", "regs", "planned", "spill", "shared", "warps", "shuffles"):
         table.add_column(name, no_wrap=True)
     for v, r in found.items():
         counts = (r.registers, launch_shape(v).registers, r.spill, r.shared, r.resident_warps, r.shuffles)
-        table.add_row(v.kernel, v.target, v.temperature_name, *map(str, counts))
+        table.add_row(v.kernel, v.target, v.temperature_name, v.divergence_name, *map(str, counts))
     return table
 
 

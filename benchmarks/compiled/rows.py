@@ -58,14 +58,18 @@ def row_weights(**given: Any) -> None:
     kernels.row_weights(*tensors, some(1), options._replace(**given))
 
 
-def row_losses(*options: bool, divergence: str = "forward_kl", N: int = N) -> None:
-    """Call the epilogue; the options are has_ce, has_divergence, reduce and parts."""
+def row_losses(
+    *terms: bool, reduce: bool = True, parts: bool = False, divergence: str = "forward_kl", N: int = N
+) -> None:
+    """Call the epilogue; the terms are has_ce and has_divergence, and with the parts comes the entropy."""
     from fused_kd.backends import triton as kernels
     from fused_kd.divergences import Objective
 
     counter = some(1, 32, dtype=torch.int32)
     objective = Objective(temperature=2.0, divergence=divergence)
-    kernels.row_losses(some(7, N), some(3, N, dtype=torch.float64), counter, *options, torch.float32, objective)
+    kernels.row_losses(
+        some(9, N), some(3, N, dtype=torch.float64), counter, *terms, reduce, parts, torch.float32, objective
+    )
 
 
 def scale(source: Tensor, target: Tensor | None = None, factors: int = 1) -> None:
@@ -96,11 +100,13 @@ CALLS: dict[tuple[str, str], Callable[[], None]] = {
     ("row_weights", "mean token_weights alpha shift"): lambda: row_weights(
         labels=some(N, dtype=I64), token_weights=some(N, dtype=BF16), alpha=some(N, dtype=F64), sequence=2048
     ),
-    ("row_losses", "ce+kl"): lambda: row_losses(True, True, True, False),
-    ("row_losses", "ce+kl parts"): lambda: row_losses(True, True, True, True),
-    ("row_losses", "ce+kl parts reverse_kl"): lambda: row_losses(True, True, True, True, divergence="reverse_kl"),
-    ("row_losses", "ce"): lambda: row_losses(True, False, True, False),
-    ("row_losses", "kl none"): lambda: row_losses(False, True, False, True),
+    ("row_losses", "ce+kl"): lambda: row_losses(True, True),
+    ("row_losses", "ce+kl parts"): lambda: row_losses(True, True, parts=True),
+    ("row_losses", "ce+kl parts reverse_kl"): lambda: row_losses(True, True, parts=True, divergence="reverse_kl"),
+    ("row_losses", "ce+kl parts mixed_kl"): lambda: row_losses(True, True, parts=True, divergence="mixed_kl"),
+    ("row_losses", "ce+kl parts jsd"): lambda: row_losses(True, True, parts=True, divergence="jsd"),
+    ("row_losses", "ce"): lambda: row_losses(True, False),
+    ("row_losses", "kl none"): lambda: row_losses(False, True, reduce=False, parts=True),
     ("scale", "bf16 in place"): lambda: scale(some(1, N, V, dtype=BF16)),
     ("scale", "bf16 in place padded"): lambda: scale(some(1, N, V + 64, dtype=BF16)[..., :V]),
     ("scale", "bf16 in place odd"): lambda: scale(some(1, N, V + 1, dtype=BF16)[..., :V]),

@@ -20,13 +20,14 @@ from .profile import OneLaunchFigures, Profile, Resources, profile, shuffles
 if TYPE_CHECKING:  # triton and fused_kd.backends.triton are imported where a worker needs them, see `workers`
     from triton.compiler import ASTSource
 
-KERNELS = ("row_statistics", "logit_gradient")
+KERNELS = ("row_statistics", "ratio_sums", "logit_gradient")
 # The kernels of a single pass, by form: one program per row, one cluster per row, several programs per row.
 ONE_LAUNCH = {"whole": "whole_kernel", "cluster": "whole_kernel", "shared": "shared_kernel"}
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")  # whose figures are bounded and recorded
 TERMS = {"ce+kl": (True, True), "ce": (True, False), "kl": (False, True)}
 TEMPERATURES = (1.0, 2.0, 3.0, 4.0, 2.5)  # 2.5 stands for every T of which e^z is no power of e^{z/T}
-DIVERGENCES = ("forward_kl", "reverse_kl")
+DIVERGENCES = ("forward_kl", "reverse_kl", "mixed_kl")  # of one sweep of statistics
+RATIOS = ("jsd", "skew_kl", "skew_reverse_kl", "tvd")  # of two
 MAPS = ("identity", "scale", "softcap")  # of a head's output to logits, the same for student and teacher
 SIZES = {"fp32": 4, "fp16": 2, "bf16": 2}
 SPLITS = 32  # programs per row, of the form of several
@@ -67,10 +68,15 @@ class Variant:
     logit_map: str = MAPS[0]
     teacher_grad: bool = False
     divergence: str = DIVERGENCES[0]
+    entropy: bool = False  # whether the statistics have h
 
     @property
     def temperature_name(self) -> str:
         return "other" if self.temperature not in (1, 2, 3, 4) else f"{self.temperature:g}"
+
+    @property
+    def divergence_name(self) -> str:
+        return self.divergence + " + h" * self.entropy
 
     @property
     def dtypes(self) -> str:
@@ -80,6 +86,7 @@ class Variant:
     def name(self) -> str:
         options = f"{self.dtypes} T={self.temperature_name} {self.terms} {self.layout} {self.logit_map}"
         options += " teacher_grad" * self.teacher_grad + f" {self.divergence}" * (self.divergence != DIVERGENCES[0])
+        options += " entropy" * self.entropy
         return f"{self.kernel} {self.target} {options}"
 
 
@@ -106,11 +113,64 @@ def one_launch_variants(targets: Sequence[str] = TARGETS) -> list[Variant]:
         Variant(kernel, "sm_90", dtype, dtype, 2.0, "ce+kl", "dense", logit_map) for kernel, dtype, logit_map in others
     ]
     usual = [v for v in variants if (v.student, v.logit_map) == ("bf16", MAPS[0])]
-    variants += [replace(variant, divergence=DIVERGENCES[1]) for variant in usual]
+    thorough = [v for v in usual if v.target == "sm_90"]
+    at_2 = [v for v in usual if v.temperature == 2]
+    variants += [replace(v, divergence=name) for name in DIVERGENCES[1:] for v in dict.fromkeys((*at_2, *thorough))]
+    variants += [replace(v, entropy=True) for v in at_2]
+    variants += [replace(v, divergence=name, entropy=True) for name in DIVERGENCES[1:] for v in at_2 if v in thorough]
+    # Clusters take one sweep (`launch.best_single_pass`), and total variation has the shortest of the functions.
+    of_two = [v for v in (*at_2, *thorough) if v.kernel != "cluster"]
+    variants += [
+        replace(v, divergence=name) for name in RATIOS for v in dict.fromkeys(of_two) if name != "tvd" or v in thorough
+    ]
+    variants += [replace(v, divergence=RATIOS[0], entropy=True) for v in of_two if v in thorough and v in at_2]
+    variants = list(dict.fromkeys(variants))
     return [variant for variant in variants if variant.kernel != "cluster" or compiles_clusters()]
 
 
 def _variants(kernel: str, target: str) -> Iterator[Variant]:
+    if kernel != "ratio_sums":
+        yield from _of_forward_kl(kernel, target)
+    yield from _of_divergences(kernel, target)
+
+
+def _of_divergences(kernel: str, target: str) -> Iterator[Variant]:
+    """Yield the variants of the other divergences, and those with the entropy."""
+    thorough = target == "sm_90"
+    usual = Variant(kernel, target, "bf16", "bf16", 2.5, "ce+kl", "dense")
+    of_two = replace(usual, divergence=RATIOS[0])
+    if kernel == "ratio_sums":  # it has no constant for T and none for the terms
+        yield from (replace(of_two, divergence=name) for name in RATIOS)
+        if thorough:
+            yield from (replace(of_two, layout=layout) for layout in ("padded", "odd"))
+            yield replace(of_two, logit_map="softcap")
+            yield replace(of_two, student="fp32", teacher="fp32")
+        return
+    for name in DIVERGENCES[1:]:
+        yield replace(usual, divergence=name)
+        if thorough:
+            yield replace(usual, divergence=name, temperature=2.0)
+            yield replace(usual, divergence=name, terms="kl")
+        if kernel == "logit_gradient" and (thorough or name == "mixed_kl"):
+            yield replace(usual, divergence=name, teacher_grad=True)
+    if kernel == "row_statistics":  # one and the same for all of two sweeps
+        yield of_two
+        if thorough:
+            yield replace(of_two, temperature=2.0)
+        for divergence in DIVERGENCES if thorough else DIVERGENCES[:1]:
+            yield replace(usual, divergence=divergence, entropy=True)
+        if thorough:
+            yield replace(usual, terms="ce", entropy=True)
+    else:
+        for name in RATIOS:
+            yield replace(usual, divergence=name)
+            if thorough or name == "skew_kl":
+                yield replace(usual, divergence=name, teacher_grad=True)
+        if thorough:
+            yield replace(of_two, temperature=2.0)
+
+
+def _of_forward_kl(kernel: str, target: str) -> Iterator[Variant]:
     thorough = target == "sm_90"
     for terms in TERMS:
         for layout in ("dense", "padded", "odd"):
@@ -131,10 +191,6 @@ def _variants(kernel: str, target: str) -> Iterator[Variant]:
     for layout in ("mixed", "transposed", "small"):
         if layout != "small" or target == "gfx942":
             yield Variant(kernel, target, "bf16", "bf16", TEMPERATURES[-1], "ce+kl", layout)
-    for terms in ("ce+kl", "kl"):
-        for T in (2.0, 2.5) if thorough else TEMPERATURES[-1:]:
-            for teacher_grad in (False, True)[: 1 + (kernel == "logit_gradient")]:
-                yield Variant(kernel, target, "bf16", "bf16", T, terms, "dense", MAPS[0], teacher_grad, DIVERGENCES[1])
 
 
 class Pointer(NamedTuple):
@@ -146,8 +202,10 @@ class Pointer(NamedTuple):
 
 def call_arguments(variant: Variant) -> dict[str, Pointer | int | float]:
     """Return the run-time arguments, by name, of the call that the functions in `fused_kd.backends.triton` would make."""
-    from fused_kd.backends.triton.arguments import temperature_arguments
+    from fused_kd.backends.triton.arguments import divergence_number, temperature_arguments
+    from fused_kd.backends.triton.statistics import numbers_of_a_slice
 
+    numbers = numbers_of_a_slice(divergence_number(variant.divergence), variant.entropy)
     z = _map_arguments(variant)
     layout = LAYOUTS[variant.layout]
     in_one_launch = variant.kernel in ONE_LAUNCH
@@ -168,10 +226,10 @@ def call_arguments(variant: Variant) -> dict[str, Pointer | int | float]:
         **pointers,
         "labels_ptr": Pointer("i64", 8 * N) if need_ce else weights,
         "weights_ptr": weights,
-        "statistics_ptr": Pointer("fp32", 28 * N),
+        "statistics_ptr": Pointer("fp32", 36 * N),
         "upstream_ptr": Pointer("fp32", 4),
-        "parts_ptr": Pointer("fp32", 24 * N * splits if splits > 1 else 28 * N),
-        "counters_ptr": Pointer("i32", 128 * (1 + N)) if splits > 1 else Pointer("fp32", 28 * N),
+        "parts_ptr": Pointer("fp32", 4 * numbers * N * splits if splits > 1 else 36 * N),
+        "counters_ptr": Pointer("i32", 128 * (1 + N)) if splits > 1 else Pointer("fp32", 36 * N),
         "weights_stride": N,
         "statistics_stride": N,
         "upstream_stride": 0,
@@ -181,6 +239,7 @@ def call_arguments(variant: Variant) -> dict[str, Pointer | int | float]:
         "columns_per_split": launch(variant).columns_per_split,
         "exp2_scale": T.exp2_scale,
         "inverse_T": T.inverse,
+        "parameter": 0.5,
         "student_factor": z.factor,
         "student_cap": z.cap,
         "teacher_factor": z.factor,
@@ -206,7 +265,8 @@ def _map_arguments(variant: Variant) -> Any:
 def launch_shape(variant: Variant) -> Any:
     """Return threads, columns and planned registers of a kernel in one launch."""
     device = device_of_target(variant.target)
-    return {"whole": device.whole[-1], "cluster": CLUSTER, "shared": device.shared}[variant.kernel]
+    shared = device.shared if variant.divergence in DIVERGENCES else device.shared_two_sweeps
+    return {"whole": device.whole[-1], "cluster": CLUSTER, "shared": shared}[variant.kernel]
 
 
 def _one_launch(variant: Variant) -> SinglePass:
@@ -227,7 +287,7 @@ def launch(variant: Variant) -> Any:
     layout = LAYOUTS[variant.layout]
     student, teacher = SIZES[variant.student], SIZES[variant.teacher]
     written = max(student, teacher) if variant.teacher_grad else student
-    itemsize = min(student, teacher) if variant.kernel == "row_statistics" else written
+    itemsize = written if variant.kernel == "logit_gradient" else min(student, teacher)
     return two_passes(layout.rows, layout.vocabulary, itemsize, PROCESSORS, warp_size(variant.target))
 
 
@@ -277,16 +337,28 @@ def _kernel(name: str) -> Any:
     return kernels()[ONE_LAUNCH.get(name, f"{name}_kernel")][1]
 
 
-def _constants(variant: Variant) -> dict[str, int | bool]:
-    from fused_kd.backends.triton.arguments import divergence_number, temperature_arguments
+def _constants(variant: Variant) -> dict[str, Any]:
+    from fused_kd.backends.triton.arguments import (
+        divergence_number,
+        functions_of,
+        teacher_functions_of,
+        temperature_arguments,
+    )
+    from fused_kd.divergences import Objective
 
     need_ce, need_kl = TERMS[variant.terms]
-    plan = launch(variant)
+    plan, objective = launch(variant), Objective(divergence=variant.divergence)
+    functions, of_teacher = functions_of(objective), 0
+    if variant.teacher_grad:
+        functions, of_teacher = teacher_functions_of(objective)
+    functions["TEACHER_GRAD"] = of_teacher
     return {
         "NEED_CE": need_ce,
         "NEED_KL": need_kl,
+        "NEED_ENTROPY": variant.entropy,
         "DIVERGENCE": divergence_number(variant.divergence),
-        "TEACHER_GRAD": variant.teacher_grad,
+        **functions,
+        "NUMBERS": 0,  # of a slice: a row has one program
         "POWER": temperature_arguments(variant.temperature).power,
         "LANES": plan.lanes,
         "K": plan.columns,

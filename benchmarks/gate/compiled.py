@@ -13,7 +13,7 @@ from .figures import Figures
 
 def is_kept(variant: Variant) -> bool:
     usual = (variant.terms, variant.layout, variant.logit_map) == ("ce+kl", "dense", "identity")
-    usual = usual and variant.divergence == DIVERGENCES[0]
+    usual = usual and variant.divergence == DIVERGENCES[0] and not variant.entropy
     return usual and variant.dtypes == "bf16/bf16" and variant.temperature_name in ("1", "2", "other")
 
 

@@ -26,12 +26,15 @@ LOGITS: dict[str, tuple[int, dict[str, Any]]] = {  # rows, options
     "kd_loss, teacher_grad": (8192, {"teacher_grad": True}),
     'kd_loss, reduction="none"': (8192, {"reduction": "none"}),
     "kd_loss, float16": (8192, {"dtype": torch.float16}),
+    "kd_loss, jsd": (8192, {"divergence": "jsd"}),  # two sweeps of statistics, here in one launch with the gradient
+    "kd_loss, jsd, teacher_grad": (8192, {"divergence": "jsd", "teacher_grad": True}),  # each sweep a launch
 }
 LINEAR: dict[str, tuple[tuple[bool, bool], dict[str, Any]]] = {  # gradients of hidden states and weight, options
     "trained head": ((True, True), {}),
     "trained head, everything": ((True, True), {"everything": True}),
     "trained head, float32 logits": ((True, True), {"logits_dtype": torch.float32}),
     "trained head, float16": ((True, True), {"dtype": torch.float16}),
+    "trained head, jsd": ((True, True), {"divergence": "jsd"}),
     "trained head, bias": ((True, True), {"bias": True}),
     "trained head, teacher_grad": ((True, True), {"teacher_grad": True}),
     "frozen head": ((True, False), {}),

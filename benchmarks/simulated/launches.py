@@ -245,12 +245,13 @@ def run(case: Case, given: Inputs, clusters: bool = True) -> dict[str, Tensor]:
     weights, statistics = given.weights, _statistics(given)
     torch.use_deterministic_algorithms(True)  # what PyTorch allocates is NaN until it is written
     if case.form != "two launches":
+        planned = single_pass(case, max(read), clusters)
         kernels.statistics_and_gradient(
-            *given_to, weights, statistics, given.gradient, None, single_pass(case, max(read), clusters), objective
-        )
+            *given_to, weights, statistics, given.gradient, None, planned, objective, False
+        )  # fmt: skip
         torch.use_deterministic_algorithms(False)
         return _named(statistics, given.gradient, None)
-    kernels.row_statistics(*given_to, weights, statistics, None, objective, launch(case, min(read)))
+    kernels.row_statistics(*given_to, weights, statistics, None, objective, False, launch(case, min(read)))
     torch.use_deterministic_algorithms(False)
     kernels.logit_gradient(
         *given_to, statistics, weights, given.upstream, given.gradient, given.teacher_gradient, objective,
@@ -344,7 +345,7 @@ def _other_bits(case: Case, results: dict[str, Tensor], clusters: bool) -> Itera
     alone = one.splits == 0 and one.ctas == 1  # nothing but threads is merged
     if alone and not is_wide(*(tensor for tensor in given_to[:2] if tensor is not None)):
         statistics = _statistics(given)
-        kernels.row_statistics(*given_to, given.weights, statistics, None, objective, two)
+        kernels.row_statistics(*given_to, given.weights, statistics, None, objective, False, two)
         if not torch.equal(results["statistics"], statistics):
             yield "the statistics have other bits than those of two launches"
 

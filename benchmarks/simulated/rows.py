@@ -15,6 +15,7 @@ import triton
 from torch import Tensor
 
 from fused_kd import rows
+from fused_kd import statistics as stats
 from fused_kd.backends import cpu
 from fused_kd.divergences import Objective
 from fused_kd.rows import CE, DIVERGENCE, RowOptions
@@ -64,7 +65,7 @@ def row_weights(dtype: torch.dtype = torch.int64, **given: Any) -> Call:
 
 
 def row_losses(*options: bool, divergence: str = "forward_kl") -> Call:
-    statistics = spread(torch.rand(7, N) + 1)
+    statistics = spread(torch.rand(stats.COUNT, N) + 1)
     counter = torch.zeros(1, 32, dtype=torch.int32)
     objective = Objective(temperature=2.5, divergence=divergence)
     return Call("row_losses", (statistics, some_weights(), counter, *options, F64, objective))
@@ -109,6 +110,8 @@ CALLS: dict[str, Callable[[], Call]] = {
     "row_losses ce+kl": lambda: row_losses(True, True, True, False),
     "row_losses ce+kl parts": lambda: row_losses(True, True, True, True),
     "row_losses ce+kl parts none reverse_kl": lambda: row_losses(True, True, False, True, divergence="reverse_kl"),
+    "row_losses ce+kl parts mixed_kl": lambda: row_losses(True, True, True, True, divergence="mixed_kl"),
+    "row_losses ce+kl parts jsd": lambda: row_losses(True, True, True, True, divergence="jsd"),
     "scale bf16 in place": lambda: scale(torch.randn(2, 3, 1500).to(BF16)),
     "scale fp32 in place padded": lambda: scale(spread(torch.randn(2, 3, 1501))),
     "scale in place by 1": lambda: scale(torch.randn(5000), factors=(4.0, 0.25)),

@@ -95,14 +95,14 @@ def launched(text: str, *inputs: Tensor) -> Callable[[], object]:
     objective = Objective(temperature=TEMPERATURE)
 
     def in_two() -> None:
-        kernels.row_statistics(student, teacher, labels, weights, statistics, None, objective)
+        kernels.row_statistics(student, teacher, labels, weights, statistics, None, objective, False)
         kernels.logit_gradient(student, teacher, labels, statistics, weights, None, gradient, None, objective)
 
     if text == TWO:
         return in_two
     planned = single_pass(student, teacher, in_place=False, always=True)
     return lambda: kernels.statistics_and_gradient(
-        student, teacher, labels, weights, statistics, gradient, None, planned, objective
+        student, teacher, labels, weights, statistics, gradient, None, planned, objective, False
     )
 
 
