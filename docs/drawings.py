@@ -1,9 +1,10 @@
-"""The drawings of docs/how-it-works.md: `python docs/drawings.py` writes them to docs/drawings/.
+"""The drawings of the pages: `python docs/drawings.py` writes them to docs/drawings/.
 
 They are SVG written as text, not by matplotlib, so that every release of everything writes the same bytes;
 `tests/docs/test_drawings.py` compares them with the files.  The light card under each is there for dark pages.
 """
 
+import math
 from html import escape
 from pathlib import Path
 
@@ -175,7 +176,38 @@ def passes() -> str:
     return drawing.svg()
 
 
-DRAWINGS = {"row.svg": row, "passes.svg": passes}
+def peaks() -> str:
+    """Return the drawing of docs/choosing-a-divergence.md: the teacher's two peaks, and the students that it finds."""
+    drawing = Drawing(860, 330, "A teacher with two peaks, a student that covers both and one that takes the first")
+    left, bottom, height = 60.0, 270.0, 2_800.0
+    unit = 7.4  # per token
+
+    def bell(token: int, centre: float, width: float) -> float:
+        return math.exp(-((token - centre) ** 2) / (2 * width**2))
+
+    def curve(mass: list[float], color: str, fill: str, dash: str = "") -> None:
+        points = [(left + token * unit, bottom - height * value / sum(mass)) for token, value in enumerate(mass)]
+        path = "L".join(f"{x:.1f} {y:.1f}" for x, y in [(left, bottom), *points, (points[-1][0], bottom)])
+        drawing.parts.append(
+            f'<path d="M{path}" fill="{fill}" fill-opacity="0.5" stroke="{color}" stroke-width="2"{dash}/>'
+        )
+
+    tokens = range(100)
+    curve([bell(token, 30, 5) + math.exp(-0.7) * bell(token, 70, 5) for token in tokens], "#c98a2b", TEACHER)
+    curve([bell(token, 42.4, 20.9) for token in tokens], "#2f6fb7", STUDENT)
+    curve([bell(token, 30, 5) for token in tokens], "#3f8f46", "none", ' stroke-dasharray="6 4"')
+    drawing.parts.append(f'<path d="M{left:g} {bottom:g}H{left + 99 * unit:g}" stroke="{FAINT}"/>')
+    for token in (0, 30, 70, 99):
+        drawing.text(left + token * unit, bottom + 20, str(token), size=12, color=FAINT)
+    drawing.text(left + 49.5 * unit, bottom + 42, "token", size=12, color=FAINT)
+    key = {"anchor": "start", "size": 13}
+    drawing.text(left + 42 * unit, 60, "teacher: two peaks, the first of twice the mass", color="#9a6410", **key)
+    drawing.text(left + 42 * unit, 82, "student by forward KL: covers both, and the gap", color="#2f6fb7", **key)
+    drawing.text(left + 42 * unit, 104, "student by reverse KL: takes the first (dashed)", color="#3f8f46", **key)
+    return drawing.svg()
+
+
+DRAWINGS = {"row.svg": row, "passes.svg": passes, "peaks.svg": peaks}
 
 if __name__ == "__main__":
     FOLDER.mkdir(exist_ok=True)

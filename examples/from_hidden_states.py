@@ -46,7 +46,7 @@ for step in range(options.steps):
         student_hidden = student.base_model(input_ids).last_hidden_state  # [B, L, H_s]
         with torch.no_grad():
             teacher_hidden = teacher.base_model(input_ids).last_hidden_state  # [B, L, H_t]
-        loss, ce, divergence = linear_kd_loss(
+        loss, ce, divergence, entropy = linear_kd_loss(
             student_hidden,
             student.get_output_embeddings().weight,
             teacher_hidden,
@@ -61,4 +61,5 @@ for step in range(options.steps):
     loss.backward()
     optimizer.step()
     optimizer.zero_grad()
-    print(f"step {step + 1}: loss {loss.item():.4f} (cross-entropy {ce:.4f}, divergence {divergence:.4f})")
+    parts = f"cross-entropy {ce:.4f}, divergence {divergence:.4f}, the student's entropy {entropy:.4f}"
+    print(f"step {step + 1}: loss {loss.item():.4f} ({parts})")

@@ -45,7 +45,7 @@ for step in range(options.steps):
     with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
         with torch.no_grad():
             teacher_logits = teacher(input_ids).logits  # [B, L, V]
-        loss, ce, divergence = kd_loss(
+        loss, ce, divergence, entropy = kd_loss(
             student(input_ids).logits,  # [B, L, V]
             teacher_logits,
             input_ids,  # labels: -100 for each token that is not to be trained, such as padding
@@ -58,4 +58,5 @@ for step in range(options.steps):
     loss.backward()
     optimizer.step()
     optimizer.zero_grad()
-    print(f"step {step + 1}: loss {loss.item():.4f} (cross-entropy {ce:.4f}, divergence {divergence:.4f})")
+    parts = f"cross-entropy {ce:.4f}, divergence {divergence:.4f}, the student's entropy {entropy:.4f}"
+    print(f"step {step + 1}: loss {loss.item():.4f} ({parts})")
