@@ -10,9 +10,7 @@ from torch import Tensor
 from .base import Divergence, Ratio, Slopes, check_share
 
 SMALL = 0.15  # a share below which the logarithms of a mixture are taken in another way; measured: the better one
-LIMIT = (
-    60.0  # of a log-ratio whose exponential is taken: e^60 times the smallest share is far above 1, and far from inf
-)
+LIMIT = 60.0  # of a log-ratio in an exponential: e^60 times the smallest share is far above 1, and far from infinite
 
 
 @dataclass(frozen=True)
