@@ -152,8 +152,12 @@ def row_losses(
 
 
 def new_statistics(weights: Tensor, options: KDOptions) -> Tensor:
-    """Return memory for the statistics of all rows, `[9, N]`."""
-    return weights.new_empty(stats.COUNT, weights.shape[1], dtype=options.dtype)
+    """Return memory for the statistics of all rows, `[9, N]`.
+
+    Kernels write 0 to the numbers that a loss does not need, and CPU operators do not write them.
+    """
+    new = weights.new_empty if runs_kernels(weights) else weights.new_zeros
+    return new(stats.COUNT, weights.shape[1], dtype=options.dtype)
 
 
 def lines_of(rows: int, sweeps: int, options: KDOptions) -> int:

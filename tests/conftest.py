@@ -20,6 +20,7 @@ HAS_CUDA = torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "
 if not HAS_CUDA:
     os.environ["TRITON_INTERPRET"] = "1"
 import fused_kd.backends.triton  # noqa: E402, F401
+from fused_kd.divergences import base  # noqa: E402
 from fused_kd.launching import ONE, TWO  # noqa: E402
 from fused_kd.testing import interpreter, launching  # noqa: E402
 from fused_kd.testing.blocks import blocks_of  # noqa: E402
@@ -40,6 +41,16 @@ settings.register_profile("thorough", max_examples=3000, **_PATIENT)
 settings.load_profile("ci")
 
 KERNELS = "cuda" if HAS_CUDA else "interpreter"
+
+
+@pytest.fixture(autouse=True)
+def _forgotten_divergences() -> Iterator[None]:
+    """Forget the divergences that a test defines, which would take the place of others of their name."""
+    tables = [(table, dict(table)) for table in (base.DIVERGENCES, base._instances)]
+    yield
+    for table, before in tables:
+        table.clear()
+        table.update(before)
 
 
 # Coverage doubles the time of a test.  It is not measured where others run the same lines: in these, and in interpreted

@@ -116,7 +116,7 @@ def operators(rows: int, vocabulary: int, ignored: slice, layout: Callable[[Tens
     student, teacher, gradient = (layout(torch.randn(rows // 2, 2, vocabulary)) for _ in range(3))
     weights = torch.ones(3, student.shape[:2].numel(), dtype=torch.float64)
     weights[:, ignored] = 0
-    labels, statistics = torch.zeros(weights.shape[1], dtype=torch.int64), torch.empty(7, weights.shape[1])
+    labels, statistics = torch.zeros(weights.shape[1], dtype=torch.int64), torch.zeros(9, weights.shape[1])
     with Operators() as found:
         cpu.statistics_and_gradient(
             student, teacher, labels, weights, statistics, gradient, None, None, Objective(temperature=3.0)

@@ -79,8 +79,9 @@ def test_a_student_equal_to_its_teacher(device, divergence, dtype, temperature):
     value, of_student, of_teacher = rows_of(kd_loss, student.float(), student, **options)
     assert (value.abs() <= 1e-7 * temperature**2).all()
     p = (student.double() / temperature).softmax(1)
+    roundings = 6 if isinstance(divergence, SkewKL | SkewReverseKL) else 4  # of p q / m and of its mean
     for gradient in (of_student, of_teacher):
-        assert (gradient.abs() <= 4 * EPSILON * temperature * p).all()
+        assert (gradient.abs() <= roundings * EPSILON * temperature * p).all()
 
 
 # Masked tokens

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from fused_kd import KDLoss, LinearKDLoss, divergences, kd_loss, linear_kd_loss, reference
-from fused_kd.divergences import DIVERGENCES, JSD, Divergence, ForwardKL, SkewKL, SkewReverseKL, TotalVariation, base
+from fused_kd.divergences import DIVERGENCES, JSD, Divergence, ForwardKL, SkewKL, SkewReverseKL, TotalVariation
 
 from .custom import AlphaDivergence, TriangularDiscrimination
 from .divergences import NAMES, OBJECTS, each_object
@@ -20,16 +20,6 @@ from .oracle import EPSILON, relative_error
 N, V, H_S, H_T = 6, 203, 8, 6
 OWN = [AlphaDivergence(0.3), AlphaDivergence(0.5), AlphaDivergence(order=0.8)]
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-@pytest.fixture
-def forgetful():
-    """Forget the divergences that a test defines."""
-    tables = [(table, dict(table)) for table in (DIVERGENCES, base._instances)]
-    yield
-    for table, before in tables:
-        table.clear()
-        table.update(before)
 
 
 @pytest.fixture
@@ -264,7 +254,6 @@ def test_a_divergence_without_kernels_runs_on_a_cpu_alone(device):
         loss()
 
 
-@pytest.mark.usefixtures("forgetful")
 def test_a_divergence_without_elements_says_so():
     @dataclass(frozen=True)
     class Nothing(Divergence):
@@ -274,7 +263,6 @@ def test_a_divergence_without_elements_says_so():
         kd_loss(*logits(), divergence=Nothing())
 
 
-@pytest.mark.usefixtures("forgetful")
 @pytest.mark.parametrize("name", [*NAMES, "alpha"])
 def test_a_name_that_another_has_is_refused(name):
     before = dict(DIVERGENCES)
@@ -283,7 +271,6 @@ def test_a_name_that_another_has_is_refused(name):
     assert before == DIVERGENCES
 
 
-@pytest.mark.usefixtures("forgetful")
 def test_a_divergence_may_be_defined_again():
     """As a notebook does when a cell is run again."""
     given = logits()[:2]

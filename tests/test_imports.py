@@ -52,4 +52,4 @@ def test_backends_know_no_autograd_and_no_user_option():
 
 
 def test_the_reference_shares_types_alone():
-    assert imports("fused_kd.reference") == {"fused_kd.options"}
+    assert imports("fused_kd.reference") == {"fused_kd.divergences", "fused_kd.options"}

@@ -133,7 +133,7 @@ def test_operators_have_equal_bits_called_plainly_and_through_the_dispatcher(dev
     options = ops.packed(KDOptions(V, True, True, torch.float32, reduce, parts, objective))
     with launching(ONE):
         launch = list(single_pass(student, teacher, in_place=False))
-    statistics = ops.losses(student, teacher, labels, weights, *options)[3]
+    statistics = ops.losses(student, teacher, labels, weights, *options)[4]
     upstream = torch.rand(() if reduce else N, device=device)
     calls = {
         "losses": (student, teacher, labels, weights),

@@ -32,7 +32,6 @@ be written, 130 after Ctrl-C, 143 after SIGTERM.
 examples:
 
   fused-kd bench --pairs smollm2 --part models --seconds 1
-  fused-kd bench --divergence reverse_kl jsd --pairs smollm2 --part models
   fused-kd bench --json bench.json
 """
 

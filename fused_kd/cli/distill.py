@@ -33,7 +33,6 @@ examples:
 
   fused-kd distill --steps 20
   fused-kd distill --alpha 0.3 --temperature 4 --compare eager --output other
-  fused-kd distill --divergence jsd:0.3 --temperature 1
 """
 
 PACKAGES = ("rich", "matplotlib", "transformers", "gguf")  # of the extra "demo"

@@ -584,7 +584,7 @@ def test_on_screen_what_is_wrong_and_what_missed_its_target(capsys):
 
 
 def test_the_record_of_a_run_is_written_into_readme_and_documentation(tmp_path, monkeypatch):
-    for name in ("cpu", "compiled", "modelled", "one_launch", "regression", "whole_step"):
+    for name in ("cpu", "compiled", "modelled", "one_launch", "one_launch-divergences", "regression", "whole_step"):
         (tmp_path / f"{name}.json").write_text((readme.RESULTS / f"{name}.json").read_text())
     monkeypatch.setattr(readme, "RESULTS", tmp_path)
     monkeypatch.setitem(readme.__dict__, "_one_launch", lambda _: ONE_LAUNCH)

@@ -153,7 +153,7 @@ def test_bench_keeps_what_it_has(number, monkeypatch, tmp_path, capsys):
     spread = measure.Spread(1.0, 0.9, 1.1, 9)
     count = []
 
-    def measured(shape, device, budget):
+    def measured(shape, device, budget, divergence):
         count.append(shape)
         if len(count) == 3:
             signal.raise_signal(number)

@@ -349,8 +349,8 @@ def hellinger_slope(x):
 
 
 @dataclass(frozen=True)
-class Hellinger(Divergence):
-    name: ClassVar[str] = "hellinger"
+class SquaredRoots(Divergence):
+    name: ClassVar[str] = "squared_roots"
     factor: float = 0.5
 
     def elements(self, log_p, log_q):
@@ -363,7 +363,13 @@ class Hellinger(Divergence):
 @pytest.mark.parametrize("splits", [0, 3])
 def test_a_divergence_of_the_user(kernel_device, splits):
     student, teacher, labels, weights = given(kernel_device, 2 * TILE + 3)
-    inputs = student, teacher, labels, weights, objective_of(Hellinger.name, 2.0, parameters=Hellinger(0.7).parameters)
+    inputs = (
+        student,
+        teacher,
+        labels,
+        weights,
+        objective_of(SquaredRoots.name, 2.0, parameters=SquaredRoots(0.7).parameters),
+    )
     value, of_student, of_teacher = expected(*inputs)
     statistics, gradient, teacher_gradient = in_two_passes(*inputs, splits)
     assert relative_error(statistics[stats.SECOND], value) < 1e-6
@@ -375,11 +381,11 @@ def test_a_divergence_of_the_user(kernel_device, splits):
 
 def test_a_function_that_is_defined_anew_is_compiled_anew(monkeypatch):
     """Triton 3.3 finds a compiled kernel by the names of constexpr functions."""
-    objective = objective_of(Hellinger.name, 2.0, parameters=Hellinger().parameters)
+    objective = objective_of(SquaredRoots.name, 2.0, parameters=SquaredRoots().parameters)
     found = []
     for key in ("a", "b"):
         pair = SimpleNamespace(cache_key="value"), SimpleNamespace(cache_key=key)
-        monkeypatch.setattr(Hellinger, "kernels", lambda self, pair=pair: pair)
+        monkeypatch.setattr(SquaredRoots, "kernels", lambda self, pair=pair: pair)
         found.append(functions_of(objective))
         assert (found[-1]["VALUE"], found[-1]["SLOPE"]) == pair
     assert found[0]["VERSION"] != found[1]["VERSION"]

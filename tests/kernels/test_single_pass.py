@@ -24,7 +24,6 @@ from .test_kernels import (
     exact_divergence,
     exact_gradients,
     gradients_of,
-    identity_of,
     objective,
     sizes_of,
     some_columns,
@@ -246,7 +245,7 @@ def test_rows_of_weight_zero_are_not_read(kernel_device, splits, ignored, diverg
     gradient = torch.full_like(student, torch.nan)
     launch = whole_or_shared(2 * TILE + 5, splits)
     statistics = in_one_pass(student, teacher, labels, ce, kl, gradient, launch, 2.0, divergence)
-    expected = written(identity_of(divergence, len(ignored)), divergence)
+    expected = written(stats.identity(len(ignored)), divergence)
     assert torch.equal(written(statistics, divergence)[:, ignored], expected.to(kernel_device))
     assert not gradient[0, ignored].any()
     assert not gradient.isnan().any()

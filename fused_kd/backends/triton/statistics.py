@@ -46,6 +46,7 @@ from .elements import (
 from .rare_sweeps import far_differences, is_close, near_second
 from .ratio_sums import row_sums
 from .tiles import (
+    FORWARD_KL,
     LINE,
     MIXED_KL,
     OF_RATIO,
@@ -178,6 +179,10 @@ def store_whole(
     KL where teacher and student are close.
     """
     store_statistics(numbers.statistics, numbers.statistics_stride, s, DIVERGENCE, NEED_ENTROPY)
+    if not NEED_ENTROPY:
+        tl.store(numbers.statistics + 8 * numbers.statistics_stride, 0.0)
+    if not NEED_KL or DIVERGENCE == FORWARD_KL:
+        tl.store(numbers.statistics + 7 * numbers.statistics_stride, 0.0)
     c, second = s.c, s.second
     if NEED_KL and (POWER == 0 and DIVERGENCE != OF_RATIO):  # noqa: SIM102
         if c == float("inf"):
