@@ -21,7 +21,7 @@ from torch import Tensor
 
 from fused_kd import statistics as stats
 from fused_kd.backends import cpu
-from fused_kd.divergences import DIVERGENCES, Objective
+from fused_kd.divergences import Objective, of
 from fused_kd.launch import Launch, SinglePass, two_passes
 from fused_kd.launching import compiles_clusters, device_of, is_wide
 from fused_kd.logit_map import LogitMap
@@ -236,7 +236,7 @@ def single_pass(case: Case, itemsize: int, clusters: bool) -> SinglePass:
 
 
 def run(case: Case, given: Inputs, clusters: bool = True) -> dict[str, Tensor]:
-    """Return the results of the kernels: statistics [7, N], gradients [N, V]."""
+    """Return the results of the kernels: statistics [9, N], gradients [N, V]."""
     from fused_kd.backends import triton as kernels
 
     given_to, objective = _of_case(case, given)
@@ -267,7 +267,7 @@ def _of_case(case: Case, given: Inputs) -> tuple[tuple[Tensor, Tensor | None, Te
     return (given.student, given.teacher if need_kl else None, given.labels if need_ce else None), objective
 
 
-def _statistics(given: Inputs) -> Tensor:  # [7, N]
+def _statistics(given: Inputs) -> Tensor:  # [9, N]
     """Return memory for the statistics, NaN."""
     return _between_others(torch.full((stats.COUNT, ROWS), torch.nan)).to(given.student.device)
 
@@ -279,7 +279,7 @@ def formula(case: Case) -> dict[str, Tensor]:
     student, teacher = student.double(), None if teacher is None else teacher.double()
     gradient = torch.empty_like(student)
     teacher_gradient = None if given.teacher_gradient is None else torch.empty_like(given.teacher.double())
-    statistics = torch.empty(stats.COUNT, ROWS, dtype=torch.float64)
+    statistics = torch.zeros(stats.COUNT, ROWS, dtype=torch.float64)
     upstream = None if given.upstream is None else given.upstream.double()
     cpu.row_statistics(student, teacher, labels, given.weights, statistics, None, objective)
     cpu.logit_gradient(
@@ -430,10 +430,22 @@ def differences(case: Case, results: dict[str, Tensor], expected: dict[str, dict
 
 
 def _of_statistics(result: Tensor, other: Tensor, case: Case) -> float:
-    """Return the largest of any number; c is a difference, of numbers that add up to about T e, or T d_T for reverse KL."""
+    """Return the largest of any number.
+
+    Sums of differences are relative to about T e, or T d_T for reverse KL, and e - d_T to both.  Sums of a second sweep are
+    relative to 1.
+    """
     result, other = result.double(), other.double()
     size = other.abs()
-    size[stats.C] += other[DIVERGENCES[case.divergence].mass] * (case.temperature / stats.UNIT)
+    difference = case.temperature / stats.UNIT
+    if of(case.divergence).sweeps == 2:
+        size[[stats.C, stats.SECOND]] += 1.0
+    elif case.divergence == "reverse_kl":
+        size[stats.C] += other[stats.D_T] * difference
+        size[stats.SECOND] += other[stats.D_T] + other[stats.E]
+    else:
+        size[stats.C] += other[stats.E] * difference
+        size[stats.SECOND] += other[stats.D_T] * difference
     error = (result - other).abs()
     return float(torch.where(error == 0, 0.0, error / size).max() / EPSILON)
 
