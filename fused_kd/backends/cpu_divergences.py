@@ -7,13 +7,13 @@ from the same buffers.
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .. import statistics as stats
-from ..divergences import Coefficients, Divergence, KullbackLeibler, Ratio, Slopes
+from ..divergences import Coefficients, Divergence, Ratio, Slopes
 
 Tensors = tuple[Tensor, ...]
 
@@ -46,7 +46,7 @@ def is_finite(numbers: Tensor) -> bool:
 class KLBlock:
     """A Kullback-Leibler divergence of a block."""
 
-    def __init__(self, kind: KullbackLeibler, temperature: float, apply: Callable[[str, Tensor], Tensor]) -> None:
+    def __init__(self, kind: Any, temperature: float, apply: Callable[[str, Tensor], Tensor]) -> None:
         (self.forward, self.reverse), self.temperature, self.apply = kind.weights, temperature, apply
 
     def sums(

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .. import statistics as stats
-from ..divergences import Coefficients, KullbackLeibler, Objective, coefficients, divergence_of
+from ..divergences import Coefficients, Objective, coefficients, divergence_of
 from ..rows import are_read, as_rows
 from .cpu_blocks import (
     Buffers,
@@ -99,7 +99,7 @@ class Sweep:
         self.at_1 = (V if teacher is None else AT_1) if needs_at_1 else P
         self.buffers = Buffers(count, vocabulary, dtype)
         self.block: KLBlock | RatioBlock
-        if isinstance(kind, KullbackLeibler):
+        if kind.sweeps == 1:  # not `isinstance`, which a module that has been reloaded would not pass
             self.block = KLBlock(kind, self.temperature, self.buffers.apply)
         else:
             self.block = RatioBlock(kind, self.temperature, self.buffers.apply)

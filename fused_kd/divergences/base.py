@@ -15,7 +15,8 @@ from ..statistics import C as FIRST
 Temperature = float | Tensor  # a scalar tensor only in a compiled graph whose temperature changes from call to call
 
 # The divergences by name.  A subclass of `Divergence` that has a `name` is registered when it is defined.
-DIVERGENCES: dict[str, type["Divergence"]] = {}
+# If this module is reloaded, those of other modules stay.
+DIVERGENCES: dict[str, type["Divergence"]] = globals().get("DIVERGENCES", {})
 _instances: dict[tuple[str, tuple[float, ...]], "Divergence"] = {}
 
 # Stands for the bound of |dD/dz| T where there is none: the slope of reverse KL grows with the difference of the logits, in
