@@ -56,7 +56,7 @@ def test_the_reference_is_the_definition(divergence):
 
 @each_object
 def test_elements_sum_to_the_definition(divergence):
-    """As does what stands for a divergence that the reference has no formula for; elements are at least 0."""
+    """The sum of `elements` stands for a divergence without a formula in the reference.  Elements are at least 0."""
     student, teacher, _ = logits(dtype=torch.float64)
     log_p, log_q = (z.log_softmax(-1) for z in (student, teacher))
     elements = divergence.elements(log_p, log_q)
@@ -277,7 +277,7 @@ def spread(kind, shape, generator):
 @each_object
 @pytest.mark.parametrize("kind", ["flat", "peaked", "heavy-tailed", "nearly equal"])
 def test_errors_are_at_most_twice_eagers(device, divergence, kind):
-    """As in `fused-kd check`: or an epsilon, if that is more; of the value of rows and of both gradients, over seeds.
+    """Errors of the values and of both gradients, over seeds, are at most twice eager's or an epsilon, as in `check`.
 
     Kernels of two sweeps are a few epsilons off where slope and mean cancel, and 1e-5 of the value of nearly equal models:
     there it is a polynomial.

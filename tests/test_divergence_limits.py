@@ -44,7 +44,7 @@ def exact_rows(student, teacher, **options):
 
 
 def rounding(size):
-    """Of a gradient whose terms, a slope times a probability and their mean, cancel: a few epsilons of their size."""
+    """Return the error that rounding may leave in a gradient: a few epsilons of the slopes and their mean, which cancel."""
     return 4 * EPSILON * size
 
 
@@ -140,7 +140,7 @@ def test_masked_tokens_of_the_reference(divergence):
 
 @each_object
 def test_masked_tokens_of_a_head(device, divergence):
-    """By biases of minus infinity, which mask a token of every row."""
+    """Biases of minus infinity mask a token of every row."""
     hidden, weight, teacher_hidden, teacher_weight = (
         torch.randn(*shape, device=device) for shape in ((N, 8), (V, 8), (N, 6), (V, 6))
     )

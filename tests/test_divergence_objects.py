@@ -272,7 +272,7 @@ def test_a_name_that_another_has_is_refused(name):
 
 
 def test_a_divergence_may_be_defined_again():
-    """As a notebook does when a cell is run again."""
+    """A notebook defines a class anew when a cell is run again."""
     given = logits()[:2]
     for factor in (1.0, 2.0):
 

@@ -341,17 +341,15 @@ def _constants(variant: Variant) -> dict[str, Any]:
     from fused_kd.backends.triton.arguments import (
         divergence_number,
         functions_of,
-        teacher_functions_of,
+        teacher_grad_of,
         temperature_arguments,
     )
     from fused_kd.divergences import Objective
 
     need_ce, need_kl = TERMS[variant.terms]
     plan, objective = launch(variant), Objective(divergence=variant.divergence)
-    functions, of_teacher = functions_of(objective), 0
-    if variant.teacher_grad:
-        functions, of_teacher = teacher_functions_of(objective)
-    functions["TEACHER_GRAD"] = of_teacher
+    of_teacher = teacher_grad_of(objective) if variant.teacher_grad else 0
+    functions = functions_of(objective, of_teacher) | {"TEACHER_GRAD": of_teacher}
     return {
         "NEED_CE": need_ce,
         "NEED_KL": need_kl,

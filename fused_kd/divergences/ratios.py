@@ -122,7 +122,19 @@ class JSD(MixtureDivergence):
 
 
 @dataclass(frozen=True)
-class SkewKL(MixtureDivergence):
+class SkewedDivergence(MixtureDivergence):
+    """A Kullback-Leibler divergence from a mixture that holds a share, the skew, of its first distribution."""
+
+    without_skew: ClassVar[str]  # the class that is meant by a skew of 0
+    skew: float = 0.1
+
+    def __post_init__(self) -> None:
+        check_share(self, "skew", f"{self.without_skew}()", None)
+        super().__post_init__()
+
+
+@dataclass(frozen=True)
+class SkewKL(SkewedDivergence):
     """The skewed forward KL, KL(q || skew q + (1 - skew) p).
 
     Source: Ko et al., "DistiLLM", arXiv:2402.03898, with skew = 0.1.
@@ -135,11 +147,7 @@ class SkewKL(MixtureDivergence):
     """
 
     name: ClassVar[str] = "skew_kl"
-    skew: float = 0.1
-
-    def __post_init__(self) -> None:
-        check_share(self, "skew", "ForwardKL()", None)
-        super().__post_init__()
+    without_skew: ClassVar[str] = "ForwardKL"
 
     @property
     def share(self) -> float:
@@ -192,7 +200,7 @@ class SkewKL(MixtureDivergence):
 
 
 @dataclass(frozen=True)
-class SkewReverseKL(MixtureDivergence):
+class SkewReverseKL(SkewedDivergence):
     """The skewed reverse KL, KL(p || skew p + (1 - skew) q).
 
     Source: Ko et al., "DistiLLM", arXiv:2402.03898, with skew = 0.1.
@@ -205,11 +213,7 @@ class SkewReverseKL(MixtureDivergence):
     """
 
     name: ClassVar[str] = "skew_reverse_kl"
-    skew: float = 0.1
-
-    def __post_init__(self) -> None:
-        check_share(self, "skew", "ReverseKL()", None)
-        super().__post_init__()
+    without_skew: ClassVar[str] = "ReverseKL"
 
     @property
     def share(self) -> float:

@@ -64,23 +64,23 @@ def objective_arguments(objective: Objective) -> ObjectiveArguments:
     )
 
 
-def functions_of(objective: Objective) -> dict[str, Any]:
+def teacher_grad_of(objective: Objective) -> int:
+    """Return the constexpr TEACHER_GRAD of a teacher that learns: 2 if its slope is a function of its own, otherwise 1."""
+    divergence = divergence_of(objective)
+    return 2 if divergence.sweeps == 2 and len(divergence.kernels()) == 3 else 1
+
+
+def functions_of(objective: Objective, teacher_grad: int = 0) -> dict[str, Any]:
     """Return the constexprs of the functions of a divergence of two sweeps; None for others.
+
+    If TEACHER_GRAD is 2, the teacher's slope takes the place of the value.
 
     VERSION changes with the source of the functions.  Triton before 3.5 knows a constexpr function by its name alone, and
     would take the kernel of a function that has been defined anew.
     """
     divergence = divergence_of(objective)
-    value, slope, *_ = (None, None) if divergence.sweeps == 1 else divergence.kernels()
+    value, slope, *of_teacher = (None, None) if divergence.sweeps == 1 else divergence.kernels()
+    if teacher_grad == 2:
+        (value,) = of_teacher
     version = "".join(getattr(function, "cache_key", "") for function in (value, slope)) or None
     return {"VALUE": value, "SLOPE": slope, "VERSION": version}
-
-
-def teacher_functions_of(objective: Objective) -> tuple[dict[str, Any], int]:
-    """Return the constexprs for a gradient of the teacher, and TEACHER_GRAD: 2 if VALUE is the teacher's slope, else 1."""
-    divergence, found = divergence_of(objective), functions_of(objective)
-    functions = () if divergence.sweeps == 1 else divergence.kernels()
-    if len(functions) < 3:
-        return found, 1
-    version = found["VERSION"] + getattr(functions[2], "cache_key", "") if found["VERSION"] else None
-    return {**found, "VALUE": functions[2], "VERSION": version}, 2

@@ -16,9 +16,10 @@ If the teacher learns too (TEACHER_GRAD), its gradient comes from the same loads
 
     forward KL     C e^{v/T} ((v - u)/T - R)
     reverse KL     C e^{v/T} - B e^{u/T}
-    two sweeps     B (f - G - e^{v/T} (d_T / e) S)
+    two sweeps     B (K - e^{v/T} (d_T / e) S)                              K is f - G, or a function of its own
 
-R is the mean of the first summand, so the normalisers cancel in the difference, and no logarithm is needed.
+R is the mean of the first summand, so the normalisers cancel in the difference, and no logarithm is needed.  S is the sum
+of K.  If K is a function of its own, a sweep before this one takes that sum (`ratio_sums.py`).
 
 Traffic in bf16: 6 bytes per (student, teacher) pair, the floor; 8 with the teacher's gradient.  Special-function work
 per pair: 3 exponentials, or 2 if T is 1, 2, 3 or 4; one less for reverse KL without the teacher's gradient.
@@ -31,7 +32,7 @@ import triton.language as tl
 from ...divergences import Objective
 from ...launch import Launch
 from ...launching import default_launch, is_wide
-from .arguments import functions_of, objective_arguments, teacher_functions_of
+from .arguments import functions_of, objective_arguments, teacher_grad_of
 from .elements import coefficients_of, pair_of, student_gradient, teacher_gradient
 from .ratio_sums import row_sums
 from .ratios import elements_of
@@ -254,9 +255,8 @@ def logit_gradient(
     second = student if teacher is None else teacher
     written = [roundable(tensor) for tensor in gradients]
     first, last = written[0], written[-1]  # without a teacher's gradient both are the student's
-    functions, of_teacher = functions_of(objective), 0
-    if teacher_gradient is not None:
-        functions, of_teacher = teacher_functions_of(objective)
+    of_teacher = 0 if teacher_gradient is None else teacher_grad_of(objective)
+    functions = functions_of(objective, of_teacher)
     if of_teacher == 2:  # the value less the sum of the student's slopes may have lost the sum of the teacher's
         statistics = statistics.clone()
         whole = launch._replace(splits=1, columns_per_split=V)

@@ -1,9 +1,8 @@
 """Rare sweeps over a row whose statistics have overflowed, or have lost the digits that the loss needs.
 
 The loop of `statistics.py` takes differences of logits without a unit.  If T is below 1, the loss may be finite although c
-has overflowed there.  So a row whose
-c has overflowed is swept once more, for c alone, in UNIT.  The kernels for T = 1, 2, 3 and 4 leave this sweep out, since
-it costs registers.
+has overflowed there.  So a row whose c has overflowed is swept once more, for c alone, in UNIT.  The kernels for T = 1, 2,
+3 and 4 leave this sweep out, since it costs registers.
 
 Reverse KL is c / d_T in nats plus log(1 + second / d_T).  Where teacher and student are close, both are of first order in
 the difference of the models, and their sum is of second order: the rounding of e and d_T would be larger than it.  So a

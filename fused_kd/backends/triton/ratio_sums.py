@@ -41,7 +41,8 @@ from .tiles import (
 
 
 @triton.jit
-def sums_of_tile(
+def add_columns(
+    value, slope,  # [LANES] each
     student, teacher,  # Streams
     column, high,  # column is a tile
     s,  # Statistics of the whole row
@@ -50,11 +51,11 @@ def sums_of_tile(
     VALUE: tl.constexpr, SLOPE: tl.constexpr, LANES: tl.constexpr, K: tl.constexpr, WIDE: tl.constexpr,
     STUDENT_MAP: tl.constexpr, TEACHER_MAP: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """Return the sums of f and G over the columns that each thread has of a tile, times d_T, [LANES] each."""
+    """Return the sums with f and G of the columns that each thread has of a tile added, times d_T."""
     z, y = load_pair(student, teacher, column, high, True, STUDENT_MAP, TEACHER_MAP, MASKED, WIDE > 1)
     x = pair_of(by_lane(z, LANES, K, WIDE), by_lane(y, LANES, K, WIDE), s.m_s, s.m_t, scalars.exp2_scale, True, 1)
     x = elements_of(x, of_q, log, scalars)
-    return sum_of_lane(VALUE(x), WIDE), sum_of_lane(SLOPE(x), WIDE)
+    return value + sum_of_lane(VALUE(x), WIDE), slope + sum_of_lane(SLOPE(x), WIDE)
 
 
 @triton.jit
@@ -74,19 +75,15 @@ def ratio_sums(
     slope = tl.zeros([LANES], tl.float32)
     whole = low + (high - low) // TILE * TILE
     for start in tl.range(low, whole, TILE, num_stages=2 if WIDE > 1 else 1):
-        f, G = sums_of_tile(
-            student, teacher, start + column, high, s, of_q, log, scalars,
+        value, slope = add_columns(
+            value, slope, student, teacher, start + column, high, s, of_q, log, scalars,
             VALUE, SLOPE, LANES, K, WIDE, STUDENT_MAP, TEACHER_MAP, False,
         )  # fmt: skip
-        value += f
-        slope += G
     if whole < high:
-        f, G = sums_of_tile(
-            student, teacher, whole + column, high, s, of_q, log, scalars,
+        value, slope = add_columns(
+            value, slope, student, teacher, whole + column, high, s, of_q, log, scalars,
             VALUE, SLOPE, LANES, K, WIDE, STUDENT_MAP, TEACHER_MAP, True,
         )  # fmt: skip
-        value += f
-        slope += G
     value, slope = summed(value, slope)
     mass = tl.where(s.d_T > 0, s.d_T, 1.0)  # 0 if the row does not count
     return quotient(value, mass), quotient(slope, mass)
