@@ -259,7 +259,8 @@ class TotalVariation(Divergence):
 
     def slopes(self, x: Ratio) -> Slopes:
         """Return G = p sign(p - q) / 2 and K = q sign(q - p) / 2."""
-        sign, (student, teacher) = x.log_ratio.sign_(), x.free
+        # The sign; `sign_` would make 0 of NaN.
+        sign, (student, teacher) = x.log_ratio.mul_(torch.finfo(x.p.dtype).max).clamp_(-1.0, 1.0), x.free
         return Slopes(torch.mul(sign, x.p, out=student), torch.mul(sign, x.q, out=teacher), -0.5, 0.5)
 
     def kernels(self) -> tuple[Any, ...]:
