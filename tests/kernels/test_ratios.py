@@ -16,7 +16,7 @@ from fused_kd.backends.triton import ratios
 from fused_kd.backends.triton.arguments import functions_of
 from fused_kd.backends.triton.tiles import LINE
 from fused_kd.devices import DEVICES, SHARED_TWO_SWEEPS
-from fused_kd.divergences import Divergence, Objective, of
+from fused_kd.divergences import JSD, Divergence, Objective, SkewKL, of
 from fused_kd.launch import Launch, SinglePass, best_single_pass
 from fused_kd.logit_map import IDENTITY_MAP, LogitMap
 
@@ -91,6 +91,19 @@ def test_functions_of_one_column(kernel_device, name, parameter):
         (slope - G).abs() <= precision * b.get(name, 1.0) * p * (1 + t.abs()) + (2e-6 + 1e-7 * t.abs()) * G.abs()
     ).all()
     assert (value >= 0).all()
+
+
+@pytest.mark.parametrize("kind", [JSD, SkewKL])
+def test_kernels_get_the_smaller_share(kernel_device, kind):
+    """Rounded to float32, as a kernel gets it, a share next to 1 would have lost the digits of the other share."""
+    share = 1 - 1e-6
+    parameter = float(torch.tensor(kind(share).kernel_parameter, dtype=torch.float32))
+    t = torch.tensor([-3.0, -0.5, 0.5, 3.0], dtype=torch.float64)
+    p = torch.full_like(t, 0.25)
+    given = (x.float().to(kernel_device) for x in (p, p * t.exp(), t))
+    _, slope = functions_at(kind.name, *given, parameter)
+    exactly = torch.tensor([exact(kind.name, *column, share)[1] for column in zip(t.tolist(), p.tolist(), strict=True)])
+    assert relative_error(slope.cpu(), exactly) < 1e-5
 
 
 @pytest.mark.parametrize("name", NAMES)
