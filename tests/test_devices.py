@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fused_kd import devices
-from fused_kd.devices import Device, device_of_properties, device_of_target
+from fused_kd.devices import DEVICES, Device, device_of_properties, device_of_target
 from fused_kd.launch import best_single_pass, is_faster
 from fused_kd.testing import launching
 from fused_kd.testing.launches import fake_gpu
@@ -80,6 +80,45 @@ def test_a_device_is_known_by_its_name(name: str, known: str):
     found = device_of_properties(properties(name))
     assert found.target == devices.DEVICES[known].target
     assert found.memory_gb == devices.DEVICES[known].memory_gb
+
+
+def test_the_memory_and_the_rates_are_those_of_the_card():
+    card = device_of_properties(properties("NVIDIA A100-SXM4-40GB", total_memory=42_405_855_232))
+    assert card.memory == 42_405_855_232
+    assert DEVICES["A100"].memory == 40 * 10**9  # by its name alone: the smaller of its cards
+    assert Device(1, 1, False).memory == 24 * 10**9
+    assert card.bandwidth == DEVICES["A100"].bandwidth
+    clocks = {"memory_clock_rate": 1_593_000, "memory_bus_width": 5120}  # those of an H100 PCIe
+    pcie = device_of_properties(properties("NVIDIA H100 PCIe", **clocks))
+    assert pcie.bandwidth == pytest.approx(2.04e12, rel=0.01)
+    half = device_of_properties(SimpleNamespace(name="NVIDIA H200 MIG 3g.71gb", multi_processor_count=66))
+    assert (half.bandwidth, half.flops_16) == (2.4e12, 3.48e14)
+
+
+def test_the_rates_of_an_unknown_device_are_estimated():
+    """An A6000: 768 GB/s and 155 Tflop/s in bfloat16, dense."""
+    clocks = {"clock_rate": 1_800_000, "memory_clock_rate": 8_001_000, "memory_bus_width": 384}
+    found = device_of_properties(SimpleNamespace(name="NVIDIA RTX A6000", multi_processor_count=84, major=8, **clocks))
+    assert found.bandwidth == pytest.approx(768e9, rel=0.01)
+    assert found.flops_16 == pytest.approx(0.72 * 155e12, rel=0.05)
+    silent = device_of_properties(SimpleNamespace(name="NVIDIA RTX A6000", multi_processor_count=84, major=8))
+    assert 0.5e12 < silent.bandwidth < 1.5e12
+    assert silent.sharing
+    amd = SimpleNamespace(name="AMD Instinct MI210", multi_processor_count=104, gcnArchName="gfx90a", major=9)
+    assert device_of_properties(amd).rate(2) > 1e14
+
+
+@pytest.mark.parametrize("name", devices.DEVICES)
+def test_a_rate_has_the_order_of_its_dtype(name: str):
+    device = DEVICES[name]
+    assert device.rate(2) > device.rate(4) > device.rate(8)
+
+
+def test_a_plan_takes_the_device_at_hand(new: Device):
+    from fused_kd import plan_chunks
+
+    assert plan_chunks(8192, 128_256, 2048, 4096, device="X1000").modelled_seconds > 0
+    assert plan_chunks(8192, 128_256, 2048, 4096, device=new).workspace_bytes <= 288e9 / 8
 
 
 def test_a_name_that_only_begins_like_a_known_one_is_another():

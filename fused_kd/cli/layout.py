@@ -26,15 +26,15 @@ def say(text: str, hanging: str = "") -> None:
 def print_table(console: Console, table: Table) -> None:
     """Print a table whose columns are wide enough for their longest words.
 
-    Figures, which are aligned right, stay in one line where there is room.  If the terminal is too narrow for the words,
-    print one record per row, with a line "heading: cell" for each cell.
+    Figures, which are aligned right, and columns with `no_wrap` stay in one line where there is room.  If the terminal is
+    too narrow for the words, print one record per row, with a line "heading: cell" for each cell.
     """
     texts = [[_plain(console, text) for text in (column.header, *column.cells)] for column in table.columns]
     natural = [max(cell_len(line) for text in column for line in text.split("\n")) for column in texts]
     words = [max((cell_len(word) for text in column for word in text.split()), default=0) for column in texts]
     figures = [
         max([word, *(cell_len(line) for text in texts for line in text.split("\n"))])
-        if column.justify == "right"
+        if column.justify == "right" or column.no_wrap
         else word
         for column, word, (_, *texts) in zip(table.columns, words, texts, strict=True)
     ]

@@ -6,6 +6,7 @@ import struct
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from ..devices import DEVICES
 from .arguments import MOST, at_least_one, new_file, number, quoted
 from .errors import UserError, reporting
 from .help import HelpFormatter
@@ -17,8 +18,8 @@ if TYPE_CHECKING:
 
 DESCRIPTION = """\
 Says which loss function to use, and what the loss step of a distillation takes in memory: with eager PyTorch, kd_loss and
-linear_kd_loss, from the projection of the hidden states to their gradients, and on which cards that fits.  It needs no GPU
-and runs nothing.
+linear_kd_loss, by default and in lean mode, from the projection of the hidden states to their gradients, and on which cards
+that fits.  It needs no GPU and runs nothing.
 
 Of a model only its config is read.  The rest of the training step (layers, activations, optimizer) is not planned: pass
 what it holds as --reserved.  GB are 10^9 bytes.  Without --teacher and --teacher-hidden the student is its own teacher.
@@ -62,7 +63,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     )  # fmt: skip
     step.add_argument("--frozen", action="store_true", help="the student's head gets no gradient (default: it does)")
     step.add_argument(
-        "--logits-dtype", choices=DTYPES, help="of linear_kd_loss: of a chunk's logits (default: that of --dtype)"
+        "--logits-dtype", choices=DTYPES, help="of linear_kd_loss: of a chunk's logits (default: float32)"
     )
     step.add_argument(
         "--workspace-bytes", metavar="BYTES", type=_bytes,
@@ -72,7 +73,13 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         "--reserved", metavar="GB", type=_gigabytes, default=0.0,
         help="what the rest of the training step holds, without the two heads; counts on the cards (default: 0)",
     )  # fmt: skip
-    parser.add_argument("--arrays", action="store_true", help="print every array too, the chunks, flops and traffic")
+    step.add_argument(
+        "--device", metavar="NAME", choices=[*DEVICES, "cpu"], default="H100",
+        help=f"of linear_kd_loss: what to plan its chunks for: {', '.join(DEVICES)} or cpu (default: H100)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--arrays", action="store_true", help="print every array too, the chunks, the modelled time, flops and traffic"
+    )
     parser.add_argument("--json", type=new_file, metavar="FILE", help="write every figure to FILE")
     parser.set_defaults(run=run)
 
@@ -123,6 +130,7 @@ def _step(options: argparse.Namespace) -> tuple["LossStep", list[str]]:
         getattr(torch, options.logits_dtype) if options.logits_dtype else None,
         options.workspace_bytes,
         in_one_launch=options.dtype != "float16",
+        device=None if options.device == "cpu" else options.device,
     )
     try:
         _ = step.chunks

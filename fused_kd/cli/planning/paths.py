@@ -20,10 +20,12 @@ from typing import NamedTuple
 
 import torch
 
+from ...devices import DEVICES, Device
 from ...heads.chunks import Plan, plan_chunks
 
 EAGER, KD_LOSS, IN_PLACE, LINEAR = "eager PyTorch", "kd_loss", "kd_loss in place", "linear_kd_loss"
-PREFERRED = (LINEAR, KD_LOSS, IN_PLACE, EAGER)  # the first of those that take the same
+LEAN = "linear_kd_loss, lean"
+PREFERRED = (LINEAR, KD_LOSS, IN_PLACE, EAGER)  # the first of those that take the same; lean is for who needs it
 SAME = 1.01  # times the least memory: not told apart
 MOST_TOKENS = 2**30  # of any step
 
@@ -37,9 +39,11 @@ class LossStep(NamedTuple):
     teacher_hidden: int  # H_t
     dtype: torch.dtype = torch.bfloat16  # of hidden states, weights and logits
     trained: bool = True  # whether the student's head gets a gradient
-    logits_dtype: torch.dtype | None = None  # as of linear_kd_loss
+    logits_dtype: torch.dtype | None = None  # as of linear_kd_loss: of a chunk
     workspace_bytes: int | None = None  # as of linear_kd_loss
     in_one_launch: bool = True  # whether kd_loss takes the gradient with the loss, as on a GPU, but for float16 logits
+    device: str | None = None  # the GPU that linear_kd_loss is planned for, by its name; None: a CPU
+    card_bytes: int = 0  # the memory of the card; 0: the smallest with this GPU
 
     @property
     def logits_bytes(self) -> int:
@@ -76,9 +80,24 @@ class LossStep(NamedTuple):
     @property
     def chunks(self) -> Plan:
         """Chunks of linear_kd_loss; raises ValueError if workspace_bytes is too small."""
+        return self._planned("default")
+
+    @property
+    def slabs(self) -> Plan:
+        """Slabs of linear_kd_loss in lean mode; without the bound if that is too small for a slab."""
+        try:
+            return self._planned("lean")
+        except ValueError:
+            return self._replace(workspace_bytes=None)._planned("lean")
+
+    def _planned(self, memory: str) -> Plan:
+        device: Device | None = None
+        if self.device:
+            device = DEVICES[self.device]._replace(memory_bytes=self.card_bytes)
         return plan_chunks(
             self.tokens, self.vocab_size, self.student_hidden, self.teacher_hidden, dtype=self.dtype,
             logits_dtype=self.logits_dtype, weight_grad=self.trained, workspace_bytes=self.workspace_bytes,
+            device=device, memory=memory,
         )  # fmt: skip
 
 
@@ -137,7 +156,13 @@ class Ledger:
 
 def ledgers(step: LossStep) -> dict[str, Ledger]:
     """Return the ledger of each path, by its name."""
-    return {EAGER: eager(step), KD_LOSS: kd_loss(step), IN_PLACE: kd_loss(step, in_place=True), LINEAR: linear(step)}
+    return {
+        EAGER: eager(step),
+        KD_LOSS: kd_loss(step),
+        IN_PLACE: kd_loss(step, in_place=True),
+        LINEAR: linear(step),
+        LEAN: lean(step),
+    }
 
 
 def eager(step: LossStep) -> Ledger:
@@ -191,24 +216,42 @@ def kd_loss(step: LossStep, *, in_place: bool = False) -> Ledger:
 
 
 def linear(step: LossStep) -> Ledger:
-    """Return the ledger of `linear_kd_loss`, which takes the gradients in its forward pass, in the buffers of chunks."""
+    """Return the ledger of `linear_kd_loss`, which takes the gradients in its forward pass, in the buffers of chunks.
+
+    A group is the chunks whose logits' gradients are multiplied together.
+    """
     chunks = step.chunks
-    rounded = "student logits' gradient, rounded"
-    total = "weight gradient, summed in float32"  # of 16-bit weights only: otherwise the sum is the gradient
-
-    def buffers(*names: str) -> dict[str, int]:
-        return {name: chunks.buffers[name] for name in names if name in chunks.buffers}
-
-    # The teacher's logits leave before the weight gradient comes, unless another chunk needs their buffer.
-    early, late = (("teacher logits",), ()) if chunks.chunks <= 1 else ((), ("teacher logits",))
-    sums = buffers(total) or buffers("weight gradient")
+    sums = "weight gradient, summed in float32"
+    one_group = chunks.gradient_rows >= step.tokens
+    of_group = ["student logits' gradient, rounded"]
+    of_chunk = ["teacher logits"]
+    (of_chunk if of_group[0] in chunks.buffers else of_group).append("student logits")
+    total = _sizes(chunks, sums) or _sizes(chunks, "weight gradient")
+    rounded = _sizes(chunks, "weight gradient") if sums in total else {}
+    # The logits leave before the last group is multiplied.  If there are several groups, the sum is there before.
     forward = [
-        Operation("a chunk's loss", buffers("hidden gradient", "student logits", "teacher logits", rounded), early),
-        Operation("a chunk's products", sums, ("student logits", rounded, *late)),
+        Operation(
+            "a chunk's loss", _sizes(chunks, "hidden gradient", *of_chunk, *of_group), tuple(of_chunk) * one_group
+        ),
+        Operation("a group's products", total, (*of_group, *(() if one_group else of_chunk))),
     ]
-    return _ledger(
-        forward, [Operation("times upstream", buffers("weight gradient") if total in sums else {}, (total,))]
-    )
+    last = Operation("rounding of the sum", rounded, (sums,))
+    if step.dtype == torch.float16:  # in backward, which multiplies by the unit
+        return _ledger(forward, [last._replace(name="times upstream")])
+    return _ledger([*forward, last] if rounded else forward, [Operation("times upstream")])
+
+
+def lean(step: LossStep) -> Ledger:
+    """Return the ledger of `linear_kd_loss(..., memory="lean")`: slabs of the vocabulary over all tokens."""
+    slabs = step.slabs
+    gradients = [name for name in slabs.buffers if name in step.gradients]
+    others = [name for name in slabs.buffers if name not in gradients]
+    slab = Operation("a slab's gradients", _sizes(slabs, *gradients, *others), tuple(others))
+    return _ledger([slab], [Operation("times upstream")])
+
+
+def _sizes(plan: Plan, *names: str) -> dict[str, int]:
+    return {name: plan.buffers[name] for name in names if name in plan.buffers}
 
 
 def _heads(step: LossStep) -> list[Operation]:
@@ -239,15 +282,16 @@ def most_tokens(step: LossStep, path: str, capacity: int) -> int:
 
 
 def least_memory(step: LossStep) -> str:
-    """Return the path whose peak is the smallest, inputs included."""
-    needed = {path: needed_bytes(step, ledger) for path, ledger in ledgers(step).items()}
+    """Return the path whose peak is the smallest, inputs included; lean mode, which takes longer, left out."""
+    needed = {path: needed_bytes(step, ledger) for path, ledger in ledgers(step).items() if path in PREFERRED}
     return next(path for path in PREFERRED if needed[path] <= SAME * min(needed.values()))
 
 
 def linear_from(step: LossStep) -> int | None:
     """Return the number of tokens from which `linear_kd_loss` takes the least memory; None if there is none.
 
-    A few numbers above it may take up to 1% more again, where a chunk is rounded to a multiple of tokens.
+    A few numbers above it may take up to 1% more again, where a chunk is rounded to a multiple of tokens, or up to 3% on a
+    GPU, where the plan changes with the number of tokens.
     """
 
     def is_linear(tokens: int) -> bool:
