@@ -45,7 +45,7 @@ optimizer = torch.optim.AdamW(
     [p for p in student.parameters() if p.requires_grad], lr=1e-4 if options.student else 2e-2
 )
 
-# "all-linear" gives the head no adapter.  One that has an adapter is not its `weight` alone.
+# "all-linear" gives the head no adapter; lora_on_the_head.py has one.
 head, teacher_head = (model.get_output_embeddings().weight for model in (student, teacher))
 plans = {
     trained: plan_chunks(8 * 63, *head.shape, teacher_head.shape[1], dtype=torch.float32, weight_grad=trained)

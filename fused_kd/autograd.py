@@ -13,8 +13,9 @@ from torch import Tensor
 
 from . import operators
 from .heads.operator import linear_losses
-from .heads.sweep import LinearOptions
+from .heads.sweep import LinearOptions, Outside, returned
 from .launch import SinglePass
+from .rows import readable
 from .scaling import is_batched, scaled
 from .sweep import KDOptions, weight_gradients
 
@@ -233,35 +234,62 @@ class LinearKDLossFunction(torch.autograd.Function):
     @staticmethod
     def forward(
         hidden: Tensor,  # [N, H_s]
-        weight: Tensor,  # [V', H_s], V' >= vocab_size
+        weight: Tensor | None,  # [V', H_s], V' >= vocab_size; None with a function in its place
         bias: Tensor | None,  # [V']
+        lora_hidden: Tensor | None,  # [N, r]; None: no LoRA
+        lora_weight: Tensor | None,  # [V', r]
         teacher_hidden: Tensor | None,  # [N, H_t]; None: no divergence
-        teacher_weight: Tensor | None,  # [V'', H_t]
+        teacher_weight: Tensor | None,  # [V'', H_t]; None with a function in its place
         teacher_bias: Tensor | None,  # [V'']
         labels: Tensor | None,  # [N]; None: no CE
         weights: Tensor,  # [3, N]
+        upstream: Tensor | None,  # a scalar, that of weight_grad_out; None: 1
         options: LinearOptions,
+        outside: Outside,
     ) -> tuple[Tensor, ...]:  # the fields of Losses; unit and gradients
-        heads = hidden, weight, bias, teacher_hidden, teacher_weight, teacher_bias
-        return linear_losses(*heads, labels, weights, None, options=options)
+        heads = hidden, weight, bias, lora_hidden, lora_weight, teacher_hidden, teacher_weight, teacher_bias
+        return linear_losses(*heads, labels, weights, upstream, options=options, outside=outside)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        *heads, _, weights, ctx.options = inputs
-        ctx.dtypes = _dtypes(heads, ctx.options)
-        _save(ctx, weights, *output[4:])
+        *heads, _, weights, upstream, ctx.options, ctx.outside = inputs
+        ctx.dtypes = _dtypes(heads, ctx.options, ctx.outside)
+        _save(ctx, weights, upstream, *output[4:])
         ctx.set_materialize_grads(False)
 
     @staticmethod
     @_first_order
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        weights, statistics, unit, *saved = ctx.saved_tensors
+        weights, taken, statistics, unit, *saved = ctx.saved_tensors
         factors = [upstream, unit] if unit.numel() else [upstream]
+        if taken is not None:
+            factors = [_over_what_was_taken(upstream, taken)]
         gradients = scaled(saved, factors, ctx.dtypes, in_place=_may_write_over_saved(upstream))
         for_weights = None
-        if ctx.needs_input_grad[7]:
+        if ctx.needs_input_grad[WEIGHTS]:
             for_weights = weight_gradients(statistics, weights, upstream, ctx.options.kd)
-        return *_for_heads(gradients, ctx.options), None, for_weights, None
+        return *_for_heads(gradients, ctx.options, ctx.outside), None, for_weights, None, None, None
+
+
+WEIGHTS = 9  # the index of the weights of the rows among the inputs of the linear functions
+
+
+def _over_what_was_taken(
+    upstream: Tensor,
+    taken: Tensor,  # the upstream gradient that forward has taken for the caller's sum of the weight's gradient
+) -> Tensor:
+    """Return 1, the factor of the other gradients, which forward has taken with that upstream gradient too.
+
+    Raises:
+        RuntimeError: the upstream gradient is another one, on a CPU.  On a GPU the result is NaN.
+    """
+    is_same = (upstream.double() - taken).abs() <= 1e-6 * taken.abs()
+    if readable(is_same) and not is_batched(is_same) and not bool(is_same):
+        raise RuntimeError(
+            f"weight_grad_scale: expected the upstream gradient of the loss, {upstream.item():g}, got {taken.item():g}, by "
+            "which forward has multiplied what it added to weight_grad_out; pass it, and take what was added away"
+        )
+    return torch.where(is_same, 1.0, torch.nan)
 
 
 class LinearKDRowLossesFunction(torch.autograd.Function):
@@ -273,12 +301,12 @@ class LinearKDRowLossesFunction(torch.autograd.Function):
     def forward(
         *inputs: Any,  # as in LinearKDLossFunction
     ) -> tuple[Tensor, ...]:  # the fields of Losses
-        *tensors, options = inputs
-        return linear_losses(*tensors, None, options=_without_gradients(options))[:5]
+        *tensors, options, outside = inputs
+        return linear_losses(*tensors, options=_without_gradients(options), outside=outside)[:5]
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        *tensors, ctx.options = inputs
+        *tensors, _, ctx.options, ctx.outside = inputs
         _save(ctx, *tensors, output[4])
         ctx.set_materialize_grads(False)
 
@@ -289,29 +317,30 @@ class LinearKDRowLossesFunction(torch.autograd.Function):
         gradients: Sequence[Tensor] = []
         for_weights = None
         if any(ctx.options.needed):
-            operator = functools.partial(linear_losses, options=ctx.options)
+            operator = functools.partial(linear_losses, options=ctx.options, outside=ctx.outside)
             unit, *found = _in_backward(operator, *heads, labels, weights, upstream)[5:]
             factors, in_place = [unit] if unit.numel() else [], not torch.is_grad_enabled()
-            gradients = scaled(found, factors, _dtypes(heads, ctx.options), in_place=in_place)
-        if ctx.needs_input_grad[7]:
+            gradients = scaled(found, factors, _dtypes(heads, ctx.options, ctx.outside), in_place=in_place)
+        if ctx.needs_input_grad[WEIGHTS]:
             for_weights = weight_gradients(statistics, weights, upstream, ctx.options.kd)
-        return *_for_heads(gradients, ctx.options), None, for_weights, None
+        return *_for_heads(gradients, ctx.options, ctx.outside), None, for_weights, None, None, None
 
 
 def _without_gradients(options: LinearOptions) -> LinearOptions:
-    kd, needed, dtype, teacher_dtype, logits_dtype, workspace_bytes = options  # PyTorch 2.7 does not trace `_replace`
-    return LinearOptions(kd, (False,) * len(needed), dtype, teacher_dtype, logits_dtype, workspace_bytes)
+    kd, needed, *rest = options  # PyTorch 2.7 does not trace `_replace`
+    return LinearOptions(kd, (False,) * len(needed), *rest)  # type: ignore[arg-type]
 
 
-def _dtypes(heads: Sequence[Tensor | None], options: LinearOptions) -> list[torch.dtype]:
-    """Return the dtypes of the requested gradients."""
-    return [tensor.dtype for tensor, need in zip(heads, options.needed, strict=True) if need and tensor is not None]
+def _dtypes(heads: Sequence[Tensor | None], options: LinearOptions, outside: Outside) -> list[torch.dtype]:
+    """Return the dtypes of the gradients that are returned."""
+    pairs = zip(heads, returned(options, outside), strict=True)
+    return [tensor.dtype for tensor, is_returned in pairs if is_returned and tensor is not None]
 
 
-def _for_heads(gradients: Sequence[Tensor], options: LinearOptions) -> list[Tensor | None]:
-    """Return the requested gradients with None for each tensor of the heads that needs no gradient."""
+def _for_heads(gradients: Sequence[Tensor], options: LinearOptions, outside: Outside) -> list[Tensor | None]:
+    """Return the gradients with None for each tensor of the heads that needs no gradient, or has it elsewhere."""
     given = iter(gradients)
-    return [next(given) if need else None for need in options.needed]
+    return [next(given) if is_returned else None for is_returned in returned(options, outside)]
 
 
 def apply(function: type[torch.autograd.Function], *inputs: Any) -> tuple[Tensor, ...]:

@@ -17,6 +17,7 @@ LOGIT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 LABEL_DTYPES = (torch.int32, torch.int64)
 REAL_DTYPES = (*LOGIT_DTYPES, torch.uint8, torch.int8, torch.int16, *LABEL_DTYPES)
 REDUCTIONS = ("mean", "sum", "none")
+MEMORY = ("default", "lean")
 FLAGS = ("shift", "teacher_grad", "inplace_backward", "return_parts")
 BUILT_IN = (float, int, bool, type(None), Tensor)
 SMALLEST, LARGEST = 1e-18, 1e18  # bounds of numbers in the formula: float32 holds their squares and inverses
@@ -34,15 +35,15 @@ def plain(value: Any) -> Any:
     return float(value) if isinstance(value, numbers.Real) else value
 
 
-def _is_number(value: object) -> bool:
+def is_number(value: object) -> bool:
     return isinstance(value, (float, int)) and not isinstance(value, bool)  # PyTorch 2.7 does not trace `float | int`
 
 
-def _is_integer(value: object) -> bool:
+def is_integer(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _what(value: object) -> str:
+def what(value: object) -> str:
     if isinstance(value, Tensor):
         return f"a tensor of shape {tuple(value.shape)} and {value.dtype}"
     return f"{reprlib.repr(value)} ({type(value).__name__})"  # a list of a million numbers is not printed
@@ -53,104 +54,25 @@ def check_logits(student: Tensor, teacher: Tensor | None, vocab_size: int | None
     for name, logits in (("student_logits", student), ("teacher_logits", teacher)):
         if logits is None and name == "teacher_logits":
             continue
-        logits = _check_float_tensor(name, logits, "logits, not token ids")
+        logits = check_float_tensor(name, logits, "logits, not token ids")
         if logits.dim() == 0 or logits.shape[-1] == 0:
             raise ValueError(f"{name}: expected shape [..., V] with V >= 1, got {tuple(logits.shape)}")
-        _check_device_type(name, logits)
+        check_device_type(name, logits)
     if teacher is not None:
-        _check_device("teacher_logits", teacher, student)
-        _check_leading("teacher_logits", teacher, student)
+        check_device("teacher_logits", teacher, student)
+        check_leading("teacher_logits", teacher, student)
     widths = [logits.shape[-1] for logits in (student, teacher) if logits is not None]
-    return _vocabulary("teacher_logits", widths, vocab_size)
-
-
-def check_heads(
-    student: tuple[Tensor, Tensor, Tensor | None],  # hidden states, weight, bias
-    teacher: tuple[Tensor | None, Tensor | None, Tensor | None],
-    vocab_size: int | None,
-) -> int:
-    """Return V, the number of real columns."""
-    if (teacher[0] is None) != (teacher[1] is None):
-        missing, given = (
-            ("teacher_hidden", "teacher_weight") if teacher[0] is None else ("teacher_weight", "teacher_hidden")
-        )
-        raise ValueError(f"{missing}: expected a tensor beside {given}, got None; without a teacher pass None for both")
-    for who, (hidden, weight, bias) in (("student", student), ("teacher", teacher)):
-        if who == "teacher" and hidden is None:
-            if bias is not None:
-                raise ValueError(f"teacher_bias: expected None without a teacher, got {_what(bias)}")
-            continue
-        _check_head(who, hidden, weight, bias)
-    if teacher[0] is not None:
-        _check_device("teacher_hidden", teacher[0], student[0])
-        _check_leading("teacher_hidden", teacher[0], student[0])
-    return _vocabulary("teacher_weight", [w.shape[0] for w in (student[1], teacher[1]) if w is not None], vocab_size)
-
-
-def _check_head(who: str, hidden: Tensor | None, weight: Tensor | None, bias: Tensor | None) -> None:
-    hidden = _check_float_tensor(f"{who}_hidden", hidden, "hidden states")
-    if hidden.dim() == 0 or hidden.shape[-1] == 0:
-        raise ValueError(f"{who}_hidden: expected shape [..., H] with H >= 1, got {tuple(hidden.shape)}")
-    _check_device_type(f"{who}_hidden", hidden)
-    weight = _check_float_tensor(f"{who}_weight", weight, "the weight of the output head")
-    if weight.dim() != 2 or weight.shape[0] == 0:
-        raise ValueError(f"{who}_weight: expected shape [V, H] with V >= 1, as in nn.Linear, got {tuple(weight.shape)}")
-    if weight.shape[1] != hidden.shape[-1]:
-        raise ValueError(
-            f"{who}_weight: expected shape [V, {hidden.shape[-1]}] for {who}_hidden of width {hidden.shape[-1]}, "
-            f"got {tuple(weight.shape)}"
-        )
-    if bias is not None:
-        bias = _check_float_tensor(f"{who}_bias", bias, "the bias of the output head")
-        if bias.shape != weight.shape[:1]:
-            raise ValueError(f"{who}_bias: expected shape ({weight.shape[0]},), got {tuple(bias.shape)}")
-    for name, tensor in ((f"{who}_weight", weight), (f"{who}_bias", bias)):
-        if tensor is None:
-            continue
-        if tensor.device != hidden.device:
-            raise ValueError(
-                f"{name}: expected a tensor on the device of {who}_hidden, {hidden.device}, got {tensor.device}"
-            )
-        if products_dtype(tensor) != products_dtype(hidden):
-            autocast = "which torch.autocast does not do with float64"
-            if torch.float64 not in (tensor.dtype, hidden.dtype):
-                autocast = "or run under torch.autocast"
-            raise ValueError(
-                f"{name}: expected the dtype of {who}_hidden, {hidden.dtype}, got {tensor.dtype}; cast one of them, "
-                f"{autocast}"
-            )
-
-
-def products_dtype(tensor: Tensor) -> torch.dtype:
-    """Return the dtype in which a head's tensor is multiplied: the autocast dtype under torch.autocast, else its own.
-
-    float64 is never cast.
-    """
-    kind = tensor.device.type
-    autocast = tensor.dtype != torch.float64 and torch.is_autocast_enabled(kind)
-    return torch.get_autocast_dtype(kind) if autocast else tensor.dtype
-
-
-def check_logits_dtype(student_hidden: Tensor, teacher_hidden: Tensor | None, logits_dtype: torch.dtype | None) -> None:
-    """Check that logits_dtype is float32 or the dtype of both models' products."""
-    for hidden in (student_hidden, teacher_hidden):
-        if hidden is None or logits_dtype is None:
-            continue
-        own = products_dtype(hidden)
-        if logits_dtype not in (own, torch.promote_types(own, torch.float32)):
-            raise ValueError(
-                f"logits_dtype: expected None, torch.float32 or the dtype of the products, {own}, got {logits_dtype}"
-            )
+    return vocabulary_of("teacher_logits", widths, vocab_size)
 
 
 def logit_maps(logit_scale: Scale, logit_softcap: Softcap) -> tuple[LogitMap, LogitMap]:
     """Return the maps of student and teacher.  Each option is one value for both models, or a pair."""
     scales, softcaps = _pair("logit_scale", logit_scale), _pair("logit_softcap", logit_softcap)
     for scale in scales:
-        _check_positive("logit_scale", scale, "a finite number above 0, or a pair of such (student, teacher)")
+        check_positive("logit_scale", scale, "a finite number above 0, or a pair of such (student, teacher)")
     for softcap in softcaps:
         if softcap is not None:
-            _check_positive(
+            check_positive(
                 "logit_softcap", softcap, "None or a finite number above 0, or a pair of such (student, teacher)"
             )
     student, teacher = (
@@ -168,19 +90,19 @@ def _pair(name: str, value: Any) -> tuple[Any, Any]:
     return plain(value[0]), plain(value[1])
 
 
-def _check_positive(name: str, value: Any, expected: str, hint: str = "") -> None:
-    if not _is_number(value):
-        raise TypeError(f"{name}: expected {expected}, got {_what(value)}{hint}")
+def check_positive(name: str, value: Any, expected: str, hint: str = "") -> None:
+    if not is_number(value):
+        raise TypeError(f"{name}: expected {expected}, got {what(value)}{hint}")
     if not 0 < value < math.inf:
-        raise ValueError(f"{name}: expected {expected}, got {_what(value)}")
+        raise ValueError(f"{name}: expected {expected}, got {what(value)}")
     if not SMALLEST <= value <= LARGEST:
-        raise ValueError(f"{name}: expected a number from {SMALLEST} to {LARGEST}, got {_what(value)}")
+        raise ValueError(f"{name}: expected a number from {SMALLEST} to {LARGEST}, got {what(value)}")
 
 
-def _check_plain_tensor(name: str, tensor: object) -> Tensor:
+def check_plain_tensor(name: str, tensor: object) -> Tensor:
     """Refuse sparse and nested tensors, and DTensors, whose local part the operators would take for the whole tensor."""
     if not isinstance(tensor, Tensor):
-        raise TypeError(f"{name}: expected a tensor, got {_what(tensor)}")
+        raise TypeError(f"{name}: expected a tensor, got {what(tensor)}")
     if tensor.layout != torch.strided or tensor.is_nested:
         raise TypeError(f"{name}: expected a dense tensor, got a nested one or one of layout {tensor.layout}")
     placements = getattr(tensor, "placements", None)  # only a DTensor has them; this needs no import of its class
@@ -195,8 +117,8 @@ def _check_plain_tensor(name: str, tensor: object) -> Tensor:
     return tensor
 
 
-def _check_float_tensor(name: str, tensor: Tensor | None, meaning: str) -> Tensor:
-    tensor = _check_plain_tensor(name, tensor)
+def check_float_tensor(name: str, tensor: Tensor | None, meaning: str) -> Tensor:
+    tensor = check_plain_tensor(name, tensor)
     if tensor.dtype not in LOGIT_DTYPES:
         raise TypeError(
             f"{name}: expected dtype float32, bfloat16, float16 or float64, got {tensor.dtype}; pass {meaning}"
@@ -204,14 +126,14 @@ def _check_float_tensor(name: str, tensor: Tensor | None, meaning: str) -> Tenso
     return tensor
 
 
-def _check_device_type(name: str, tensor: Tensor) -> None:
+def check_device_type(name: str, tensor: Tensor) -> None:
     if tensor.device.type not in ("cpu", "cuda"):
         raise ValueError(f"{name}: expected a tensor on the CPU or a CUDA device, got one on {tensor.device}")
     if tensor.device.type == "cuda" and tensor.dtype == torch.float64:
         raise TypeError(f"{name}: float64 is computed on the CPU only, got a float64 tensor on {tensor.device}")
 
 
-def _check_leading(name: str, teacher: Tensor, student: Tensor) -> None:
+def check_leading(name: str, teacher: Tensor, student: Tensor) -> None:
     if teacher.shape[:-1] != student.shape[:-1]:
         raise ValueError(
             f"{name}: expected the student's leading dimensions {tuple(student.shape[:-1])}, "
@@ -219,7 +141,7 @@ def _check_leading(name: str, teacher: Tensor, student: Tensor) -> None:
         )
 
 
-def _vocabulary(name: str, widths: list[int], vocab_size: int | None) -> int:
+def vocabulary_of(name: str, widths: list[int], vocab_size: int | None) -> int:
     if vocab_size is None:
         if len(set(widths)) > 1:
             raise ValueError(
@@ -232,14 +154,14 @@ def _vocabulary(name: str, widths: list[int], vocab_size: int | None) -> int:
 
 
 def _check_vocab_size(vocab_size: int | None, largest: int | None) -> None:
-    if vocab_size is None or (_is_integer(vocab_size) and 1 <= vocab_size <= (largest or vocab_size)):
+    if vocab_size is None or (is_integer(vocab_size) and 1 <= vocab_size <= (largest or vocab_size)):
         return
     expected = "an integer, at least 1" if largest is None else f"an integer from 1 to {largest}"
-    error = ValueError if _is_integer(vocab_size) else TypeError
-    raise error(f"vocab_size: expected {expected}, got {_what(vocab_size)}")
+    error = ValueError if is_integer(vocab_size) else TypeError
+    raise error(f"vocab_size: expected {expected}, got {what(vocab_size)}")
 
 
-def _check_device(name: str, tensor: Tensor, student: Tensor) -> None:
+def check_device(name: str, tensor: Tensor, student: Tensor) -> None:
     if tensor.device != student.device:
         raise ValueError(f"{name}: expected a tensor on the student's device {student.device}, got {tensor.device}")
 
@@ -248,33 +170,36 @@ def check_options(options: Options) -> tuple[LogitMap, LogitMap]:
     """Check the options by themselves, and return the maps of student and teacher."""
     _check_alpha_values(options.alpha)
     hint = "; pass a Python number: reading it from a tensor would synchronise with the device"
-    _check_positive("temperature", options.temperature, "a finite number above 0", hint)
-    if not _is_integer(options.ignore_index):
-        raise TypeError(f"ignore_index: expected an integer, got {_what(options.ignore_index)}")
-    _check_choice("reduction", options.reduction, REDUCTIONS)
+    check_positive("temperature", options.temperature, "a finite number above 0", hint)
+    if not is_integer(options.ignore_index):
+        raise TypeError(f"ignore_index: expected an integer, got {what(options.ignore_index)}")
+    check_choice("reduction", options.reduction, REDUCTIONS)
     if not isinstance(options.divergence, Divergence):
-        _check_choice("divergence", options.divergence, tuple(DIVERGENCES), ", or an object of fused_kd.divergences")
+        check_choice("divergence", options.divergence, tuple(DIVERGENCES), ", or an object of fused_kd.divergences")
     _check_vocab_size(options.vocab_size, None)
     logits_dtype, workspace_bytes = options.logits_dtype, options.workspace_bytes
     if logits_dtype is not None and not isinstance(logits_dtype, torch.dtype):
-        raise TypeError(f"logits_dtype: expected None or a torch.dtype, got {_what(logits_dtype)}")
+        raise TypeError(f"logits_dtype: expected None or a torch.dtype, got {what(logits_dtype)}")
     if logits_dtype not in (None, *LOGIT_DTYPES):
         raise ValueError(f"logits_dtype: expected None, torch.float32 or the dtype of the products, got {logits_dtype}")
-    if workspace_bytes is not None and not _is_integer(workspace_bytes):
-        raise TypeError(f"workspace_bytes: expected a number of bytes, got {_what(workspace_bytes)}")
+    if workspace_bytes is not None and not is_integer(workspace_bytes):
+        raise TypeError(f"workspace_bytes: expected a number of bytes, got {what(workspace_bytes)}")
     if workspace_bytes is not None and workspace_bytes < 1:
         raise ValueError(f"workspace_bytes: expected at least 1, got {workspace_bytes}")
+    check_choice("memory", options.memory, MEMORY)
+    if options.compact is not None and not isinstance(options.compact, bool):
+        raise TypeError(f"compact: expected None, True or False, got {what(options.compact)}")
     for name in FLAGS:
         value = getattr(options, name)
         if not isinstance(value, bool):
-            raise TypeError(f"{name}: expected True or False, got {_what(value)}")
+            raise TypeError(f"{name}: expected True or False, got {what(value)}")
     return logit_maps(options.logit_scale, options.logit_softcap)
 
 
-def _check_choice(name: str, value: object, choices: tuple[str, ...], other: str = "") -> None:
+def check_choice(name: str, value: object, choices: tuple[str, ...], other: str = "") -> None:
     if not isinstance(value, str) or value not in choices:
         *others, last = [repr(choice) for choice in choices]
-        raise ValueError(f"{name}: expected {', '.join(others)} or {last}{other}, got {_what(value)}")
+        raise ValueError(f"{name}: expected {', '.join(others)} or {last}{other}, got {what(value)}")
 
 
 def check_rows(
@@ -314,30 +239,30 @@ def _check_num_items(
             f"num_items: expected reduction='mean', whose divisor it replaces, got reduction={reduction!r}"
         )
     if not isinstance(num_items, Tensor):
-        _check_positive("num_items", num_items, "a finite number above 0 or a tensor of one element")
+        check_positive("num_items", num_items, "a finite number above 0 or a tensor of one element")
         return
-    _check_plain_tensor("num_items", num_items)
+    check_plain_tensor("num_items", num_items)
     if num_items.dtype not in REAL_DTYPES:
         raise TypeError(f"num_items: expected real numbers, got {num_items.dtype}")
     if num_items.numel() != 1:
-        raise ValueError(f"num_items: expected a number or a tensor of one element, got {_what(num_items)}")
+        raise ValueError(f"num_items: expected a number or a tensor of one element, got {what(num_items)}")
     if num_items.device.type != "cpu":
-        _check_device("num_items", num_items, student)
+        check_device("num_items", num_items, student)
     if readable(num_items) and not 0 <= num_items.item() < math.inf:  # 0 is right if no row of the batch counts
         raise ValueError(f"num_items: expected a finite number, at least 0, got {num_items.item()}")
 
 
 def _check_alpha_values(alpha: float | Tensor) -> None:
     if isinstance(alpha, Tensor):
-        _check_plain_tensor("alpha", alpha)
+        check_plain_tensor("alpha", alpha)
         if alpha.dtype not in LOGIT_DTYPES:
-            raise TypeError(f"alpha: expected a number or a floating-point tensor, got {_what(alpha)}")
+            raise TypeError(f"alpha: expected a number or a floating-point tensor, got {what(alpha)}")
         if readable(alpha) and not bool(((alpha >= 0) & (alpha <= 1)).all()):
             raise ValueError(f"alpha: expected values in [0, 1], got {alpha.min().item()} to {alpha.max().item()}")
-    elif not _is_number(alpha):
-        raise TypeError(f"alpha: expected a number or a floating-point tensor, got {_what(alpha)}")
+    elif not is_number(alpha):
+        raise TypeError(f"alpha: expected a number or a floating-point tensor, got {what(alpha)}")
     elif not 0 <= alpha <= 1:
-        raise ValueError(f"alpha: expected a number in [0, 1], got {_what(alpha)}")
+        raise ValueError(f"alpha: expected a number in [0, 1], got {what(alpha)}")
 
 
 def _check_alpha(
@@ -351,26 +276,26 @@ def _check_alpha(
         if alpha.dim():
             _check_row_shape("alpha", alpha, student)
         else:
-            _check_device("alpha", alpha, student)
+            check_device("alpha", alpha, student)
     if labels is None and (isinstance(alpha, Tensor) or alpha < 1):
         raise ValueError(
-            f"labels: expected a tensor, got None with alpha={_what(alpha)}; without labels there is no cross-entropy "
+            f"labels: expected a tensor, got None with alpha={what(alpha)}; without labels there is no cross-entropy "
             f"term: pass alpha=1"
         )
     if teacher is None and (isinstance(alpha, Tensor) or alpha > 0):
         raise ValueError(
-            f"{teacher_name}: expected a tensor, got None with alpha={_what(alpha)}; without a teacher there is no KL "
+            f"{teacher_name}: expected a tensor, got None with alpha={what(alpha)}; without a teacher there is no KL "
             f"term: pass alpha=0"
         )
 
 
 def _check_row_shape(name: str, tensor: Tensor, student: Tensor) -> None:
-    _check_plain_tensor(name, tensor)
+    check_plain_tensor(name, tensor)
     if tensor.shape != student.shape[:-1]:
         raise ValueError(
             f"{name}: expected one value a row, shape {tuple(student.shape[:-1])}, got {tuple(tensor.shape)}"
         )
-    _check_device(name, tensor, student)
+    check_device(name, tensor, student)
 
 
 def _check_labels(labels: Tensor, student: Tensor, vocabulary: int, options: Options) -> None:
@@ -382,7 +307,7 @@ def _check_labels(labels: Tensor, student: Tensor, vocabulary: int, options: Opt
     ignore_index, held = options.ignore_index, torch.iinfo(labels.dtype)
     if not held.min <= ignore_index <= held.max:  # PyTorch would truncate it to the labels' dtype
         raise ValueError(
-            f"ignore_index: expected an integer that labels of {labels.dtype} can hold, got {_what(ignore_index)}"
+            f"ignore_index: expected an integer that labels of {labels.dtype} can hold, got {what(ignore_index)}"
         )
     if readable(labels):
         read = labels[..., 1:] if options.shift else labels

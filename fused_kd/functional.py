@@ -1,4 +1,4 @@
-"""The two losses: check the arguments, shape them, hand them on."""
+"""The loss from logits: check the arguments, shape them, hand them on."""
 
 from __future__ import annotations  # PyTorch 2.7 does not trace unions in the annotations of a function within another
 
@@ -10,8 +10,6 @@ from torch import Tensor
 from . import checks
 from .autograd import (
     KDLossFunction,
-    LinearKDLossFunction,
-    LinearKDRowLossesFunction,
     OverwriteFunction,
     Overwritten,
     SinglePassFunction,
@@ -19,11 +17,10 @@ from .autograd import (
 )
 from .checks import plain
 from .divergences import Divergence
-from .heads.sweep import Head, LinearOptions, planned_chunk
 from .inplace import check_inplace_backward
 from .launch import SinglePass
 from .options import KDLossOutput, Options, Scale, Softcap
-from .rows import as_rows, counted_rows
+from .rows import as_rows
 from .scaling import is_batched
 from .sweep import Logits, chosen_launch
 from .terms import Terms, constant_teacher, make_terms
@@ -214,152 +211,3 @@ def _single_pass(
     ):
         return None
     return chosen_launch(logits, terms.options, in_place=inplace_backward, always=inplace_backward)
-
-
-# fmt: off
-@overload
-def linear_kd_loss(
-    student_hidden: Tensor, student_weight: Tensor, teacher_hidden: Tensor | None, teacher_weight: Tensor | None,
-    labels: Tensor | None = ..., *, student_bias: Tensor | None = ..., teacher_bias: Tensor | None = ...,
-    alpha: float | Tensor = ..., temperature: float = ..., divergence: str | Divergence = ..., ignore_index: int = ...,
-    reduction: str = ..., shift: bool = ..., token_weights: Tensor | None = ...,
-    num_items: int | float | Tensor | None = ..., vocab_size: int | None = ..., logit_softcap: Softcap = ...,
-    logit_scale: Scale = ..., teacher_grad: bool = ..., logits_dtype: torch.dtype | None = ...,
-    workspace_bytes: int | None = ...,
-    return_parts: Literal[False] = ...,
-) -> Tensor: ...
-@overload
-def linear_kd_loss(
-    student_hidden: Tensor, student_weight: Tensor, teacher_hidden: Tensor | None, teacher_weight: Tensor | None,
-    labels: Tensor | None = ..., *, student_bias: Tensor | None = ..., teacher_bias: Tensor | None = ...,
-    alpha: float | Tensor = ..., temperature: float = ..., divergence: str | Divergence = ..., ignore_index: int = ...,
-    reduction: str = ..., shift: bool = ..., token_weights: Tensor | None = ...,
-    num_items: int | float | Tensor | None = ..., vocab_size: int | None = ..., logit_softcap: Softcap = ...,
-    logit_scale: Scale = ..., teacher_grad: bool = ..., logits_dtype: torch.dtype | None = ...,
-    workspace_bytes: int | None = ...,
-    return_parts: Literal[True],
-) -> KDLossOutput: ...
-@overload
-def linear_kd_loss(
-    student_hidden: Tensor, student_weight: Tensor, teacher_hidden: Tensor | None, teacher_weight: Tensor | None,
-    labels: Tensor | None = ..., *, student_bias: Tensor | None = ..., teacher_bias: Tensor | None = ...,
-    alpha: float | Tensor = ..., temperature: float = ..., divergence: str | Divergence = ..., ignore_index: int = ...,
-    reduction: str = ..., shift: bool = ..., token_weights: Tensor | None = ...,
-    num_items: int | float | Tensor | None = ..., vocab_size: int | None = ..., logit_softcap: Softcap = ...,
-    logit_scale: Scale = ..., teacher_grad: bool = ..., logits_dtype: torch.dtype | None = ...,
-    workspace_bytes: int | None = ...,
-    return_parts: bool,
-) -> Tensor | KDLossOutput: ...
-# fmt: on
-def linear_kd_loss(
-    student_hidden: Tensor,  # [..., H_s]
-    student_weight: Tensor,  # [V, H_s]
-    teacher_hidden: Tensor | None,  # [..., H_t]
-    teacher_weight: Tensor | None,  # [V, H_t]
-    labels: Tensor | None = None,  # [...]
-    *,
-    student_bias: Tensor | None = None,  # [V]
-    teacher_bias: Tensor | None = None,  # [V]
-    alpha: float | Tensor = 0.5,
-    temperature: float = 1.0,
-    divergence: str | Divergence = "forward_kl",
-    ignore_index: int = -100,
-    reduction: str = "mean",
-    shift: bool = False,
-    token_weights: Tensor | None = None,  # [...]
-    num_items: int | float | Tensor | None = None,
-    vocab_size: int | None = None,
-    logit_softcap: Softcap = None,
-    logit_scale: Scale = 1.0,
-    teacher_grad: bool = False,
-    logits_dtype: torch.dtype | None = None,
-    workspace_bytes: int | None = None,
-    return_parts: bool = False,
-) -> Tensor | KDLossOutput:
-    """Return `kd_loss` of the logits that output heads give, of which only one chunk exists at a time.
-
-        logits = hidden weight^T + bias, for student and teacher
-
-    The forward pass takes the gradients of the student's hidden states, weight and bias chunk by chunk, and only those that
-    are asked for.  The gradient of the weight is summed in float32.  With reduction "none" backward takes the gradients,
-    and projects the chunks once more.  The teacher is a constant, unless `teacher_grad` is set.  Nothing synchronises with
-    the host.
-
-    Args:
-        student_hidden: `[..., H_s]`, float32, bfloat16, float16, or float64 on the CPU: the input of the head, after the
-            model's last norm.
-        student_weight: `[V, H_s]`, as in `nn.Linear`, in the dtype of the hidden states; under autocast its dtype may
-            differ.  It may be tied to the embeddings.
-        teacher_hidden, teacher_weight: `[..., H_t]` and `[V, H_t]`, with a width and a dtype of their own.  Both may be
-            None if alpha is 0.
-        labels, alpha, temperature, divergence, ignore_index, reduction, shift, token_weights, num_items: as in `kd_loss`.
-            On the CPU rows that do not count are not projected.  On a GPU they are, since leaving them out would need a
-            synchronisation; whatever they hold adds nothing.
-        vocab_size, return_parts: as in `kd_loss`.
-        student_bias, teacher_bias: `[V]`.  Default: None, no bias.
-        logit_softcap, logit_scale: as in `kd_loss`, applied to the head's output.
-        teacher_grad: whether those of the teacher's hidden states, weight and bias that require grad get gradients.  They
-            take memory and products of their own.  If it is False and the teacher's hidden states require grad, a warning
-            says that the teacher is taken as a constant.
-        logits_dtype: the dtype of a chunk's logits: torch.float32 or the dtype of the products.  Default: the dtype of the
-            products, in which a model's own head gives its logits.  With torch.float32 neither 16-bit logits nor the terms
-            of a bias's gradient are rounded.
-        workspace_bytes: bound of the buffers for a chunk's logits, in bytes.  Default: as `fused_kd.plan_chunks` chooses.
-
-    Under `torch.autocast` the products run in the autocast dtype, as those of `nn.Linear` would, whatever dtypes hidden
-    states, weight and bias have; float64 is not cast.  Each gradient has the dtype of its tensor.
-
-    Returns:
-        The same as `kd_loss`.
-
-    Raises:
-        TypeError, ValueError: an argument is wrong.  The message has its name, what was expected and what came.  Nothing
-            has been modified.
-        IndexError: a label is outside [0, V), on the CPU.  On a GPU, under `torch.compile` and under the transforms of
-            `torch.func` the loss of such a row is NaN, and so are its gradients, as in `kd_loss`.
-    """
-    num_items = plain(num_items)
-    options = Options(
-        alpha=plain(alpha), temperature=plain(temperature), divergence=divergence, ignore_index=plain(ignore_index),
-        reduction=reduction, shift=shift, vocab_size=plain(vocab_size), logit_softcap=logit_softcap,
-        logit_scale=logit_scale, teacher_grad=teacher_grad, logits_dtype=logits_dtype,
-        workspace_bytes=plain(workspace_bytes), return_parts=return_parts,
-    )  # fmt: skip
-    student_head = student_hidden, student_weight, student_bias
-    teacher_head = teacher_hidden, teacher_weight, teacher_bias
-    V = checks.check_heads(student_head, teacher_head, options.vocab_size)
-    maps = checks.check_options(options)
-    checks.check_logits_dtype(student_hidden, teacher_hidden, logits_dtype)
-    checks.check_rows(student_hidden, teacher_hidden, "teacher_hidden", labels, token_weights, num_items, options, V)
-    terms = make_terms(student_hidden, teacher_hidden, labels, token_weights, num_items, options, V, maps)
-    counted = counted_rows(terms.weights)
-
-    def rows(tensor: Tensor | None, dim: int = 0) -> Tensor | None:
-        return tensor if tensor is None or counted is None else tensor.index_select(dim, counted)
-
-    def as_matrix(hidden: Tensor) -> Tensor | None:  # [N, H], only rows that count
-        return rows(hidden.reshape(-1, hidden.shape[-1]))
-
-    def spread(values: Tensor) -> Tensor:  # values of all N rows, with 0 for rows that do not count
-        if counted is None or values.shape != counted.shape:  # a sum, or a part that was not asked for
-            return values
-        return values.new_zeros(terms.weights.shape[1]).index_copy(0, counted, values)
-
-    student = as_matrix(student_hidden), student_weight, student_bias
-    teacher: tuple[Tensor | None, ...] = None, None, None
-    dtype = teacher_dtype = checks.products_dtype(student_hidden)
-    if teacher_hidden is not None and terms.need_divergence:
-        teacher_dtype = checks.products_dtype(teacher_hidden)
-        teacher = constant_teacher(
-            (as_matrix(teacher_hidden), teacher_weight, teacher_bias), teacher_grad, terms.options, "teacher_hidden"
-        )
-    needed = tuple(
-        tensor is not None and tensor.requires_grad and torch.is_grad_enabled() for tensor in student + teacher
-    )
-    sweep = LinearOptions(terms.options, needed, dtype, teacher_dtype, logits_dtype, options.workspace_bytes)
-    if options.workspace_bytes is not None and not torch.compiler.is_compiling():
-        # A bound that is too small is refused now, and not only in backward, which needs more buffers.
-        planned_chunk(Head(*student), None if teacher[0] is None else Head(*teacher), sweep)  # type: ignore[arg-type]
-    function = LinearKDRowLossesFunction if reduction == "none" else LinearKDLossFunction
-    found = apply(function, *student, *teacher, rows(terms.labels), rows(terms.weights, 1), sweep)
-    return terms.output(*map(spread, found[:4]))

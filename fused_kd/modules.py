@@ -8,8 +8,9 @@ from torch import Tensor, nn
 
 from . import checks
 from .divergences import Divergence
-from .functional import kd_loss, linear_kd_loss
-from .options import KDLossOutput, Options, Scale, Softcap
+from .functional import kd_loss
+from .linear import linear_kd_loss
+from .options import Function, KDLossOutput, Lora, Options, Scale, Softcap
 
 DEFAULTS = {option.name: option.default for option in dataclasses.fields(Options)}
 
@@ -140,6 +141,8 @@ class LinearKDLoss(_Loss):
 
     logits_dtype: torch.dtype | None
     workspace_bytes: int | None
+    memory: str
+    compact: bool | None
 
     def __init__(
         self,
@@ -156,6 +159,8 @@ class LinearKDLoss(_Loss):
         teacher_grad: bool = False,
         logits_dtype: torch.dtype | None = None,
         workspace_bytes: int | None = None,
+        memory: str = "default",
+        compact: bool | None = None,
         return_parts: bool = False,
     ) -> None:
         super().__init__(
@@ -171,21 +176,29 @@ class LinearKDLoss(_Loss):
             teacher_grad=teacher_grad,
             logits_dtype=logits_dtype,
             workspace_bytes=workspace_bytes,
+            memory=memory,
+            compact=compact,
             return_parts=return_parts,
         )
 
     def forward(
         self,
         student_hidden: Tensor,  # [..., H_s]
-        student_weight: Tensor,  # [V, H_s]
+        student_weight: Tensor | None,  # [V, H_s]
         teacher_hidden: Tensor | None,  # [..., H_t]
         teacher_weight: Tensor | None,  # [V, H_t]
         labels: Tensor | None = None,  # [...]
         *,
         student_bias: Tensor | None = None,  # [V]
         teacher_bias: Tensor | None = None,  # [V]
+        student_head: Function | None = None,
+        teacher_head: Function | None = None,
+        student_lora: Lora | None = None,
         token_weights: Tensor | None = None,  # [...]
         num_items: int | float | Tensor | None = None,
+        counted_rows: int | None = None,
+        weight_grad_out: Tensor | None = None,  # [V, H_s]
+        weight_grad_scale: float | Tensor = 1.0,
     ) -> Tensor | KDLossOutput:
         """Return the loss, as `linear_kd_loss` does."""
         result: Tensor | KDLossOutput = linear_kd_loss(
@@ -196,8 +209,14 @@ class LinearKDLoss(_Loss):
             labels,
             student_bias=student_bias,
             teacher_bias=teacher_bias,
+            student_head=student_head,
+            teacher_head=teacher_head,
+            student_lora=student_lora,
             token_weights=token_weights,
             num_items=num_items,
+            counted_rows=counted_rows,
+            weight_grad_out=weight_grad_out,
+            weight_grad_scale=weight_grad_scale,
             **self._options(),
         )
         return result

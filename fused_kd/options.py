@@ -4,6 +4,7 @@ The functions, the modules and the reference repeat these options in their signa
 `tests/test_signatures.py` compares their names, types and defaults with those here.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -15,6 +16,8 @@ from .divergences import Divergence
 # One value for both models, or a pair (student, teacher).
 Scale = float | tuple[float, float]
 Softcap = float | tuple[float | None, float | None] | None
+Function = Callable[[Tensor], Tensor]  # an output head: from hidden states [C, H] to logits [C, V]
+Lora = tuple[Tensor, Tensor, float]  # A [r, H], B [V, r] and the scale of their product
 
 
 @dataclass(frozen=True)
@@ -32,8 +35,10 @@ class Options:
     logit_scale: Scale = 1.0  # multiplies the input, before the softcap
     teacher_grad: bool = False  # whether the teacher gets the gradient of the divergence
     inplace_backward: bool = False  # kd_loss: whether the gradient overwrites the student's logits
-    logits_dtype: torch.dtype | None = None  # linear_kd_loss: dtype of a chunk's logits; None: as the products
+    logits_dtype: torch.dtype | None = None  # linear_kd_loss: dtype of a chunk's logits; None: float32
     workspace_bytes: int | None = None  # linear_kd_loss: bound of a chunk's buffers; None: as `plan_chunks` chooses
+    memory: str = "default"  # linear_kd_loss: or "lean", for small cards
+    compact: bool | None = None  # linear_kd_loss: whether rows that do not count are left out; None: where it pays
     return_parts: bool = False  # whether to return a KDLossOutput
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from . import divergences
 from .divergences import Divergence
-from .options import KDLossOutput, Scale, Softcap
+from .options import Function, KDLossOutput, Lora, Scale, Softcap
 
 
 def kl_divergence(
@@ -288,54 +288,63 @@ def kd_loss(
 # fmt: off
 @overload
 def linear_kd_loss(
-    student_hidden: Tensor, student_weight: Tensor, teacher_hidden: Tensor | None, teacher_weight: Tensor | None,
+    student_hidden: Tensor, student_weight: Tensor | None, teacher_hidden: Tensor | None, teacher_weight: Tensor | None,
     labels: Tensor | None = ..., *, student_bias: Tensor | None = ..., teacher_bias: Tensor | None = ...,
+    student_head: Function | None = ..., teacher_head: Function | None = ..., student_lora: Lora | None = ...,
     alpha: float | Tensor = ..., temperature: float = ..., divergence: str | Divergence = ..., ignore_index: int = ...,
     reduction: str = ..., shift: bool = ..., token_weights: Tensor | None = ...,
     num_items: int | float | Tensor | None = ..., vocab_size: int | None = ..., logit_softcap: Softcap = ...,
     logit_scale: Scale = ..., teacher_grad: bool = ..., logits_dtype: torch.dtype | None = ...,
-    workspace_bytes: int | None = ...,
+    workspace_bytes: int | None = ..., memory: str = ..., compact: bool | None = ..., counted_rows: int | None = ...,
+    weight_grad_out: Tensor | None = ..., weight_grad_scale: float | Tensor = ...,
     return_parts: Literal[False] = ...,
 ) -> Tensor: ...
 @overload
 def linear_kd_loss(
-    student_hidden: Tensor, student_weight: Tensor, teacher_hidden: Tensor | None, teacher_weight: Tensor | None,
+    student_hidden: Tensor, student_weight: Tensor | None, teacher_hidden: Tensor | None, teacher_weight: Tensor | None,
     labels: Tensor | None = ..., *, student_bias: Tensor | None = ..., teacher_bias: Tensor | None = ...,
+    student_head: Function | None = ..., teacher_head: Function | None = ..., student_lora: Lora | None = ...,
     alpha: float | Tensor = ..., temperature: float = ..., divergence: str | Divergence = ..., ignore_index: int = ...,
     reduction: str = ..., shift: bool = ..., token_weights: Tensor | None = ...,
     num_items: int | float | Tensor | None = ..., vocab_size: int | None = ..., logit_softcap: Softcap = ...,
     logit_scale: Scale = ..., teacher_grad: bool = ..., logits_dtype: torch.dtype | None = ...,
-    workspace_bytes: int | None = ...,
+    workspace_bytes: int | None = ..., memory: str = ..., compact: bool | None = ..., counted_rows: int | None = ...,
+    weight_grad_out: Tensor | None = ..., weight_grad_scale: float | Tensor = ...,
     return_parts: Literal[True],
 ) -> KDLossOutput: ...
 @overload
 def linear_kd_loss(
-    student_hidden: Tensor, student_weight: Tensor, teacher_hidden: Tensor | None, teacher_weight: Tensor | None,
+    student_hidden: Tensor, student_weight: Tensor | None, teacher_hidden: Tensor | None, teacher_weight: Tensor | None,
     labels: Tensor | None = ..., *, student_bias: Tensor | None = ..., teacher_bias: Tensor | None = ...,
+    student_head: Function | None = ..., teacher_head: Function | None = ..., student_lora: Lora | None = ...,
     alpha: float | Tensor = ..., temperature: float = ..., divergence: str | Divergence = ..., ignore_index: int = ...,
     reduction: str = ..., shift: bool = ..., token_weights: Tensor | None = ...,
     num_items: int | float | Tensor | None = ..., vocab_size: int | None = ..., logit_softcap: Softcap = ...,
     logit_scale: Scale = ..., teacher_grad: bool = ..., logits_dtype: torch.dtype | None = ...,
-    workspace_bytes: int | None = ...,
+    workspace_bytes: int | None = ..., memory: str = ..., compact: bool | None = ..., counted_rows: int | None = ...,
+    weight_grad_out: Tensor | None = ..., weight_grad_scale: float | Tensor = ...,
     return_parts: bool,
 ) -> Tensor | KDLossOutput: ...
 # fmt: on
 def linear_kd_loss(
     student_hidden: Tensor,  # [..., H_s]
-    student_weight: Tensor,  # [V, H_s]
+    student_weight: Tensor | None,  # [V, H_s]
     teacher_hidden: Tensor | None,  # [..., H_t]
     teacher_weight: Tensor | None,  # [V, H_t]
     labels: Tensor | None = None,  # [...]
     *,
     student_bias: Tensor | None = None,  # [V]
     teacher_bias: Tensor | None = None,  # [V]
+    student_head: Function | None = None,
+    teacher_head: Function | None = None,
+    student_lora: Lora | None = None,
     alpha: float | Tensor = 0.5,
     temperature: float = 1.0,
     divergence: str | Divergence = "forward_kl",
     ignore_index: int = -100,
     reduction: str = "mean",
     shift: bool = False,
-    token_weights: Tensor | None = None,
+    token_weights: Tensor | None = None,  # [...]
     num_items: int | float | Tensor | None = None,
     vocab_size: int | None = None,
     logit_softcap: Softcap = None,
@@ -343,38 +352,48 @@ def linear_kd_loss(
     teacher_grad: bool = False,
     logits_dtype: torch.dtype | None = None,
     workspace_bytes: int | None = None,
+    memory: str = "default",
+    compact: bool | None = None,
+    counted_rows: int | None = None,
+    weight_grad_out: Tensor | None = None,  # [V, H_s]
+    weight_grad_scale: float | Tensor = 1.0,
     return_parts: bool = False,
 ) -> Tensor | KDLossOutput:
     """Return the loss of `fused_kd.linear_kd_loss`: `kd_loss` of the whole logits that the two heads give.
 
-    Every argument means the same, and `workspace_bytes` has no effect.
+    Every argument means the same, but for the following.  With `logits_dtype=None` logits have the dtype of the products,
+    as those of a model's own head.  `workspace_bytes`, `memory`, `compact` and `counted_rows` have no effect.
+    `weight_grad_out` gets its gradient in backward, so that `weight_grad_scale` has no effect either.
     """
 
-    def logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def logits(hidden: Tensor, weight: Tensor | None, bias: Tensor | None, head: Function | None) -> Tensor:
+        if head is not None:
+            return head(hidden)
+        assert weight is not None
         if logits_dtype is None:
             return F.linear(hidden, weight, bias)
         with torch.autocast(hidden.device.type, enabled=False):
             return F.linear(*(None if t is None else t.to(logits_dtype) for t in (hidden, weight, bias)))  # type: ignore[arg-type]
 
+    def add_to_sum(gradient: Tensor) -> None:
+        assert weight_grad_out is not None
+        weight_grad_out.add_(gradient)
+
+    if weight_grad_out is not None and student_weight is not None:
+        student_weight = student_weight.detach().requires_grad_()
+        student_weight.register_hook(add_to_sum)
+    student_logits = logits(student_hidden, student_weight, student_bias, student_head)
+    if student_lora is not None:
+        A, B, scale = student_lora
+        low_rank = F.linear(F.linear(student_hidden.to(A.dtype), A), B) * scale
+        student_logits = student_logits + low_rank.to(student_logits.dtype)
     teacher_logits = None
-    if teacher_hidden is not None and teacher_weight is not None:
+    if teacher_hidden is not None:
         with torch.set_grad_enabled(teacher_grad and torch.is_grad_enabled()):
-            teacher_logits = logits(teacher_hidden, teacher_weight, teacher_bias)
+            teacher_logits = logits(teacher_hidden, teacher_weight, teacher_bias, teacher_head)
     return kd_loss(
-        logits(student_hidden, student_weight, student_bias),
-        teacher_logits,
-        labels,
-        alpha=alpha,
-        temperature=temperature,
-        divergence=divergence,
-        ignore_index=ignore_index,
-        reduction=reduction,
-        shift=shift,
-        token_weights=token_weights,
-        num_items=num_items,
-        vocab_size=vocab_size,
-        logit_softcap=logit_softcap,
-        logit_scale=logit_scale,
-        teacher_grad=teacher_grad,
-        return_parts=return_parts,
-    )
+        student_logits, teacher_logits, labels,
+        alpha=alpha, temperature=temperature, divergence=divergence, ignore_index=ignore_index, reduction=reduction,
+        shift=shift, token_weights=token_weights, num_items=num_items, vocab_size=vocab_size,
+        logit_softcap=logit_softcap, logit_scale=logit_scale, teacher_grad=teacher_grad, return_parts=return_parts,
+    )  # fmt: skip

@@ -143,15 +143,18 @@ def add_something(weights: Tensor) -> Tensor:  # of [3, N]; [N], bool
     return weights[CE:].abs().sum(0) > NEGLIGIBLE
 
 
-def counted_rows(weights: Tensor) -> Tensor | None:  # of [3, N]
-    """Return the indices of the rows that count; None if all do, or if values may not be looked at.
+def gathered_rows(
+    weights: Tensor,  # [3, N]
+    bound: int,  # below N, at least the number of rows that count
+) -> tuple[Tensor, Tensor, Tensor]:  # [K]; [3, K]; a scalar, bool
+    """Return the indices of the rows that count, in order, and of others up to the bound; their weights; if they are more.
 
-    On a GPU the host would have to wait for the number of these rows.  So there the products are launched for all rows.
+    If more rows count, the weights are NaN.  There is at least one row, to be NaN then.
     """
-    if not readable(weights):
-        return None
-    counted = weights[ROW] != 0
-    return None if bool(counted.all()) else counted.nonzero().flatten()
+    not_counted = (weights[ROW] == 0).to(torch.uint8)
+    rows = torch.argsort(not_counted, stable=True)[: max(1, bound)]
+    too_many = not_counted.sum() < not_counted.shape[0] - bound
+    return rows, weights.index_select(1, rows).masked_fill(too_many, torch.nan), too_many
 
 
 def readable(tensor: Tensor) -> bool:

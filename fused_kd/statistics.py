@@ -83,6 +83,23 @@ def merge(
     return torch.stack([merged_maxima[0], d_1, d_T, merged_maxima[1], e, *others])
 
 
+def round_to(
+    statistics: Tensor,  # [9, N], written
+    total: Tensor,  # [9, N], float64, merged
+    temperature: float,
+    divergence: str,
+) -> None:
+    """Round merged statistics.
+
+    The value of reverse KL is c in nats plus `second`, in the first order of the difference of the models, where both
+    nearly cancel.  So `second` takes up the rounding of c.
+    """
+    statistics.copy_(total)
+    if divergence == "reverse_kl":
+        lost = total[C] - statistics[C]
+        statistics[SECOND] = torch.add(total[SECOND], lost, alpha=UNIT / temperature)
+
+
 def statistics_dtype(student: Tensor, teacher: Tensor | None) -> torch.dtype:
     """Return float32, or float64 if an input is float64."""
     has_float64 = torch.float64 in (student.dtype, None if teacher is None else teacher.dtype)

@@ -282,4 +282,7 @@ def linear_kd_calls(draw: st.DrawFn, float64: bool = False) -> Call:
             teacher_dtype=dtype_of["teacher"], logits_dtype=logits_dtype, teacher_hidden_grad=True,
         )  # fmt: skip
         arguments["workspace_bytes"] = one.workspace_bytes * draw(st.integers(1, 5))
+    elif draw(st.booleans()):
+        arguments["memory"] = "lean"
+    arguments["compact"] = draw(st.sampled_from([None, False]))
     return Call(arguments, draw(_upstream(rows)), draw(TILES), clean)

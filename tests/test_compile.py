@@ -148,6 +148,77 @@ def test_linear_kd_loss_under_autocast_is_one_graph(dtype, backend):
         assert equal_to_the_last_bit(loss, *leaves, backend=backend)
 
 
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("options", [{"counted_rows": 4}, {"compact": False}, {"compact": True, "counted_rows": 5}])
+def test_rows_are_gathered_in_one_graph(dynamic, reduction, options):
+    """By a bound; the rows that do not count may hold anything."""
+    hidden, weight = torch.randn(N, H_S), torch.randn(V, H_S, requires_grad=True)
+    teacher, labels = (torch.randn(N, H_T), torch.randn(V, H_T)), torch.randint(V, (N,))
+    labels[[1, 4]] = -100
+    hidden[1] = torch.nan
+
+    def loss(hidden, weight):
+        return linear_kd_loss(hidden, weight, *teacher, labels, reduction=reduction, **options).sum()
+
+    found, expected = (
+        gradients(f, hidden.requires_grad_(), weight)
+        for f in (torch.compile(loss, backend=GRAPH, fullgraph=True, dynamic=dynamic), loss)
+    )
+    for ours, eager in zip(found, expected, strict=True):
+        assert relative_error(ours, eager.double()) < 1e-6
+    assert not found[1][[1, 4]].any()
+
+
+def test_a_bound_that_changes_and_one_that_is_too_small_are_compiled():
+    hidden, *rest, labels = given_to(linear_kd_loss)
+    labels[0] = -100
+    counted = CompileCounterWithBackend(GRAPH)
+    compiled = torch.compile(linear_kd_loss, backend=counted, fullgraph=True)
+    expected = linear_kd_loss(hidden, *rest, labels).double()
+    for bound in (N - 1, N, N + 1, N + 2, N + 3):
+        assert relative_error(compiled(hidden, *rest, labels, counted_rows=bound), expected) < 1e-6
+    for bound in (N - 2, N - 3):
+        assert compiled(hidden, *rest, labels, counted_rows=bound).isnan()
+    if not RECOMPILES:
+        assert counted.frame_count <= 4
+
+
+def test_compact_is_refused_in_a_graph():
+    given = given_to(linear_kd_loss)
+    compiled = torch.compile(functools.partial(linear_kd_loss, compact=True), backend=GRAPH)
+    with pytest.raises(Exception, match=r"compact: expected None or False under torch.compile"):
+        compiled(*given)
+    labels = given[-1]
+    labels[:3] = -100
+    every_row = torch.compile(linear_kd_loss, backend=GRAPH, fullgraph=True)
+    assert relative_error(every_row(*given), linear_kd_loss(*given).double()) < 1e-6
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_the_callers_sum_of_a_gradient_breaks_the_graph(reduction):
+    """What comes before and after it is compiled, and the sum gets its gradient once."""
+    hidden, *rest = given_to(linear_kd_loss)
+    weight = rest[0].requires_grad_()
+
+    def step(hidden, out):
+        loss = linear_kd_loss(3 * hidden.tanh(), *rest, reduction=reduction, weight_grad_out=out)
+        return (2 * loss - loss).sum()
+
+    found = []
+    for function in (torch.compile(step, backend=GRAPH), step):
+        out = torch.zeros(V, H_S)
+        value = function(hidden, out)
+        found.append([value.detach(), *torch.autograd.grad(value, hidden), out])
+    assert weight.grad is None
+    for ours, eager in zip(*found, strict=True):
+        assert relative_error(ours, eager.double()) < 1e-6
+    assert found[0][2].any()
+    torch._dynamo.reset()
+    with pytest.raises(torch._dynamo.exc.Unsupported, match=r"_apply|disable"):
+        torch.compile(step, backend=GRAPH, fullgraph=True)(hidden, torch.zeros(V, H_S))
+
+
 def given_to(loss):
     """A student that wants a gradient, and the rest."""
     labels = torch.randint(V, (N,))
@@ -354,16 +425,21 @@ def test_the_operator_of_the_row_weights_passes_opcheck(device, sequence, given)
 
 
 @pytest.mark.parametrize(
-    "needed", [(True,) * 6, (True, True, False) * 2, (False, True, True, False, False, False), (False,) * 6]
+    ("student", "teacher"),
+    [((True,) * 3, (True,) * 3), ((True, True, False),) * 2, ((False, True, True), (False,) * 3), ((False,) * 3,) * 2],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("parts", [False, True])
-def test_the_linear_operator_passes_opcheck(needed, dtype, parts):
-    heads = [torch.randn(*shape, dtype=dtype) for shape in ((4, 3), (9, 3), (9,), (4, 5), (9, 5), (9,))]
+def test_the_linear_operator_passes_opcheck(student, teacher, dtype, parts):
+    lora = ((4, 2), (9, 2)) if student == (True,) * 3 else ()
+    shapes = (4, 3), (9, 3), (9,), *lora, (4, 5), (9, 5), (9,)
+    heads = [torch.randn(*shape, dtype=dtype) for shape in shapes]
+    if not lora:
+        heads[3:3] = None, None
     weights = torch.rand(3, 4, dtype=torch.float64)
     objective = Objective(LogitMap(1.0, 4.0), LogitMap(2.0, 4.0), temperature=2.0)
     kd = ops.packed(KDOptions(8, True, True, torch.float32, parts=parts, objective=objective))
-    options = list(needed), dtype, dtype, None, 2048
+    options = [*student, *[bool(lora)] * 2, *teacher], dtype, dtype, None, 2048, "default"
     for upstream in (None, torch.rand(4)):
         arguments = *heads, torch.randint(8, (4,)), weights, upstream, *kd, *options
         torch.library.opcheck(torch.ops.fused_kd.linear_losses.default, arguments)

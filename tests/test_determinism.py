@@ -5,6 +5,7 @@ instead.  Figures in comments are the largest errors measured (two cores with AV
 """
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -13,8 +14,8 @@ from fused_kd import kd_loss, linear_kd_loss
 from fused_kd import statistics as stats
 from fused_kd.backends import triton as kernels
 from fused_kd.divergences import Objective, divergence_of
-from fused_kd.heads import sweep as linear
 from fused_kd.launch import Launch
+from fused_kd.testing.plans import in_chunks
 
 from .divergences import each_name, each_object
 from .oracle import EPSILON, relative_error
@@ -154,12 +155,12 @@ class Heads:
         hidden, weight = (
             tensor.detach().clone().requires_grad_() for tensor in (self.student[0][rows], self.student[1])
         )
-        row_bytes = 2 * linear.row_stride(weight.shape[0]) * weight.element_size()
-        loss = linear_kd_loss(
-            hidden, weight, self.teacher[0][rows], self.teacher[1], self.labels[rows], temperature=2.0,
-            reduction=reduction, workspace_bytes=None if chunk is None else chunk * row_bytes,
-        )  # fmt: skip
-        return loss.detach(), *torch.autograd.grad(loss.sum(), (hidden, weight))
+        with nullcontext() if chunk is None else in_chunks(chunk):
+            loss = linear_kd_loss(
+                hidden, weight, self.teacher[0][rows], self.teacher[1], self.labels[rows], temperature=2.0,
+                reduction=reduction,
+            )  # fmt: skip
+            return loss.detach(), *torch.autograd.grad(loss.sum(), (hidden, weight))
 
 
 def errors(results, exact):

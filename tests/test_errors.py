@@ -138,6 +138,8 @@ W = torch.randn(10, 4)
 TH = torch.randn(2, 3, 6)
 TW = torch.randn(10, 6)
 HEADS = (H, W, TH, TW)
+HALVES = H.half(), W.half()
+OUT = torch.zeros(10, 4)  # the caller's sum of the weight's gradient
 
 LINEAR_CASES = [
     ((H.long(), W, TH, TW, L), {}, TypeError, "student_hidden: expected dtype float32, .* got torch.int64"),
@@ -205,6 +207,84 @@ LINEAR_CASES = [
     ((*HEADS,), {"shift": True, "alpha": 1.0}, ValueError, "labels: expected a tensor with shift=True"),
     ((*HEADS, L), {"temperature": 0}, ValueError, "temperature: expected a finite number above 0"),
     ((*HEADS, L), {"token_weights": torch.ones(3)}, ValueError, "token_weights: expected one value a row"),
+    ((*HEADS, L), {"compact": 1}, TypeError, "compact: expected None, True or False, got 1"),
+    ((*HEADS, L), {"compact": torch.tensor(True)}, TypeError, "compact: expected None, True or False, got"),
+    ((*HEADS, L), {"counted_rows": 2.0}, TypeError, "counted_rows: expected a number of rows, got 2.0"),
+    ((*HEADS, L), {"counted_rows": True}, TypeError, "counted_rows: expected a number of rows, got True"),
+    ((*HEADS, L), {"counted_rows": torch.tensor(6)}, TypeError, "counted_rows: .* from a tensor would wait"),
+    ((*HEADS, L), {"counted_rows": -1}, ValueError, "counted_rows: expected at least 0, got -1"),
+    ((*HEADS, L), {"counted_rows": 5}, ValueError, "counted_rows: expected at least 6, .* got 5"),
+    (
+        (*HEADS, L),
+        {"weight_grad_scale": 2.0},
+        ValueError,
+        "weight_grad_scale: expected 1 without weight_grad_out, got 2",
+    ),
+    (
+        (*HEADS, L),
+        {"weight_grad_scale": torch.ones(())},
+        ValueError,
+        "weight_grad_scale: expected 1 without weight_grad_out",
+    ),
+    ((*HEADS, L), {"weight_grad_out": OUT, "weight_grad_scale": 0.0}, ValueError, "weight_grad_scale: .* got 0.0"),
+    (
+        (*HEADS, L),
+        {"weight_grad_out": OUT, "weight_grad_scale": torch.nan},
+        ValueError,
+        "weight_grad_scale: .* got nan",
+    ),
+    ((*HEADS, L), {"weight_grad_out": OUT, "weight_grad_scale": "1"}, TypeError, "weight_grad_scale: .* got '1'"),
+    (
+        (*HEADS, L),
+        {"weight_grad_out": OUT, "weight_grad_scale": torch.ones(2)},
+        ValueError,
+        "weight_grad_scale: expected one number, got",
+    ),
+    (
+        (*HEADS, L),
+        {"weight_grad_out": OUT, "weight_grad_scale": 2.0, "reduction": "none"},
+        ValueError,
+        "weight_grad_scale: expected 1 with reduction='none', got 2.0",
+    ),
+    ((*HEADS, L), {"weight_grad_out": [0.0]}, TypeError, "weight_grad_out: expected a tensor"),
+    (
+        (*HEADS, L),
+        {"weight_grad_out": OUT[:9]},
+        ValueError,
+        r"weight_grad_out: expected a contiguous tensor of shape \(10, 4\) and torch.float32 on cpu, got",
+    ),
+    ((*HEADS, L), {"weight_grad_out": OUT.bfloat16()}, ValueError, "weight_grad_out: expected .* torch.float32 on cpu"),
+    ((*HEADS, L), {"weight_grad_out": torch.zeros(4, 10).T}, ValueError, "weight_grad_out: expected a contiguous"),
+    (
+        (*HEADS, L),
+        {"weight_grad_out": OUT.to("meta")},
+        ValueError,
+        "weight_grad_out: expected .* on cpu, got .* on meta",
+    ),
+    (
+        (*HEADS, L),
+        {"weight_grad_out": torch.zeros(10, 4, requires_grad=True)},
+        ValueError,
+        "weight_grad_out: expected a tensor that does not require grad",
+    ),
+    (
+        (*HALVES, TH, TW, L),
+        {"weight_grad_out": OUT},
+        ValueError,
+        "weight_grad_out: expected None with float16 products",
+    ),
+    (
+        (H, W, TH.half(), TW.half(), L),  # the unit of float16 gradients is that of all of them
+        {"weight_grad_out": OUT},
+        ValueError,
+        "weight_grad_out: expected None with float16 products",
+    ),
+    (
+        (H, None, TH, TW, L),
+        {"weight_grad_out": OUT, "student_head": W.T.__rmatmul__},
+        ValueError,
+        "weight_grad_out: expected None with student_head",
+    ),
 ]
 
 
@@ -216,6 +296,7 @@ def test_invalid_call_of_the_linear_loss(arguments, options, error, message):
     with pytest.raises(error, match=message):
         linear_kd_loss(*arguments, **options)
     assert all(torch.equal(a, b) for a, b in zip(HEADS, before, strict=True))
+    assert not OUT.any()
 
 
 def test_what_cannot_be_raised_gives_nan():

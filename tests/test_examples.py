@@ -74,6 +74,12 @@ def memory_is_spared(printed: str) -> None:
     assert 0 < frozen < 0.7 * trained
 
 
+def the_adapter_and_the_quantised_head_are_in_the_loss(printed: str) -> None:
+    losses_go_down(printed)
+    (off,) = re.findall(r"own logits by (\S+)", printed)
+    assert float(off) < (1e-3 if torch.cuda.is_available() else 1e-5)  # a GPU may multiply in TF32
+
+
 def losses_agree_and_memory_is_less(printed: str) -> None:
     rows = re.findall(r"^(\S.*?) +(linear_kd_loss|heads, kd_loss|heads, eager) +(\S+) +(\S+) +(\S+)$", printed, re.M)
     assert len(rows) == 9
@@ -89,6 +95,7 @@ def losses_agree_and_memory_is_less(printed: str) -> None:
 SHOWN = {
     "gradient_accumulation": accumulated_gradients_are_those_of_one_batch,
     "lora_frozen_head": memory_is_spared,
+    "lora_on_the_head": the_adapter_and_the_quantised_head_are_in_the_loss,
     "model_shapes": losses_agree_and_memory_is_less,
     "mutual_learning": both_students_learn,
 }

@@ -8,10 +8,11 @@ import itertools
 import pytest
 import torch
 
-from fused_kd import kd_loss, linear_kd_loss, plan_chunks
+from fused_kd import kd_loss, linear_kd_loss
 from fused_kd.launching import ONE, TWO
 from fused_kd.testing import launching
 from fused_kd.testing.launches import fake_gpu
+from fused_kd.testing.plans import in_chunks
 
 MOST = 8  # per step
 MOST_PER_CHUNK = 6  # products included
@@ -103,8 +104,8 @@ H_S, H_T, CHUNK = 64, 128, 64
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("needed", ["trained head", "trained head alone", "frozen head"])
-@pytest.mark.parametrize("logits_dtype", [None, torch.float32])
-def test_a_step_from_hidden_states(dtype, needed, logits_dtype):
+@pytest.mark.parametrize("in_16_bits", [False, True])
+def test_a_step_from_hidden_states(dtype, needed, in_16_bits):
     counts = {}
     with fake_gpu() as launches:
         student, teacher = (torch.randn(*ROWS, H, dtype=dtype) for H in (H_S, H_T))
@@ -113,17 +114,13 @@ def test_a_step_from_hidden_states(dtype, needed, logits_dtype):
         for leaf in leaves:
             leaf.requires_grad_()
         labels = torch.randint(V, ROWS)
-        gradients = {"hidden_grad": student.requires_grad, "weight_grad": weight.requires_grad}
-        one_row = plan_chunks(1, V, H_S, H_T, dtype=dtype, logits_dtype=logits_dtype, **gradients)
         reduced = [case for case in OF_ROWS if case[0] != "none"]  # with "none" backward projects each chunk once more
         for case, chunks in itertools.product(reduced[::7], (1, 4)):
-            options = options_of(*case) | {"workspace_bytes": B * L // chunks * one_row.workspace_bytes}
-            count, names = take_step(
-                launches,
-                lambda o=options: linear_kd_loss(
-                    student, weight, teacher, teacher_weight, labels, logits_dtype=logits_dtype, **o
-                ),
-                leaves,
-            )
+            options = options_of(*case) | {"logits_dtype": dtype if in_16_bits else None}
+            with in_chunks(B * L // chunks):
+                count, names = take_step(
+                    launches,
+                    lambda o=options: linear_kd_loss(student, weight, teacher, teacher_weight, labels, **o), leaves,
+                )  # fmt: skip
             counts[(*case, chunks)] = count - chunks * MOST_PER_CHUNK, count, names
     assert worst(counts) <= MOST

@@ -1,5 +1,7 @@
 """linear_kd_loss beside the rest of PyTorch: autocast, checkpointing, tied and strided tensors."""
 
+import functools
+
 import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
@@ -20,7 +22,7 @@ def test_autocast(device, dtype, reduction):
     kind = torch.device(device).type
     exact = run(reference.linear_kd_loss, given.to(torch.float64), temperature=2.0, reduction=reduction)
     found = []
-    for loss in (linear_kd_loss, reference.linear_kd_loss):
+    for loss in (functools.partial(linear_kd_loss, logits_dtype=dtype), reference.linear_kd_loss):
         with torch.autocast(kind, dtype):
             value = loss(*given[:5], student_bias=given.bias, temperature=2.0, reduction=reduction)
         ramp = torch.arange(1, value.numel() + 1, device=device, dtype=value.dtype).reshape(value.shape)
@@ -50,7 +52,7 @@ def test_autocast_of_a_head_of_two_dtypes(device, dtype, parts, reduction):
     given = given._replace(**halves)
     student = [tensor.requires_grad_() for tensor in (given.hidden, given.weight, given.bias)]
     found = []
-    for loss in (linear_kd_loss, reference.linear_kd_loss):
+    for loss in (functools.partial(linear_kd_loss, logits_dtype=dtype), reference.linear_kd_loss):
         with torch.autocast(torch.device(device).type, dtype):
             value = loss(*given[:5], student_bias=given.bias, temperature=2.0, reduction=reduction,
                          teacher_bias=torch.zeros(V, device=device))  # fmt: skip

@@ -57,3 +57,13 @@ def test_a_label_that_cannot_be_raised_gives_nan():
     losses = linear_kd_loss(*given[:5], reduction="none")
     assert losses.isnan().tolist() == [False, True, *[False] * (N - 2)]
     assert linear_kd_loss(*given[:5]).isnan()
+
+
+@pytest.mark.parametrize("way", [{"compact": True}, {"compact": False}, {"counted_rows": N - 2}])
+def test_only_the_row_of_a_wrong_label_is_nan_where_rows_are_left_out(way):
+    given = make("cpu")
+    given.labels[[3, 5]], given.labels[7] = -100, V
+    given = given._replace(labels=unread(given.labels))
+    losses = linear_kd_loss(*given[:5], reduction="none", **way)
+    assert losses.isnan().nonzero().tolist() == [[7]]
+    assert not losses[[3, 5]].any()

@@ -6,9 +6,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fused_kd import linear_kd_loss, reference
 from fused_kd.divergences import DIVERGENCES
+from fused_kd.heads import operator
 from fused_kd.heads import sweep as linear
 from fused_kd.heads.operator import linear_losses
-from fused_kd.sweep import KDOptions, new_statistics
+from fused_kd.operators import packed
+from fused_kd.sweep import KDOptions
 
 from .heads import CHUNKED, F_S, F_T, N, V, make, run
 from .oracle import relative_error
@@ -63,23 +65,25 @@ def test_no_gradient_work_without_gradients():
     assert counter.get_total_flops() == 3 * F_S
 
 
-@pytest.mark.parametrize("needed", [(True,) * 6, (True, True, False) * 2, (False, True) + (False,) * 4, (False,) * 6])
-def test_flops_are_counted_as_they_are_spent(needed):
+OF_LORA = False, False
+
+
+@pytest.mark.parametrize(
+    ("student", "teacher"),
+    [((True,) * 3, (True,) * 3), ((True, True, False),) * 2, ((False, True, False), (False,) * 3), ((False,) * 3,) * 2],
+)
+def test_flops_are_counted_as_they_are_spent(student, teacher):
     """The operator is counted by its formula, and here is what the products inside it come to."""
     given = make("cpu")
     kd = KDOptions(V, True, True, torch.float32)
-    options = linear.LinearOptions(kd, needed, torch.float32, torch.float32, None, CHUNKED)
+    options = linear.LinearOptions(kd, (*student, *OF_LORA, *teacher), torch.float32, torch.float32, None, CHUNKED)
     weights = torch.ones(3, N, dtype=torch.float64)
-    heads = [t.detach() for t in (given.hidden, given.weight, given.bias, *given[2:4], given.bias)]
+    heads = [t.detach() for t in (given.hidden, given.weight, given.bias)] + [None] * 2
+    heads += [t.detach() for t in (*given[2:4], given.bias)]
     with FlopCounterMode(display=False) as formula:
         linear_losses(*heads, given.labels, weights, torch.ones(N), options=options)
-    gradients = [linear.Gradients(linear.Head(*heads[i : i + 3]), needed[i : i + 3], torch.float32, V) for i in (0, 3)]
-    student, teacher = linear.Head(*heads[:3]), linear.Head(*heads[3:])
     with FlopCounterMode(display=False) as spent:
-        linear.sweep(
-            student, teacher, given.labels, weights, options, gradients if any(needed) else [],
-            new_statistics(weights, kd), None, linear.planned_chunk(student, teacher, options),
-        )  # fmt: skip
+        operator._linear_losses(*heads, given.labels, weights, torch.ones(N), *packed(kd), *options[1:])
     assert formula.get_total_flops() == spent.get_total_flops()
 
 

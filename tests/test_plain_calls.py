@@ -78,7 +78,8 @@ def test_both_forms_of_a_function_give_equal_gradients(device, monkeypatch, kind
     def gradients(form):
         leaves = [tensor.clone().requires_grad_() for tensor in inputs]
         with monkeypatch.context() as context:
-            context.setattr("fused_kd.functional.apply", form)
+            for module in ("functional", "linear"):
+                context.setattr(f"fused_kd.{module}.apply", form)
             value = loss(*leaves, reduction=reduction)
         return value.detach(), *torch.autograd.grad(value, leaves, upstream)
 
@@ -96,7 +97,8 @@ def test_both_forms_of_a_function_give_equal_gradients(device, monkeypatch, kind
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("form", [apply, lambda function, *arguments: function.apply(*arguments)])
 def test_both_forms_of_a_function_refuse_a_second_derivative(device, monkeypatch, kind, reduction, form):
-    monkeypatch.setattr("fused_kd.functional.apply", form)
+    for module in ("functional", "linear"):
+        monkeypatch.setattr(f"fused_kd.{module}.apply", form)
     loss, inputs = losses(device)[kind]
     leaves = [tensor.requires_grad_() for tensor in inputs]
     value = loss(*leaves, reduction=reduction).sum()

@@ -11,12 +11,13 @@ import pytest
 import torch
 
 from fused_kd import KDLoss, LinearKDLoss, kd_loss, linear_kd_loss, reference
+from fused_kd import options as types
 from fused_kd.options import Options
 
 OPTIONS = {option.name: option.default for option in dataclasses.fields(Options)}
 TYPES = typing.get_type_hints(Options)
 MODULES = {kd_loss: KDLoss, linear_kd_loss: LinearKDLoss}
-OF_ONE = {kd_loss: {"inplace_backward"}, linear_kd_loss: {"logits_dtype", "workspace_bytes"}}
+OF_ONE = {kd_loss: {"inplace_backward"}, linear_kd_loss: {"logits_dtype", "workspace_bytes", "memory", "compact"}}
 both = pytest.mark.parametrize("loss", MODULES)
 TABLE = (Path(__file__).parents[1] / "docs" / "getting-started.md").read_text()
 
@@ -47,7 +48,8 @@ def test_a_module_is_made_of_the_options_and_called_with_the_rest(loss):
     called = inspect.signature(module.forward).parameters
     rest = [parameter for name, parameter in inspect.signature(loss).parameters.items() if name not in OPTIONS]
     assert [(p.name, p.default, p.kind, p.annotation) for p in list(called.values())[1:]] == [
-        (p.name, p.default, p.kind, eval(p.annotation, {**vars(typing), "Tensor": torch.Tensor})) for p in rest
+        (p.name, p.default, p.kind, eval(p.annotation, {**vars(typing), **vars(types), "Tensor": torch.Tensor}))
+        for p in rest
     ]
     hints = {name: kind for base in module.__mro__ for name, kind in inspect.get_annotations(base).items()}
     assert {name: hints[name] for name in options(loss)} == {name: TYPES[name] for name in options(loss)}

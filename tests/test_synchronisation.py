@@ -13,11 +13,12 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.gpu.graphs import captured
-from fused_kd import functional, kd_loss, linear_kd_loss, sweep
+from fused_kd import functional, kd_loss, linear, linear_kd_loss, sweep
 from fused_kd.autograd import (
     KDLossFunction,
     SinglePassFunction,
 )
+from fused_kd.heads import head
 from fused_kd.heads import sweep as sweep_of_heads
 from fused_kd.launch import SinglePass
 from fused_kd.launching import ONE, TWO
@@ -92,7 +93,7 @@ def kernels():
 @pytest.fixture
 def fake_device(monkeypatch, kernels):
     """Kernels that are counted, and operators that fake tensors do not keep outside."""
-    for module in (sweep, sweep_of_heads):
+    for module in (sweep, sweep_of_heads, head):
         monkeypatch.setattr(module, "device_of", lambda tensor: nullcontext())
     on_a_gpu = launching(device="H100"), opened_operators(), counted_kernels(kernels)
     with ExitStack() as contexts:
@@ -123,10 +124,13 @@ def apply_by_hand(function, teacher_grad, found):
     """Forward and backward, one after the other: recording a graph needs a build with CUDA, fake tensors or not."""
 
     def apply(*inputs):
-        if hasattr(
-            inputs[-1], "needed"
-        ):  # a linear function, whose inputs require no gradient as long as none is recorded
-            inputs = *inputs[:-1], inputs[-1]._replace(needed=(True,) * 3 + (teacher_grad,) * 2 + (False,))
+        if len(inputs) == 13:  # a linear function, whose inputs require no gradient as long as none is recorded
+            *others, options, outside = inputs
+            needed = (True,) * 3 + (False,) * 2 + (teacher_grad,) * 2 + (False,)
+            if inputs[10] is not None:  # the upstream gradient of weight_grad_out
+                out = torch.zeros(inputs[1].shape, dtype=torch.float32, device=inputs[1].device)
+                outside = outside._replace(weight_grad_out=out)
+            inputs = *others, options._replace(needed=needed), outside
         output = function.forward(*inputs)
         is_tensor = [isinstance(value, torch.Tensor) for value in inputs]
         is_tensor[1] &= teacher_grad or function not in (KDLossFunction, SinglePassFunction)
@@ -151,9 +155,10 @@ def test_nothing_reads_a_value_or_moves_between_devices(
         SinglePass(1, 4, 32, 8, 0, V, 1) if along else None
     )  # fake tensors that are not recorded require no gradient
     monkeypatch.setattr(functional, "_single_pass", lambda *arguments: launch)
-    monkeypatch.setattr(
-        functional, "apply", lambda function, *inputs: apply_by_hand(function, teacher_grad, gradients)(*inputs)
-    )
+    for module in (functional, linear):
+        monkeypatch.setattr(
+            module, "apply", lambda function, *inputs: apply_by_hand(function, teacher_grad, gradients)(*inputs)
+        )
     given = inputs(fake_device, dtype)
     options = {
         "token_weights": given.row, "alpha": given.row, "reduction": reduction, "return_parts": True,
@@ -163,19 +168,58 @@ def test_nothing_reads_a_value_or_moves_between_devices(
         for inplace in (False, True):
             kd_loss(given.logits, given.teacher_logits, given.labels, inplace_backward=inplace, **options)
         options |= {"student_bias": given.bias, "workspace_bytes": CHUNKED}
-        for logits_dtype in (None, torch.float32):
-            linear_kd_loss(*given.heads, given.labels, logits_dtype=logits_dtype, **options)
+        for own in ({}, {"compact": False}, {"counted_rows": N // 2}, {"counted_rows": N, "compact": True}):
+            linear_kd_loss(*given.heads, given.labels, **own, **options)
+        if reduction == "mean":
+            options["weight_grad_scale"] = given.count
+        out = torch.zeros(V, H_S, device=fake_device)
+        linear_kd_loss(*given.heads, given.labels, weight_grad_out=out, **options)
     assert copies.found == []
     assert {"mm", "addmm"} <= copies.seen  # the heads
     launched = {"row_weights_kernel", "row_losses_kernel"}
     launched |= {"whole_kernel", "scale_kernel"} if along else {"row_statistics_kernel", "logit_gradient_kernel"}
     assert launched <= kernels.kernels.keys()
     assert "log" in copies.seen  # the gradients of the weights
-    for found, wanted in zip(
-        gradients, [[True, teacher_grad]] * 2 + [[True] * 3 + [teacher_grad] * 2] * 2, strict=True
-    ):
+    of_heads = [True] * 3 + [False] * 2 + [teacher_grad] * 2
+    of_the_sum = [True, False, True, *of_heads[3:]]
+    for found, wanted in zip(gradients, [[True, teacher_grad]] * 2 + [of_heads] * 4 + [of_the_sum], strict=True):
         assert [gradient is not None for gradient in found[: len(wanted)]] == wanted
         assert found[0].device == fake_device
+
+
+class Nonzeros(TorchFunctionMode):
+    """Counts the calls of `nonzero`, which waits for the device, and says that half of the rows are not zero."""
+
+    count = 0
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is not torch.Tensor.nonzero:
+            return func(*args, **(kwargs or {}))
+        self.count += 1
+        return torch.zeros(args[0].shape[0] // 2, 1, dtype=torch.int64, device=args[0].device)
+
+
+LARGE = 8192, 32_000, 512, 512  # planned at some 2 ms on an H100
+SMALL = 256, 32_000, 64, 64
+TO_READ = [
+    (SMALL, {"compact": True}, 1), (LARGE, {"compact": True}, 1), (SMALL, {}, 0), (LARGE, {}, 1),
+    (LARGE, {"compact": False}, 0), (LARGE, {"counted_rows": 4096}, 0), (LARGE, {"counted_rows": 8192}, 0),
+    (LARGE, {"counted_rows": 4096, "compact": True}, 0), (LARGE, {"labels": None, "alpha": 1.0}, 0),
+]  # fmt: skip
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("sizes", "options", "reads"), TO_READ)
+def test_the_number_of_rows_that_count_is_the_only_value_that_is_read(fake_device, sizes, options, reads):
+    """Once per step: where it is asked for, and by default where the step takes long enough."""
+    rows, vocabulary, student, teacher = sizes
+    shapes = (rows, student), (vocabulary, student), (rows, teacher), (vocabulary, teacher)
+    heads = [torch.randn(shape, dtype=torch.bfloat16, device=fake_device) for shape in shapes]
+    labels = torch.randint(vocabulary, (rows,), device=fake_device)
+    with Nonzeros() as nonzeros, CopiesBetweenDevices() as copies:
+        linear_kd_loss(*heads, **{"labels": labels, **options})
+    assert nonzeros.count == reads
+    assert copies.found == []
 
 
 @torch.no_grad()

@@ -83,6 +83,53 @@ def test_inplace_backward_under_transforms_writes_over_nothing():
     assert torch.equal(student, before)
 
 
+@reductions
+def test_rows_are_gathered_by_a_bound(reduction):
+    """For each sample its own."""
+    inputs, in_dims, argnums = samples(from_hidden)
+    hidden, weight, teacher_hidden, labels = inputs
+    labels = labels.clone()
+    labels[0, 1] = labels[1, 0] = labels[2, 3] = -100
+    hidden[labels == -100] = torch.nan
+    inputs = hidden, weight, teacher_hidden, labels
+    expected = partial(from_hidden, reduction=reduction, compact=False)
+    for bound in (N - 1, N, N + 1):
+        loss = partial(from_hidden, reduction=reduction, counted_rows=bound)
+        for found, rows in ((loss, expected), (torch.func.grad(loss, argnums), torch.func.grad(expected, argnums))):
+            pairs = [torch.func.vmap(function, in_dims)(*inputs) for function in (found, rows)]
+            for ours, other in zip(*pairs, strict=True):
+                assert torch.allclose(ours, other, rtol=1e-6, atol=1e-8)
+    assert torch.func.vmap(partial(from_hidden, counted_rows=N - 2), in_dims)(*inputs).isnan().all()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"compact": True}, "compact: expected None or False under torch.compile, torch.func"),
+        ({"weight_grad_out": torch.zeros(V, H_S)}, "weight_grad_out: expected None under the transforms of torch.func"),
+    ],
+)
+def test_what_transforms_cannot_follow_is_refused(options, message):
+    inputs, in_dims, argnums = samples(from_hidden)
+    loss = partial(from_hidden, **options)
+    for function in (torch.func.grad(loss, argnums), torch.func.vmap(loss, in_dims)):
+        with pytest.raises(ValueError, match=message):
+            function(*inputs)
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_many_upstream_gradients_must_be_those_of_the_callers_sum():
+    (hidden, weight, teacher_hidden, labels), _, _ = samples(from_hidden)
+    out = torch.zeros(V, H_S)
+    leaf = hidden.requires_grad_()
+    loss = from_hidden(leaf, weight, teacher_hidden, labels, weight_grad_out=out)
+    upstreams = torch.tensor([1.0, 2.0])
+    (found,) = torch.autograd.grad(loss, leaf, upstreams, is_grads_batched=True, retain_graph=True)
+    (one,) = torch.autograd.grad(loss, leaf)
+    assert torch.equal(found[0], one)
+    assert found[1].isnan().all()
+
+
 @both
 @reductions
 def test_a_second_derivative_is_refused(loss, reduction):

@@ -5,6 +5,7 @@ import math
 import torch
 from torch import Tensor
 
+from .. import statistics as stats
 from ..divergences import Objective, values
 from ..rows import CE, LARGEST_GRADIENT, NEGLIGIBLE, ROW, add_something, weighted_values
 from .cpu_sweep import Sweep, with_one_outer_index
@@ -53,6 +54,8 @@ def logit_gradient(
     gradient: Tensor,  # [outer, inner, V], written, of any dtype; may be the student
     teacher_gradient: Tensor | None,  # [outer', inner', V], written; may be the teacher
     objective: Objective,
+    *,
+    teacher_sums: Tensor | None = None,  # [N]: sums of the teacher's slopes, see `add_sums_`; None: of these columns
 ) -> None:
     """Write the gradients of both models' logits; the teacher's only if there is memory for it."""
     sweep = Sweep(student, teacher, labels, weights.shape[1], statistics.dtype, objective)
@@ -61,7 +64,33 @@ def logit_gradient(
         statistics,
         with_one_outer_index(gradient),
         None if teacher_gradient is None else with_one_outer_index(teacher_gradient),
+        teacher_sums,
     )
+
+
+def merge_(
+    total: Tensor,  # [9, N], float64; becomes the statistics of the union
+    part: Tensor,  # [9, N], of other columns; the logit of a label that is not among them is 0
+    labels: object,  # not used, as are the columns: the kernels' statistics have another column's logit there
+    columns: object,
+    objective: Objective,  # whose divergence takes one sweep
+    entropy: bool,  # whether h is merged
+) -> None:
+    """Merge the statistics of some columns into those of the columns before."""
+    total.copy_(stats.merge(torch.stack([total, part.double()]), objective.temperature, objective.divergence))
+
+
+def add_sums_(
+    sums: Tensor,  # [3, N], float64
+    student: Tensor,  # [outer, inner, V]: some columns of the rows
+    teacher: Tensor,  # [outer', inner', V]
+    weights: Tensor,  # [3, N], float64; a row whose CE and divergence weights are 0 is not read
+    statistics: Tensor,  # [9, N], of the whole rows: the maxima and normalisers are read
+    objective: Objective,  # whose divergence takes two sweeps
+    teacher_grad: bool,  # whether the sum of the teacher's slopes is needed
+) -> None:
+    """Add the sums of the student's slopes, of the value and of the teacher's slopes over some columns."""
+    Sweep(student, teacher, None, weights.shape[1], statistics.dtype, objective).add_sums(weights, statistics, sums)
 
 
 def row_losses(

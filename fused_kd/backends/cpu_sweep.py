@@ -8,6 +8,7 @@ still in the buffers.  So its bits are those of two passes.
 """
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -88,8 +89,15 @@ class Sweep:
         self.objective, self.entropy = objective, entropy
         self.student_map, self.teacher_map, self.temperature = objective[:3]
         vocabulary = student.shape[2]
-        # A label that names no column is clamped: the weights of its row are NaN.
-        self.label = None if labels is None else labels.long().clamp(0, vocabulary - 1).unsqueeze(1)  # [N, 1]
+        self.label: Tensor | None = None  # [N, 1]
+        # [N, 1], bool: whether the label names none of these columns; None: those of all rows do.
+        self.elsewhere: Tensor | None = None
+        if labels is not None:
+            labels = labels.long()
+            named = labels.clamp(0, vocabulary - 1)
+            self.label = named.unsqueeze(1)
+            if not torch.equal(named, labels):
+                self.elsewhere = (named != labels).unsqueeze(1)
         self.size = block_rows(rows, vocabulary)
         self.needs_at_T = teacher is not None or entropy
         kind = divergence_of(objective)
@@ -133,6 +141,7 @@ class Sweep:
         statistics: Tensor,  # [9, N]
         gradient: Tensor,  # [outer, inner, V]
         teacher_gradient: Tensor | None,  # [outer', inner', V]
+        teacher_sums: Tensor | None = None,  # [N], see `logit_gradient`
     ) -> None:
         """Write the gradients, given the statistics."""
         learns = teacher_gradient is not None
@@ -141,16 +150,38 @@ class Sweep:
         tensors = self.student, self.teacher, gradient, teacher_gradient
         for rows in blocks_of_rows(row.has_gradient, self.size, *tensors):
             found = of_rows(columns, rows, dim=1).unbind()
-            x = self._reread(rows, found)
+            x = self._reread(rows, _with_scratch(found))
             k = self._coefficients(rows, found, row, teacher_grad=learns)
             self._write_gradient(rows, x, k, gradient)
             if teacher_gradient is not None and self.teacher is not None:
-                result = self.block.teacher_gradient(x.terms, x.p, x.q, k)
+                terms = x.terms
+                if teacher_sums is not None:
+                    terms = terms._replace(mean=of_rows(teacher_sums, rows)[:, None].to(statistics.dtype))
+                result = self.block.teacher_gradient(terms, x.p, x.q, k)
                 multiply_by_slope(result, self.teacher, rows, self.teacher_map, buffer=x.terms.spare)
                 write(teacher_gradient, rows, result)
         for written in (gradient, teacher_gradient):
             if written is not None:
                 _zero_others(written, row.has_gradient)
+
+    def add_sums(
+        self,
+        weights: Tensor,  # [3, N]
+        statistics: Tensor,  # [9, N]
+        sums: Tensor,  # [3, N], float64, added to
+    ) -> None:
+        """Add the sums of a divergence of two sweeps: of the student's slopes, of the value, of the teacher's slopes."""
+        row = _Weights(weights, statistics.dtype, self.label is not None, self.teacher is not None)
+        columns = statistics.unsqueeze(2)
+        for rows in blocks_of_rows(row.counted, self.size, self.student, self.teacher):
+            found = _with_scratch(of_rows(columns, rows, dim=1))
+            mean = self._reread(rows, found).terms.mean
+            assert mean is not None
+            added = torch.cat([found[stats.C], found[stats.SECOND], mean], 1).T.double()
+            if isinstance(rows, slice):
+                sums[:, rows] += added
+            else:
+                sums.index_add_(1, rows, added)
 
     def _statistics(
         self,
@@ -161,12 +192,15 @@ class Sweep:
         m_s, d_1, d_T, m_t, e, _, label_logit, _, _ = found
         buffers = self.buffers.resize(length(rows))
         z = load(self.student, rows, self.student_map, buffers[U])
-        torch.amax(z, 1, True, out=m_s)
+        lowest = torch.finfo(z.dtype).min  # the maximum of columns that are all masked
+        torch.amax(z, 1, True, out=m_s).clamp_(min=lowest)
         if self.label is not None:
             torch.gather(z, 1, of_rows(self.label, rows), out=label_logit)
+            if self.elsewhere is not None:
+                label_logit.masked_fill_(of_rows(self.elsewhere, rows), 0.0)
         if self.teacher is not None:
             y = load(self.teacher, rows, self.teacher_map, buffers[V])
-            torch.amax(y, 1, True, out=m_t)
+            torch.amax(y, 1, True, out=m_t).clamp_(min=lowest)
             x = self._of_pair(z, y, found, buffers)
         else:
             x = self._of_student(torch.sub(z, m_s, out=buffers[U]), buffers)
@@ -192,7 +226,7 @@ class Sweep:
     def _reread(
         self,
         rows: slice | Tensor,
-        found: tuple[Tensor, ...],  # nine, [rows, 1] each
+        found: tuple[Tensor, ...],  # nine, [rows, 1] each; the sums of a divergence of two sweeps are written
     ) -> Exponentials:
         """Return the exponentials of a block, given its statistics."""
         buffers = self.buffers.resize(length(rows))
@@ -203,8 +237,7 @@ class Sweep:
         x = self._of_pair(z, y, found, buffers)
         if isinstance(self.block, KLBlock):
             return x._replace(terms=Terms(buffers[V], None, buffers[U], careful=not is_finite(buffers[V])))
-        scratch = [number.clone() if i in (stats.C, stats.SECOND) else number for i, number in enumerate(found)]
-        return self._with_slopes(x, tuple(scratch), buffers)
+        return self._with_slopes(x, found, buffers)
 
     def _of_pair(self, z: Tensor, y: Tensor, found: tuple[Tensor, ...], buffers: tuple[Tensor, ...]) -> Exponentials:
         """Return the exponentials.  The buffer V gets the difference of the logits relative to their maxima."""
@@ -281,7 +314,8 @@ class Sweep:
             if self.label is not None and not joins_ce:
                 result.addcmul_(x.at_1, k.A)
         if self.label is not None:
-            result.scatter_add_(1, of_rows(self.label, rows), -k.W)
+            W = k.W if self.elsewhere is None else k.W.masked_fill(of_rows(self.elsewhere, rows), 0.0)
+            result.scatter_add_(1, of_rows(self.label, rows), -W)
         if result is x.terms.spare:
             free = x.at_1 if self.teacher is None or x.at_1 is not x.p else self.block.free(x.terms, x.p)
             multiply_by_slope(result, self.student, rows, self.student_map, buffer=free)
@@ -291,6 +325,13 @@ class Sweep:
 def with_one_outer_index(tensor: Tensor) -> Tensor:
     """Return `[outer, inner, V]` with one outer index, if strides allow."""
     return tensor if tensor.shape[0] == 1 else as_rows(tensor)
+
+
+def _with_scratch(
+    found: Sequence[Tensor] | Tensor,  # nine, [rows, 1] each
+) -> tuple[Tensor, ...]:
+    """Return the statistics with copies of those that a second sweep writes."""
+    return tuple(number.clone() if i in (stats.C, stats.SECOND) else number for i, number in enumerate(found))
 
 
 def _zero_others(

@@ -14,36 +14,49 @@ from torch import Tensor
 from .. import operators
 from ..operators import KD_ARGUMENTS, KD_SCHEMA
 from ..sweep import lines_of, new_counters, new_statistics, row_losses
-from .sweep import Gradients, Head, LinearOptions, has_unit, planned_chunk, sweep, unit_weights
+from . import lean
+from .head import Head, gradient_dtype
+from .sweep import NOTHING, LinearOptions, Outside, has_unit, planned, returned, sweep, unit_weights
 
+# The tensors of the two models: hidden states, weight and bias of the student, hidden states and weight of its LoRA, and
+# hidden states, weight and bias of the teacher.
+HEADS, LORA, TEACHER = 8, 3, 5
+HIDDEN, BIASES = (0, LORA, TEACHER), (2, TEACHER + 2)
 # The schema has the tensors first, then the fields of KDOptions and of LinearOptions, in their order.
 LINEAR_LOSSES = operators.define(
     "linear_losses",
-    "(Tensor student_hidden, Tensor student_weight, Tensor? student_bias, Tensor? teacher_hidden, Tensor? teacher_weight, "
-    f"Tensor? teacher_bias, Tensor? labels, Tensor weights, Tensor? upstream, {KD_SCHEMA}, bool[] needed, "
-    "ScalarType dtype, ScalarType teacher_dtype, ScalarType? logits_dtype, int? workspace_bytes) "
+    "(Tensor student_hidden, Tensor student_weight, Tensor? student_bias, Tensor? lora_hidden, Tensor? lora_weight, "
+    "Tensor? teacher_hidden, Tensor? teacher_weight, Tensor? teacher_bias, "
+    f"Tensor? labels, Tensor weights, Tensor? upstream, {KD_SCHEMA}, bool[] needed, "
+    "ScalarType dtype, ScalarType teacher_dtype, ScalarType? logits_dtype, int? workspace_bytes, str memory) "
     # The number of results is fixed, since a list has no fallback under `is_grads_batched`.  A gradient that is not needed
     # is an empty tensor.
-    f"-> ({', '.join(['Tensor'] * 12)})",
+    f"-> ({', '.join(['Tensor'] * (6 + HEADS))})",
 )
 _operator = operators.packet(LINEAR_LOSSES)
 
 
 def linear_losses(
-    *tensors: Tensor | None,  # the six of the heads; labels [N] or None; weights [3, N]; upstream [N] or None
+    *tensors: Tensor
+    | None,  # the eight of the heads; labels [N] or None; weights [3, N]; upstream [N], a scalar or None
     options: LinearOptions,
+    outside: Outside = NOTHING,
 ) -> tuple[Tensor, ...]:
     """Return the fields of `Losses`; a scalar unit, or an empty tensor; and the needed gradients, divided by the unit.
 
     The gradients are those of sum_i (w_ce CE + w_d D), times the upstream gradient of each row if that is given.
     `unit_weights` says why there is a unit.
     """
-    if not torch.compiler.is_compiling():
-        _register_flops()
     kd, *rest = options
-    *found, unit, a, b, c, d, e, f = _operator(*tensors, *operators.packed(kd), *rest)
-    gradients = (gradient for gradient, need in zip((a, b, c, d, e, f), options.needed, strict=True) if need)
-    return *found, unit, *gradients
+    arguments = *tensors, *operators.packed(kd), *rest
+    if any(given is not None for given in outside):
+        found = _linear_losses(*arguments, outside=outside)
+    else:
+        if not torch.compiler.is_compiling():
+            _register_flops()
+        found = _operator(*arguments)
+    first, gradients = found[:6], found[6:]
+    return *first, *(gradient for gradient, need in zip(gradients, returned(options, outside), strict=True) if need)
 
 
 def _options(arguments: Sequence[Any]) -> LinearOptions:
@@ -51,46 +64,48 @@ def _options(arguments: Sequence[Any]) -> LinearOptions:
     return LinearOptions(operators.unpacked(*arguments[:KD_ARGUMENTS]), *arguments[KD_ARGUMENTS:])
 
 
-def _new_gradients(heads: Sequence[Tensor | None], options: LinearOptions) -> list[Gradients]:
-    """Return accumulators for the student, or for student and teacher; an empty list if no gradient is needed."""
-    count = 0 if not any(options.needed) else 2 if any(options.needed[3:]) else 1
-    return [
-        Gradients(Head(*heads[i : i + 3]), options.needed[i : i + 3], options.kd.dtype, options.kd.vocab_size)  # type: ignore[arg-type]
-        for i in range(0, 3 * count, 3)
-    ]
-
-
 @operators.implements(LINEAR_LOSSES)
-def _linear_losses(*arguments) -> tuple[Tensor, ...]:  # type: ignore[no-untyped-def]
-    heads, (labels, weights, upstream), options = arguments[:6], arguments[6:9], _options(arguments[9:])
-    student, teacher = Head(*heads[:3]), None if heads[3] is None else Head(*heads[3:])
-    N, chunk_rows = weights.shape[1], planned_chunk(student, teacher, options)
-    chunks = -(-N // chunk_rows)
+def _linear_losses(*arguments, outside: Outside = NOTHING) -> tuple[Tensor, ...]:  # type: ignore[no-untyped-def]
+    tensors, (labels, weights, upstream), options = (
+        arguments[:HEADS], arguments[HEADS : HEADS + 3], _options(arguments[HEADS + 3 :])
+    )  # fmt: skip
+    heads, needed = _heads(tensors, options.needed)
+    plan = planned(tensors[0], tensors[LORA], tensors[TEACHER], options)
     statistics = new_statistics(weights, options.kd)
-    counters = new_counters(student.hidden, lines_of(N, chunks, options.kd) + 1)
-    gradients = _new_gradients(heads, options)
     scaled, unit = weights, weights.new_empty(0)
-    if gradients:
-        scaled, unit = unit_weights(weights, upstream, options)
-    sweep(student, teacher, labels, scaled, options, gradients, statistics, counters, chunk_rows)
-    losses = row_losses(statistics, weights, counters, options.kd, labels is not None, teacher is not None)
-    found = iter([tensor for head_gradients in gradients for tensor in head_gradients])
-    return *losses, unit, *(next(found) if need else weights.new_empty(0) for need in options.needed)
+    if any(options.needed):
+        scaled, unit = unit_weights(weights, upstream, options, outside)
+    counters = new_counters(weights, lines_of(weights.shape[1], plan.chunks, options.kd) + 1)
+    run = lean.sweep if options.memory == "lean" else sweep
+    found = run(heads, needed, labels, scaled, options, outside, statistics, counters, plan)
+    losses = row_losses(statistics, weights, counters, options.kd, labels is not None, tensors[TEACHER] is not None)
+    own, (lora_hidden, lora_weight, _), others = found
+    gradients = *own, lora_hidden, lora_weight, *others
+    return *losses, unit, *(weights.new_empty(0) if gradient is None else gradient for gradient in gradients)
+
+
+def _heads(tensors: Sequence[Tensor | None], needed: Sequence[bool]) -> tuple[list[Head | None], list[Sequence[bool]]]:
+    """Return the head of the student, that of its adapter and that of the teacher, and which gradients each needs."""
+    given = tensors[:LORA], (*tensors[LORA:TEACHER], None), tensors[TEACHER:]  # an adapter has no bias
+    heads = [None if hidden is None else Head(hidden, *others) for hidden, *others in given]  # type: ignore[arg-type]
+    return heads, [needed[:LORA], (*needed[LORA:TEACHER], False), needed[TEACHER:]]
 
 
 @operators.fakes(LINEAR_LOSSES)
 def _(*arguments):  # type: ignore[no-untyped-def]
-    heads, (labels, weights, _), options = arguments[:6], arguments[6:9], _options(arguments[9:])
-    gradients = [
-        torch.empty_like(
-            tensor, dtype=tensor.dtype if i % 3 == 0 else options.kd.dtype, memory_format=torch.contiguous_format
-        )
-        if options.needed[i]
-        else weights.new_empty(0)
-        for i, tensor in enumerate(heads)
-    ]
+    heads, (labels, weights, _), options = (
+        arguments[:HEADS],
+        arguments[HEADS : HEADS + 3],
+        _options(arguments[HEADS + 3 :]),
+    )
+
+    def new(i: int, tensor: Tensor) -> Tensor:
+        dtype = tensor.dtype if i in HIDDEN else options.kd.dtype if i in BIASES else gradient_dtype(tensor)
+        return torch.empty_like(tensor, dtype=dtype, memory_format=torch.contiguous_format)
+
+    gradients = [new(i, heads[i]) if need else weights.new_empty(0) for i, need in enumerate(options.needed)]
     unit = weights.new_empty(() if has_unit(options) else 0)
-    return *operators.new_losses(heads[3], labels, weights, options.kd), unit, *gradients
+    return *operators.new_losses(heads[5], labels, weights, options.kd), unit, *gradients
 
 
 operators.register_transforms(LINEAR_LOSSES)
@@ -114,12 +129,14 @@ def _register_flops() -> None:
 
 
 def _flops(  # type: ignore[no-untyped-def]
-    hidden, weight, bias, teacher_hidden, teacher_weight, *arguments, out_shape=None, **kwargs
+    hidden, weight, bias, lora_hidden, lora_weight, teacher_hidden, *arguments, out_shape=None, **kwargs
 ) -> int:
-    """Return the flops: 2 N V H for each model's logits, and as many for each gradient of hidden states or of a weight."""
-    options = _options(arguments[4:])
+    """Return the flops: 2 N V H for each head's logits, and as many for each gradient of hidden states or of a weight."""
+    options = _options(arguments[HEADS + 3 - 6 :])
     V, needed = options.kd.vocab_size, options.needed
-    flops = 2 * hidden[0] * V * hidden[1] * (1 + needed[0] + needed[1])
-    if teacher_hidden is not None:
-        flops += 2 * hidden[0] * V * teacher_hidden[1] * (1 + needed[3] + needed[4])
+    again = 2 if options.memory == "lean" and any(needed) else 1  # times that logits are made
+    flops = 0
+    for shape, i in ((hidden, 0), (lora_hidden, LORA), (teacher_hidden, TEACHER)):
+        if shape is not None:
+            flops += 2 * shape[0] * V * shape[1] * (again + needed[i] + needed[i + 1])
     return int(flops)

@@ -26,18 +26,35 @@ def _has_float32_products(operand: Tensor) -> bool:
 
     PyTorch refuses it for float16 under `allow_fp16_accumulation`.
     """
-    in_float16 = operand.dtype == torch.float16 and torch.backends.cuda.matmul.allow_fp16_accumulation
-    return operand.is_cuda and torch.version.hip is None and not in_float16
+    return operand.is_cuda and torch.version.hip is None and not _sums_in_float16(operand.dtype)
+
+
+def _sums_in_float16(dtype: torch.dtype) -> bool:
+    return dtype == torch.float16 and bool(torch.backends.cuda.matmul.allow_fp16_accumulation)
+
+
+def has_float32_logits(device: torch.device, dtype: torch.dtype) -> bool:
+    """Return whether logits of 16-bit products can be float32 by a single product.
+
+    On a CPU, which converts operands anyway, they always can.
+    """
+    if device.type == "cpu" or dtype.itemsize > 2:
+        return True
+    return RELEASE >= (2, 10) and torch.version.hip is None and not _sums_in_float16(dtype)
 
 
 def project(
     hidden: Tensor,  # [C, H]
     weight: Tensor,  # [V, H], in the dtype of hidden, as is the bias
-    bias: Tensor | None,  # [V]
+    bias: Tensor | None,  # [V]; None if the logits are added
     out: Tensor,  # [C, V], written; in the dtype of hidden or float32
+    *,
+    add: bool = False,  # True: the logits are added to `out`
 ) -> None:
     """Compute out = hidden weight^T + bias."""
-    if out.dtype == hidden.dtype:
+    if add:
+        accumulate(out, hidden.T, weight.T, first=False)
+    elif out.dtype == hidden.dtype:
         _ = torch.mm(hidden, weight.T, out=out) if bias is None else torch.addmm(bias, hidden, weight.T, out=out)
     elif _since((2, 10), hidden):
         if bias is None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import kd_loss, linear_kd_loss, reference
-from ..options import KDLossOutput
+from ..options import KDLossOutput, Lora
 
 SAME = 1e-3  # largest relative difference between the logits of body and head and the model's own: that of rounding
 
@@ -20,22 +20,22 @@ SAME = 1e-3  # largest relative difference between the logits of body and head a
 class SplitModel(nn.Module):
     """A model as logits = softcap(scale * (hidden weight^T + bias)), where `hidden` are the last hidden states of its body.
 
-    A model whose logits are computed in another way stays whole: `body` returns its logits, and `head` is None.  So does
-    one with an adapter on its head: the head's weight does not contain the adapter.
+    The head may have an adapter, or be quantised.  A model whose logits are computed in another way stays whole: `body`
+    returns its logits, and `head` is None.
     """
 
     def __init__(self, model: Any) -> None:
         super().__init__()
         self.model = model
-        head = model.get_output_embeddings()
-        # PEFT's layers keep the one that they adapt; LoRA changes no logits before its first step.
-        self.head: nn.Linear | None = None if hasattr(head, "base_layer") else head
+        self.head: nn.Module | None = model.get_output_embeddings()
         self.scale, self.softcap = scale_and_softcap(model.config)
 
     def body(self, tokens: Tensor) -> Tensor:  # [batch, sequence, H]
         if self.head is None:
             return self.model(input_ids=tokens, use_cache=False).logits  # type: ignore[no-any-return]
-        return self.model.base_model(input_ids=tokens, use_cache=False).last_hidden_state  # type: ignore[no-any-return]
+        # PEFT's `base_model` is no body, but what puts the adapters into the whole model.
+        model = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
+        return model.base_model(input_ids=tokens, use_cache=False).last_hidden_state  # type: ignore[no-any-return]
 
     def logits(self, hidden: Tensor) -> Tensor:  # [batch, sequence, V'], before scale and softcap
         return hidden if self.head is None else self.head(hidden)  # type: ignore[no-any-return]
@@ -78,22 +78,95 @@ def linear_loss(
     """Return `linear_kd_loss` of hidden states.  The logits of neither model exist as a whole.
 
     Raises:
-        ValueError: a model has no head.
+        ValueError: a model has no head, or the student's is none that `student_arguments` knows.
     """
-    head, teacher_head = _head("student", student), None if teacher is None else _head("teacher", teacher)
+    heads = student_arguments(_head("student", student))
+    heads |= {"teacher_weight": None} if teacher is None else teacher_arguments(_head("teacher", teacher))
+    options |= {"return_parts": True, **_maps(student, teacher)}
     result: KDLossOutput = linear_kd_loss(
-        hidden,
-        head.weight,
-        teacher_hidden,
-        None if teacher_head is None else teacher_head.weight,
-        labels,
-        student_bias=head.bias,
-        teacher_bias=None if teacher_head is None else teacher_head.bias,
-        return_parts=True,
-        **_maps(student, teacher),
-        **options,
+        student_hidden=hidden, teacher_hidden=teacher_hidden, labels=labels, **heads, **options
     )
     return result
+
+
+def student_arguments(head: nn.Module) -> dict[str, Any]:
+    """Return the arguments of `linear_kd_loss` that stand for a student's output head, adapter included.
+
+    Args:
+        head: `nn.Linear`; one with a LoRA adapter of PEFT, or in PEFT's `modules_to_save`; or any module of which nothing
+            is trained.
+
+    Raises:
+        ValueError: something is trained in another module than these, or the adapter is not a single plain LoRA: it has
+            dropout in training mode, a bias, DoRA or another variant.
+    """
+    own = _copy_in_use(head)
+    if _is_linear(own):
+        return {"student_weight": own.weight, "student_bias": own.bias}
+    if isinstance(getattr(own, "lora_A", None), nn.ModuleDict) and _is_linear(own.base_layer):
+        lora = _lora(own)
+        return {"student_weight": own.base_layer.weight, "student_bias": own.base_layer.bias, "student_lora": lora}
+    if torch.is_grad_enabled() and any(parameter.requires_grad for parameter in head.parameters()):
+        raise ValueError(
+            f"the student's head: expected nn.Linear, alone or with a LoRA adapter, where something is trained, got "
+            f"{type(own).__module__}.{type(own).__qualname__}; freeze it, or take the loss of its logits"
+        )
+    return {"student_weight": None, "student_head": head}
+
+
+def teacher_arguments(head: nn.Module) -> dict[str, Any]:
+    """Return the arguments of `linear_kd_loss` that stand for a teacher's output head, which may be any module."""
+    own = _copy_in_use(head)
+    if _is_linear(own):
+        return {"teacher_weight": own.weight, "teacher_bias": own.bias}
+    return {"teacher_weight": None, "teacher_head": head}
+
+
+def _copy_in_use(head: Any) -> Any:
+    """Return the module itself, or of PEFT's `modules_to_save` the copy of the active adapter."""
+    copies = getattr(head, "modules_to_save", None)
+    if not isinstance(copies, nn.ModuleDict):
+        return head
+    active = [] if head.disable_adapters else _active(head, copies)
+    return copies[active[0]] if active else head.original_module
+
+
+def _is_linear(module: Any) -> bool:
+    """Return whether its weight and bias say all: no quantised layer, which keeps something else as its weight."""
+    return (
+        isinstance(module, nn.Linear)
+        and type(module).forward is nn.Linear.forward
+        and module.weight.is_floating_point()
+    )
+
+
+def _active(layer: Any, adapters: nn.ModuleDict) -> list[str]:
+    names = layer.active_adapter
+    return [name for name in ([names] if isinstance(names, str) else names) if name in adapters]
+
+
+def _lora(layer: Any) -> Lora | None:
+    """Return A, B and scale of a layer of PEFT, None if it adds nothing to its base layer."""
+    if layer.merged and not layer.disable_adapters:
+        return None
+    names = [] if layer.disable_adapters else _active(layer, layer.lora_A)
+    wrong = "a merged adapter that is disabled; unmerge it" if layer.merged else None
+    if len(names) > 1:
+        wrong = f"several active ones, {', '.join(names)}; activate one, or merge the others"
+    for name in names:
+        dropout = layer.lora_dropout[name]
+        if name in getattr(layer, "lora_variant", ()) or layer.use_dora.get(name):
+            wrong = "DoRA or another variant"
+        elif layer.lora_B[name].bias is not None:
+            wrong = "a bias (lora_bias=True)"
+        elif dropout.training and getattr(dropout, "p", 0) > 0:
+            wrong = f"dropout of {dropout.p} in training mode; take lora_dropout=0 for the head"
+    if wrong is not None:
+        raise ValueError(f"the student's head: expected a single plain LoRA adapter, got {wrong}")
+    if not names:
+        return None
+    (name,) = names
+    return layer.lora_A[name].weight, layer.lora_B[name].weight, layer.scaling[name]
 
 
 def loss_of_logits(loss: Callable[..., Any]) -> Loss:
@@ -120,12 +193,9 @@ LOSSES: dict[str, Loss] = {
 }
 
 
-def _head(side: str, model: SplitModel) -> nn.Linear:
+def _head(side: str, model: SplitModel) -> nn.Module:
     if model.head is None:
-        raise ValueError(
-            f"the {side}'s logits are not an output head of its last hidden states, or an adapter is on that head: "
-            "pass the weight that acts to linear_kd_loss, or use kd_loss"
-        )
+        raise ValueError(f"the {side}'s logits are not an output head of its last hidden states: use kd_loss")
     return model.head
 
 

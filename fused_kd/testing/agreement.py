@@ -33,8 +33,8 @@ def check(peer: Peer, loss: Loss, shape: Shape, device: torch.device, temperatur
     value = loss(inputs, peer.temperature or temperature)
     value.backward()  # type: ignore[no-untyped-call]
     errors = [
-        relative_error(leaf.grad, gradient) if leaf.grad is not None else float("inf")
-        for leaf, gradient in zip(inputs.student, gradients, strict=True)
+        relative_error(given, gradient) if given is not None else float("inf")
+        for given, gradient in zip(map(problems.gradient_of, inputs.student), gradients, strict=True)
     ]
     value_error, gradient_error = relative_error(value.detach(), expected), max(errors)
     within = [error <= bound for error, bound in zip((value_error, gradient_error), BOUNDS[shape.dtype], strict=True)]

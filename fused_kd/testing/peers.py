@@ -113,13 +113,27 @@ def eager_of_tensors(
     return eager_loss(Inputs(student, teacher, labels), temperature, divergence)
 
 
-def _ours(divergence: str) -> Loss:
+def ours_with(**options: Any) -> Loss:
+    """Return our loss with these options."""
+
     def loss(inputs: Inputs, temperature: float) -> Tensor:
         function: Any = kd_loss if len(inputs.student) == 1 else linear_kd_loss
         value = function(
-            *inputs.student, *inputs.teacher, inputs.labels, alpha=ALPHA, temperature=temperature, divergence=divergence
+            *inputs.student, *inputs.teacher, inputs.labels, alpha=ALPHA, temperature=temperature, **options
         )
         return value  # type: ignore[no-any-return]
+
+    return loss
+
+
+def into_main_grad() -> Loss:
+    """Return our loss from hidden states, which adds the weight's gradient to a float32 buffer: its `main_grad`."""
+
+    def loss(inputs: Inputs, temperature: float) -> Tensor:
+        weight: Any = inputs.student[1]
+        if not hasattr(weight, "main_grad"):
+            weight.main_grad = torch.zeros_like(weight, dtype=torch.float32)
+        return ours_with(weight_grad_out=weight.main_grad)(inputs, temperature)
 
     return loss
 
@@ -291,9 +305,9 @@ speculators = functools.partial(Peer, package="speculators", needs_gpu=True, tem
 def _plain(inputs: str) -> list[Peer]:
     """Return ours and what needs no package, for every divergence."""
     return [
-        Peer(name, inputs, functools.partial(build, divergence), f"CE + {word}", divergence)
+        Peer(name, inputs, functools.partial(build, divergence=divergence), f"CE + {word}", divergence)
         for divergence, word in WORDS.items()
-        for name, build in ((OURS, _ours), ("eager PyTorch", _eager), ("torch.compile", _compiled))
+        for name, build in ((OURS, ours_with), ("eager PyTorch", _eager), ("torch.compile", _compiled))
     ]
 
 

@@ -11,6 +11,7 @@ from .. import reference
 from .shapes import Shape
 
 ALPHA, TEMPERATURE = 0.5, 2.0
+IGNORED = -100
 SPREAD = 3.0  # standard deviation of the logits
 
 
@@ -28,6 +29,12 @@ class Inputs(NamedTuple):
     def clear(self) -> None:
         for leaf in self.student:
             leaf.grad = None
+
+    def release(self) -> None:
+        """Free what steps have left on the leaves: gradients and a `main_grad`."""
+        self.clear()
+        for leaf in self.student:
+            vars(leaf).pop("main_grad", None)
 
     @property
     def nbytes(self) -> int:
@@ -51,6 +58,18 @@ def make(shape: Shape, device: torch.device) -> Inputs:
     for leaf in streams[0]:
         leaf.requires_grad_()
     return Inputs(streams[0], streams[1], torch.randint(V, (N,), generator=generator, device=device))
+
+
+def half_ignored(inputs: Inputs) -> Inputs:
+    """Return the same problem with half of its rows ignored, scattered."""
+    rows = inputs.labels.numel()
+    ignored = torch.randperm(rows, generator=torch.Generator().manual_seed(0))[: rows // 2]
+    return inputs._replace(labels=inputs.labels.index_fill(0, ignored.to(inputs.labels.device), IGNORED))
+
+
+def gradient_of(leaf: Tensor) -> Tensor | None:
+    """Return the gradient of a leaf: its `main_grad`, if it has one."""
+    return getattr(leaf, "main_grad", leaf.grad)
 
 
 def logits_of(stream: tuple[Tensor, ...]) -> Tensor:

@@ -22,10 +22,12 @@ from benchmarks import readme
 from benchmarks.gpu import __main__ as command
 from benchmarks.gpu import model, report, run, subjects, tables
 from benchmarks.gpu.context import REHEARSED, Context
-from benchmarks.gpu.stages import STAGES, Stage, fast, l2, machine, models, plans, right, safe
+from benchmarks.gpu.stages import STAGES, Stage, fast, hidden, l2, machine, models, plans, right, safe
 from benchmarks.gpu.standins import cuda
 from benchmarks.gpu.timing import timed
 from benchmarks.simulated import launches
+from fused_kd.devices import DEVICES
+from fused_kd.launching import launching as launching_on
 from fused_kd.testing import accuracy, peers, problems, shapes
 
 ROOT = Path(__file__).parents[2]
@@ -353,6 +355,32 @@ def test_another_loss_than_it_says_is_told(rehearsed, name, key):
     twice = peers.Peer(name, "logits", lambda: lambda inputs, T: 2 * peers.eager_loss(inputs, T))
     (result,) = subjects.measured(rehearsed, shape, [problems.make(shape, rehearsed.device)], [(twice, 2.0)], 1)
     assert result[key] == "not the loss that it says it is"
+
+
+def test_from_hidden_states_every_plan_has_its_modelled_time(rehearsed):
+    with launching_on(device=DEVICES["H200"]):
+        found = [r for r in hidden.results(rehearsed) if r["subject"].startswith("fused_kd")]
+    assert [r for r in found if r.get("finding")] == []
+    by_name = {(r["head"], r["subject"]): r for r in found}
+    assert by_name.keys() >= {
+        ("trained", "fused_kd, weight_grad_out"), ("frozen", "fused_kd, 16-bit logits"), ("frozen", "fused_kd, lean"),
+        ("trained", "fused_kd, half ignored, compact"), ("trained", "fused_kd, half ignored, not compact"),
+    }  # fmt: skip
+    assert all(0 < r["modelled_seconds"] == pytest.approx(sum(r["modelled_parts"].values())) for r in found)
+    assert all(r["seconds"] > 0 and r["times_the_products"] > 0 and r["times_the_default"] > 0 for r in found)
+    ours, half = by_name["trained", "fused_kd"], by_name["trained", "fused_kd, half ignored, counted_rows"]
+    assert (ours["judged"], ours["target"]) == ("times_the_products", 1.2)
+    assert (half["judged"], half["target"]) == ("times_the_default", 0.56)
+    assert (ours["chunk_rows"], half["chunk_rows"]) == (4, 2)
+    assert "target" not in by_name["trained", "fused_kd, half ignored, not compact"]
+    grouped = by_name["trained", "fused_kd, chunks of 2, groups of 4"]
+    assert (grouped["chunk_rows"], grouped["gradient_rows"]) == (2, 4)
+
+
+def test_a_missed_target_is_of_the_figure_that_it_judges():
+    half = {"subject": "half", "times_the_products": 0.7, "times_the_default": 0.6, "target": 0.56}
+    record = {"rehearsal": None, "stages": {"hidden": {"results": [half | {"judged": "times_the_default"}]}}}
+    assert list(tables.missed(record)) == ["hidden: half: 0.60, target 0.56"]
 
 
 def at_models(context):

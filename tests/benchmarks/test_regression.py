@@ -16,7 +16,7 @@ from benchmarks.gate.comparison import BETTER, GONE, NEW, OK, WORSE, compare  # 
 from benchmarks.gate.figures import KINDS  # noqa: E402
 from benchmarks.gate.record import FILE, Record  # noqa: E402
 from fused_kd import kd_loss, sweep  # noqa: E402
-from fused_kd.heads import sweep as linear  # noqa: E402
+from fused_kd.heads import head, lean  # noqa: E402
 from fused_kd.testing.launches import fake_gpu  # noqa: E402
 
 # --- the comparison
@@ -132,8 +132,9 @@ def test_a_step_has_one_launch_per_stage(everything: bool):
     assert one.operators == {"zeros": 1, steps.ENGINE: 1}
     heads = steps.launched(lambda: steps.from_hidden_states(2, (True, True), everything=everything))
     names = ("row_weights", "copy_counted", "row_losses")
-    assert heads.kernels == {**{f"{name}_kernel": 1 for name in names}, "whole_kernel": 2, "scale_kernel": 2}
-    assert heads.operators == {"zeros": 1, "mm": 6, "addmm": 2, steps.ENGINE: 1}
+    assert heads.kernels == {**{f"{name}_kernel": 1 for name in names}, "shared_kernel": 2, "scale_kernel": 2}
+    # The weight's gradient, summed over two groups, is rounded once.
+    assert heads.operators == {"zeros": 1, "mm": 6, "addmm": 2, "_to_copy": 1, steps.ENGINE: 1}
 
 
 def test_a_launch_more_in_backward_is_seen(monkeypatch: pytest.MonkeyPatch):
@@ -157,26 +158,29 @@ def test_nothing_stays_patched():
 
 
 def test_a_chunk_projected_twice_is_seen(monkeypatch: pytest.MonkeyPatch):
-    """In projections of the student; the teacher's takes two."""
+    """In projections of the student; the teacher's takes two.  Tokens that do not count take none."""
     expected = {
         "trained head": 5,
         "trained head, teacher_grad": 9,
         "frozen head": 4,
         "loss only": 3,
         'reduction="none"': 8,
+        "trained head, as many ignored": 5,
+        "trained head, lean": 8,
     }
     expected = {f"linear_kd_loss, {name}": count for name, count in expected.items()}
     assert steps.multiplications() == {"projections": expected}
-    project = linear.project
+    project = head.project
 
-    def twice(*arguments):
-        project(*arguments)
-        project(*arguments)
+    def twice(*arguments, **options):
+        project(*arguments, **options)
+        project(*arguments, **options)
 
-    monkeypatch.setattr(linear, "project", twice)
+    for module in (head, lean):
+        monkeypatch.setattr(module, "project", twice)
     spent = steps.multiplications()["projections"]
     assert {name: spent[name] - count for name, count in expected.items()} == {
-        name: 6 if name.endswith('"none"') else 3 for name in expected
+        name: 6 if name.endswith(('"none"', "lean")) else 3 for name in expected
     }
 
 

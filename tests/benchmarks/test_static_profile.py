@@ -272,6 +272,7 @@ def _of_other_steps(_: None) -> list[tuple[list[Any], list[Any]]]:
         (prologue(16, num_items=16.0, alpha=0.25), prologue(17, num_items=0.5, alpha=1.0)),
         (lambda: rows.row_losses(True, True, parts=True), lambda: rows.row_losses(True, True, parts=True, N=1)),
         (lambda: rows.unit_weights(some(16)), lambda: rows.unit_weights(some(1), N=1)),
+        (lambda: rows.merge("mixed_kl"), lambda: rows.merge("mixed_kl", N=1)),
         (lambda: rows.copy_counted(some(16, 64), F64), lambda: rows.copy_counted(some(1, 64), F64, N=1)),
         (logits(2, 5, 999, 999), logits(8, 4096, 100_000, 100_000)),
         (logits(2, 16, 1000, 1024), logits(1, 17, 1000, 1024)),

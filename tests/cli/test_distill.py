@@ -534,17 +534,13 @@ def test_models_are_split_into_body_and_head(name, options, scale, softcap):
 
 @pytest.mark.parametrize(
     "reason",
-    ["its logits are not those of its head", "its body gives no hidden states", "an adapter is on its head"],
+    ["its logits are not those of its head", "its body gives no hidden states"],
 )
 def test_a_model_that_cannot_be_split_stays_whole(folder, reason):
     model = models.load_model(str(folder / "llama"), torch.float32)
     forward = model.forward
     if reason == "its body gives no hidden states":
         model.base_model_prefix = ""  # the model is its own body then
-    elif reason == "an adapter is on its head":
-        peft = pytest.importorskip("peft")
-        adapted = peft.LoraConfig(target_modules=["lm_head"], ensure_weight_tying=False)  # changes no logits yet
-        model = peft.get_peft_model(model, adapted).base_model.model
     else:
         model.forward = lambda **kwargs: forward(**kwargs).__class__(logits=forward(**kwargs).logits * 1.5)
     tokens = torch.randint(256, (2, 8))
@@ -566,6 +562,42 @@ def test_a_whole_model_has_no_loss_from_hidden_states(distill, monkeypatch, caps
     assert distill("--loss", "linear") == 2
     expected = "--loss linear: the student's logits are not an output head of its last hidden states; use --loss logits"
     assert expected in capsys.readouterr().err
+
+
+@pytest.fixture
+def adapted(monkeypatch):
+    """Puts an adapter on the student's head."""
+    peft = pytest.importorskip("peft")
+    make_student = models.make_student
+
+    def chosen(**options):
+        def with_adapter(*arguments):
+            torch.manual_seed(0)
+            student, layers = make_student(*arguments)
+            student.config.tie_word_embeddings = False  # transformers does not save a tied head with an adapter
+            student.lm_head.weight = torch.nn.Parameter(student.lm_head.weight.detach().clone())
+            config = peft.LoraConfig(target_modules=["lm_head", "q_proj"], **options)
+            return peft.get_peft_model(student, config).get_base_model(), layers
+
+        monkeypatch.setattr(models, "make_student", with_adapter)
+
+    return chosen
+
+
+def test_an_adapter_on_the_students_head_is_trained(adapted, distill, capsys):
+    adapted()
+    assert distill("--loss", "linear", "--compare", "eager") == 0
+    assert "trainings coincide" in capsys.readouterr().out
+
+
+def test_an_adapter_that_the_loss_does_not_take_is_refused_before_the_training(adapted, distill, tmp_path, capsys):
+    adapted(lora_dropout=0.5)
+    assert distill("--loss", "linear") == 2
+    expected = (
+        "--loss linear: the student's head: expected a single plain LoRA adapter, got dropout of 0.5 in training mode"
+    )
+    assert expected in capsys.readouterr().err
+    assert distill("--loss", "logits") == 0
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])

@@ -409,7 +409,9 @@ def test_devices_that_are_known_by_name_and_others():
     slice_of_it = properties(
         name="NVIDIA A100-SXM4-80GB MIG 3g.40gb", multi_processor_count=42, L2_cache_size=20 * 2**20
     )
-    assert device_of_properties(slice_of_it) == DEVICES["A100"]._replace(processors=42, l2_bytes=20 * 2**20)
+    found, whole = device_of_properties(slice_of_it), DEVICES["A100"]
+    rates = {name: 42 / 108 * getattr(whole, name) for name in ("bandwidth", "flops_16", "flops_32")}
+    assert found == whole._replace(processors=42, l2_bytes=20 * 2**20, **rates)
     other = properties(
         name="NVIDIA RTX A6000", multi_processor_count=84, L2_cache_size=6 * 2**20, major=8,
         max_threads_per_multi_processor=1536, warp_size=32,

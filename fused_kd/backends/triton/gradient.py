@@ -29,6 +29,7 @@ import torch
 import triton
 import triton.language as tl
 
+from ... import statistics as stats
 from ...divergences import Objective
 from ...launch import Launch
 from ...launching import default_launch, is_wide
@@ -240,6 +241,8 @@ def logit_gradient(
     teacher_gradient: torch.Tensor | None,  # [outer', inner', V], written; may be the teacher
     objective: Objective,
     launch: Launch | None = None,
+    *,
+    teacher_sums: torch.Tensor | None = None,  # [N]: sums of the teacher's slopes; None: of these columns
 ) -> None:
     """Write the student's gradient, and the teacher's if there is memory for it.
 
@@ -259,8 +262,11 @@ def logit_gradient(
     functions = functions_of(objective, of_teacher)
     if of_teacher == 2:  # the value less the sum of the student's slopes may have lost the sum of the teacher's
         statistics = statistics.clone()
-        whole = launch._replace(splits=1, columns_per_split=V)
-        row_sums(student, second, weights, statistics, None, None, objective, whole, functions)
+        if teacher_sums is not None:
+            statistics[stats.SECOND] = teacher_sums
+        else:
+            whole = launch._replace(splits=1, columns_per_split=V)
+            row_sums(student, second, weights, statistics, None, None, objective, whole, functions)
     logit_gradient_kernel[(N, launch.splits)](
         student, second, weights if labels is None else labels, weights, statistics,
         weights if upstream is None else upstream, first, last,

@@ -151,6 +151,12 @@ def _prepare(options: argparse.Namespace, text: str, device: torch.device) -> Pr
             raise UserError(
                 f"--loss linear: the {name}'s logits are not an output head of its last hidden states; use --loss logits"
             )
+    if options.loss == "linear" and split_student.head is not None:
+        try:
+            split_student.train()  # an adapter may have dropout
+            huggingface.student_arguments(split_student.head)
+        except ValueError as error:
+            raise UserError(f"--loss linear: {error}; use --loss logits") from error
     settings = Settings(
         alpha=options.alpha,
         temperature=options.temperature,
