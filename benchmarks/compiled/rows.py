@@ -84,6 +84,15 @@ def unit_weights(upstream: Tensor | None, N: int = N) -> None:
     kernels.unit_weights(some(3, N, dtype=torch.float64), upstream, 1.0, 0.5)
 
 
+def merge(divergence: str, entropy: bool = False, N: int = N) -> None:
+    from fused_kd.backends import triton as kernels
+    from fused_kd.divergences import Objective
+
+    objective = Objective(temperature=2.0, divergence=divergence)
+    labels = some(N, dtype=torch.int64)
+    kernels.merge_(some(9, N, dtype=torch.float64), some(9, N), labels, 64, objective, entropy)
+
+
 def copy_counted(hidden: Tensor, dtype: torch.dtype, N: int = N) -> None:
     from fused_kd.backends import triton as kernels
 
@@ -114,6 +123,9 @@ CALLS: dict[tuple[str, str], Callable[[], None]] = {
     ("scale", "fp32 to bf16 transposed"): lambda: scale(some(H, V).T, some(V, H, dtype=BF16)),
     ("unit_weights", "usual"): lambda: unit_weights(None),
     ("unit_weights", "upstream"): lambda: unit_weights(some(N)),
+    ("merge", "forward_kl"): lambda: merge("forward_kl"),
+    ("merge", "reverse_kl entropy"): lambda: merge("reverse_kl", entropy=True),
+    ("merge", "mixed_kl entropy"): lambda: merge("mixed_kl", entropy=True),
     ("copy_counted", "bf16 to bf16"): lambda: copy_counted(some(N, H, dtype=BF16), BF16),
     ("copy_counted", "fp32 to bf16"): lambda: copy_counted(some(N, H), BF16),
     ("copy_counted", "bf16 to bf16 odd"): lambda: copy_counted(some(N, H + 1, dtype=BF16)[:, :H], BF16),

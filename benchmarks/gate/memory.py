@@ -1,6 +1,7 @@
 """Live bytes of a training step on CPU tensors, at their peak, beyond inputs and gradients."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,6 +30,7 @@ def live_bytes() -> Figures:
         for trained in (True, False):
             head = "trained" if trained else "frozen"
             figures[f"linear_kd_loss, {name}, {head} head"] = _beyond(*_from_hidden_states(dtype, trained))
+        figures[f"linear_kd_loss, {name}, lean"] = _beyond(*_from_hidden_states(dtype, True, memory="lean"))
     return {"live bytes": figures}
 
 
@@ -45,9 +47,11 @@ def _from_logits(dtype: torch.dtype, inplace: bool) -> tuple[Callable[[], Tensor
     return lambda: kd_loss(student, teacher, labels, temperature=2.0, inplace_backward=inplace), [student]
 
 
-def _from_hidden_states(dtype: torch.dtype, trained: bool) -> tuple[Callable[[], Tensor], Sequence[Tensor]]:
+def _from_hidden_states(
+    dtype: torch.dtype, trained: bool, **options: Any
+) -> tuple[Callable[[], Tensor], Sequence[Tensor]]:
     N, V, H_s, H_t = HEADS
     heads = [torch.randn(shape, dtype=dtype) for shape in ((N, H_s), (V, H_s), (N, H_t), (V, H_t))]
     leaves = [tensor.requires_grad_() for tensor in heads[: 1 + trained]]
-    options = {"temperature": 2.0, "workspace_bytes": CHUNK * 2 * V * dtype.itemsize}
+    options |= {"temperature": 2.0, "workspace_bytes": CHUNK * 2 * V * dtype.itemsize}
     return lambda: linear_kd_loss(*heads, torch.arange(N), **options), leaves

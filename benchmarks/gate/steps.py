@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from fused_kd import KDLossOutput, kd_loss, linear_kd_loss, plan_chunks
+from fused_kd import KDLossOutput, kd_loss, linear_kd_loss
 from fused_kd.testing.launches import Launches, fake_gpu
+from fused_kd.testing.plans import in_chunks
 
 from .figures import Figures
 from .record import Operators
@@ -32,7 +33,9 @@ LOGITS: dict[str, tuple[int, dict[str, Any]]] = {  # rows, options
 LINEAR: dict[str, tuple[tuple[bool, bool], dict[str, Any]]] = {  # gradients of hidden states and weight, options
     "trained head": ((True, True), {}),
     "trained head, everything": ((True, True), {"everything": True}),
-    "trained head, float32 logits": ((True, True), {"logits_dtype": torch.float32}),
+    "trained head, one group": ((True, True), {"one_group": True}),
+    "trained head, 16-bit logits": ((True, True), {"logits_dtype": torch.bfloat16}),
+    "trained head, float32": ((True, True), {"dtype": torch.float32}),
     "trained head, float16": ((True, True), {"dtype": torch.float16}),
     "trained head, jsd": ((True, True), {"divergence": "jsd"}),
     "trained head, bias": ((True, True), {"bias": True}),
@@ -40,14 +43,21 @@ LINEAR: dict[str, tuple[tuple[bool, bool], dict[str, Any]]] = {  # gradients of 
     "frozen head": ((True, False), {}),
     "loss only": ((False, False), {}),
     'reduction="none"': ((True, True), {"reduction": "none"}),
+    # As many tokens count as in the others.
+    "trained head, as many ignored": ((True, True), {"as_many_ignored": True}),
 }
-MULTIPLIED = ("trained head", "trained head, teacher_grad", "frozen head", "loss only", 'reduction="none"')
+LEAN = {"trained head, lean": ((True, True), {"memory": "lean"})}  # its launches are those of slabs, not of chunks
+MULTIPLIED = (
+    "trained head", "trained head, teacher_grad", "frozen head", "loss only", 'reduction="none"',
+    "trained head, as many ignored", "trained head, lean",
+)  # fmt: skip
 A_CHUNK = ", a further chunk"
 ENGINE = "ones_like"  # the upstream gradient of a step, which the autograd engine makes
 # The ceilings of `figures.KINDS` are for one sweep of chunks that gives two gradients.  With teacher_grad each chunk takes
 # two products and a sweep more, and each gradient a launch of `scale` in backward.  A bias takes a sum and an addition per
 # chunk.  For row losses each chunk is projected and swept in forward, and again in backward.
-MORE_WORK = ("trained head, bias", "trained head, teacher_grad", 'reduction="none"')
+# Rows that count are gathered without a synchronisation, in about twenty small operations per step.
+MORE_WORK = ("trained head, bias", "trained head, teacher_grad", 'reduction="none"', "trained head, as many ignored")
 
 
 def _given(rows: int, everything: bool, options: dict[str, Any]) -> tuple[tuple[int, ...], dict[str, Any]]:
@@ -87,9 +97,13 @@ def from_hidden_states(
     dtype: torch.dtype = torch.bfloat16,
     everything: bool = False,
     bias: bool = False,
+    one_group: bool = False,
+    as_many_ignored: bool = False,
     **options: Any,
 ) -> Step:
-    shape, options = _given(chunks * CHUNK, everything, options)
+    shape, options = _given(chunks * CHUNK * (1 + as_many_ignored), everything, options)
+    if as_many_ignored:
+        options["counted_rows"] = chunks * CHUNK
     heads = [torch.randn(size, dtype=dtype) for size in ((*shape, H_S), (V, H_S), (*shape, H_T), (V, H_T))]
     of_teacher = needed if options.get("teacher_grad") else (False, False)
     leaves = [tensor.requires_grad_() for tensor, need in zip(heads, needed + of_teacher, strict=True) if need]
@@ -97,13 +111,12 @@ def from_hidden_states(
         options["student_bias"] = torch.randn(V, dtype=dtype, requires_grad=True)
         leaves.append(options["student_bias"])
     labels = torch.randint(V, shape)
-    names = ("hidden_grad", "weight_grad", "teacher_hidden_grad", "teacher_weight_grad")
-    one_row = plan_chunks(
-        1, V, H_S, H_T, dtype=dtype, logits_dtype=options.get("logits_dtype"),
-        **dict(zip(names, needed + of_teacher, strict=True)),
-    )  # fmt: skip
-    bound = CHUNK * one_row.workspace_bytes
-    return lambda: _backward(linear_kd_loss(*heads, labels, workspace_bytes=bound, **options), leaves)
+
+    def step() -> None:
+        with in_chunks(CHUNK, chunks * CHUNK if one_group else CHUNK):
+            _backward(linear_kd_loss(*heads, labels, **options), leaves)
+
+    return step
 
 
 def launched(make: Callable[[], Step]) -> Launches:
@@ -115,7 +128,10 @@ def launched(make: Callable[[], Step]) -> Launches:
 
 
 def launches() -> tuple[Figures, Operators]:
-    """Count the launches of a step in bfloat16; for heads, of one chunk of logits and of each further chunk."""
+    """Count the launches of a step in bfloat16; for heads, of one chunk of logits and of each further chunk.
+
+    That of one chunk is a step of several without the further ones, so that the rounding of their sum is in it.
+    """
     figures: Figures = {"Triton launches": {}, "other launches": {}, "operations": {}, "operations per chunk": {}}
     operators = {}
     for name, kernels, others in _launches():
@@ -139,14 +155,14 @@ def _launches() -> Iterator[tuple[str, dict[str, float], dict[str, float]]]:
         one = launched(lambda rows=rows, options=options: from_logits(rows, **options))
         yield name, one.kernels, one.operators
     for name, (needed, options) in LINEAR.items():
-        one, three = (
+        two, four = (
             launched(
                 lambda chunks=chunks, needed=needed, options=options: from_hidden_states(chunks, needed, **options)
             )
-            for chunks in (1, 3)
+            for chunks in (2, 4)
         )
-        yield f"linear_kd_loss, {name}", one.kernels, one.operators
-        added = _half(three.kernels - one.kernels), _half(three.operators - one.operators)
+        added = _half(four.kernels - two.kernels), _half(four.operators - two.operators)
+        yield f"linear_kd_loss, {name}", two.kernels - Counter(added[0]), two.operators - Counter(added[1])
         yield f"linear_kd_loss, {name}{A_CHUNK}", *added
 
 
@@ -162,7 +178,7 @@ def multiplications() -> Figures:
     """
     counts = {}
     for name in MULTIPLIED:
-        needed, options = LINEAR[name]
+        needed, options = (LINEAR | LEAN)[name]
         with fake_gpu():
             step = from_hidden_states(3, needed, torch.float32, **options)
             with FlopCounterMode(display=False) as counter:

@@ -40,7 +40,7 @@ GPU = Sizes(
     rows=8192, vocabularies=(128_256, 151_936, 32_000, 262_144), judged=(128_256, 151_936), short=(4096, 8192, 16_384),
     hidden=4096,
     hidden_vocabularies=(128_256, 151_936), models=tuple(PAIRS[key] for key in ("llama2", "gemma2", "gemma3")),
-    chunk_rows=(256, 512, 1024, 2048, 4096, 8192),
+    chunk_rows=(512, 1024, 2048, 8192),
     programs=(16, 32, 64), programs_of=((2, 16), (2, 8), (4, 16), (8, 16)),
     graphs=(1040, 32_000), copy_bytes=2**31, matrix=8192, dtype=torch.bfloat16, batches=3, rounds=5,
     workers=max(2, min(14, (os.cpu_count() or 2) - 2)), checked=100,
@@ -48,7 +48,7 @@ GPU = Sizes(
 REHEARSED = Sizes(
     rows=4, vocabularies=(1040, 611), judged=(1040,), short=(304,), hidden=16, hidden_vocabularies=(304,),
     models=tuple(PAIRS[key]._replace(vocab_size=304, student_hidden=16, teacher_hidden=24) for key in ("llama2", "gemma2")),
-    chunk_rows=(2, 4), programs=(2,), programs_of=((4, 8),), graphs=(1040,), copy_bytes=2**12, matrix=16,
+    chunk_rows=(2,), programs=(2,), programs_of=((4, 8),), graphs=(1040,), copy_bytes=2**12, matrix=16,
     dtype=torch.bfloat16, batches=1, rounds=2, workers=2, checked=2,
 )  # fmt: skip
 

@@ -65,14 +65,25 @@ def from_hidden_states(run: dict[str, Any]) -> Iterator[str]:
     found = [r for r in results(run, "hidden") if r.get("reason") != LATE]
     sizes = f"N = {spaced(found[0]['rows'])}, H = {spaced(found[0]['hidden'])}, bfloat16, T = {TEMPERATURE:g}"
     yield f"`linear_kd_loss`, forward and backward, {sizes}; memory beyond inputs and gradients, by PyTorch's allocator."
+    is_modelled = any("modelled_seconds" in r for r in found)
+    if is_modelled:
+        yield "The logits of C tokens exist at once, and the gradients of M tokens are multiplied at once."
+        yield "The modelled time is that of `plan_chunks`."
     yield ""
-    yield "| | computes | head | V | ms | times its bare products | peak MB | planned MB |"
-    yield "| --- | --- | --- | ---: | ---: | ---: | ---: | ---: |"
+    words, numbers = ["", "computes", "head"], ["V", "ms", "times its bare products", "peak MB", "planned MB"]
+    if is_modelled:
+        numbers += ["C / M", "modelled ms", "times `fused_kd`"]
+    yield f"| {' | '.join(words + numbers)} |".replace("|  |", "| |")
+    yield "| --- | --- | --- |" + " ---: |" * len(numbers)
     for r in found:
         ratio = f"{r['times_the_products']:.2f}" if "times_the_products" in r else ""
         memory = [f"{r[key] / 1e6:.0f}" if key in r else "" for key in ("peak_bytes", "planned_bytes")]
         time = f"{1000 * r['seconds']:.1f}" if "seconds" in r else _why(r)
         cells = [r["subject"], r.get("computes", ""), r["head"], spaced(r["vocabulary"]), time, ratio, *memory]
+        if is_modelled:
+            cells.append(f"{r['chunk_rows']} / {r['gradient_rows']}" if "chunk_rows" in r else "")
+            cells.append(f"{1000 * r['modelled_seconds']:.1f}" if "modelled_seconds" in r else "")
+            cells.append(f"{r['times_the_default']:.2f}" if "times_the_default" in r else "")
         yield f"| {' | '.join(cells)} |"
 
 

@@ -74,7 +74,7 @@ def measured(
             ours = peer.name.startswith("fused_kd") and not isinstance(error, torch.OutOfMemoryError)
             yield {**named, "finding" if ours else "reason": reason(error)}
         for buffer in buffers:
-            buffer.clear()
+            buffer.release()
         released()
 
 

@@ -38,7 +38,7 @@ def missed(record: dict[str, Any]) -> Iterator[str]:
 
 
 def _value(result: dict[str, Any]) -> float | None:
-    for key in ("times_the_floor", "times_the_products", "bytes_per_pair"):
+    for key in (result.get("judged"), "times_the_floor", "times_the_products", "bytes_per_pair"):
         if key in result:
             return float(result[key])
     return None
@@ -146,25 +146,21 @@ def _hidden(title: str, results: list[dict[str, Any]]) -> Table:
     rows = (
         (
             r["subject"], r.get("computes", ""), r.get("head", ""), words(r), spaced(r["vocabulary"]), milliseconds(r),
-            milliseconds(r, "host_seconds"), _number(r, "times_the_products"), _megabytes(r, "peak_bytes"),
-            _megabytes(r, "planned_bytes"), _number(r, "gradient_error", "{:.1e}"),
+            milliseconds(r, "host_seconds"), milliseconds(r, "modelled_seconds"), _number(r, "times_the_products"),
+            _number(r, "times_the_default"), _chunks(r), _megabytes(r, "peak_bytes"), _megabytes(r, "planned_bytes"),
+            _number(r, "gradient_error", "{:.1e}"),
         )
         for r in results
     )  # fmt: skip
     headings = (
-        "",
-        "computes",
-        "head",
-        "",
-        "V",
-        "ms",
-        "host ms",
-        "of products",
-        "peak MB",
-        "planned MB",
-        "gradient error",
-    )
+        "", "computes", "head", "", "V", "ms", "host ms", "modelled ms", "of products", "of default", "C / M", "peak MB",
+        "planned MB", "gradient error",
+    )  # fmt: skip
     return _table(title, headings, rows, words=4)
+
+
+def _chunks(result: dict[str, Any]) -> str:
+    return f"{result['chunk_rows']} / {result['gradient_rows']}" if "chunk_rows" in result else ""
 
 
 def _megabytes(result: dict[str, Any], key: str) -> str:

@@ -18,7 +18,7 @@ STAGES = (
     Stage("right", 120, "right: every result within the bounds of `fused-kd check`, and the same bits three times"),
     Stage("fast", 110, "fast: a step of kd_loss beside the floor and its peers"),
     Stage("l2", 60, "L2: bytes of memory that the kernels move, by ncu"),
-    Stage("hidden", 100, "from hidden states: a step of linear_kd_loss beside its bare products and its peers"),
+    Stage("hidden", 120, "from hidden states: a step of linear_kd_loss beside its bare products and its peers"),
     Stage("models", 60, "models: a step at the heads of TinyLlama, Gemma 2 and Gemma 3, beside eager PyTorch"),
     Stage("plans", 70, "plans: other launches of the one-launch kernel"),
     Stage("safe", 120, "safe: compute-sanitizer, a CUDA graph, pytest -m gpu"),

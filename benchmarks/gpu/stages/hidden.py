@@ -1,38 +1,75 @@
 """A step of linear_kd_loss from hidden states, beside the time of its bare products, its planned memory and its peers."""
 
 import functools
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Iterator, Mapping
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import torch
 
-from fused_kd import linear_kd_loss, plan_chunks
+from benchmarks.products import bare_products
+from fused_kd import plan_chunks
+from fused_kd.devices import Device
+from fused_kd.heads import chunks
+from fused_kd.heads.chunks import Plan
+from fused_kd.heads.sweep import default_logits_dtype
+from fused_kd.launching import device_of
 from fused_kd.testing import peers, problems
-from fused_kd.testing.peers import OURS, Loss, Peer
+from fused_kd.testing.peers import OURS, Loss, Peer, ours_with
+from fused_kd.testing.plans import in_chunks
+from fused_kd.testing.replacing import replaced
 from fused_kd.testing.shapes import Shape
 
 from ..context import Context
 from ..subjects import TEMPERATURE, measured, released
 from ..timing import timed
 
-TARGET = 1.25  # times the bare products
+TARGET = 1.2  # times the bare products
+HALF_TARGET = 0.56  # times the step whose rows all count, with half of the rows ignored
 HEADS = {"trained": True, "frozen": False}
+HALF = f"{OURS}, half ignored"
 OTHERS = (
     "TRL chunked divergence", "Liger chunked JSD, beta = 0", "Liger fused linear JSD, beta = 0", "orda-kernel",
 )  # fmt: skip
-PEER_SECONDS = 12.0
+SUBJECT_SECONDS = 12.0
 BATCHES = 2  # steps take longer here
 
 
+class Variant(NamedTuple):
+    """Our loss with options of its own."""
+
+    name: str
+    build: Any  # a function without arguments, which returns the loss
+    planned: Mapping[str, Any] = MappingProxyType({})  # the options that its plan depends on
+    half: bool = False  # whether half of the rows are ignored
+    target: float | None = None  # times the step of the first variant
+    telling: bool = True  # whether it is measured at every vocabulary
+
+
 def results(context: Context) -> Iterator[dict[str, Any]]:
+    """Measure what is most telling first, at every vocabulary, and then chunks of other lengths at the first one."""
     sizes = context.sizes._replace(batches=min(BATCHES, context.sizes.batches))
     context = context._replace(sizes=sizes)
+    seconds: dict[Any, float] = {}
     for vocabulary in sizes.hidden_vocabularies:
-        shape = Shape("gpu", "", "hidden", sizes.rows, vocabulary, sizes.hidden, sizes.hidden, sizes.dtype)
-        inputs = problems.make(shape, context.device)
-        for head, trained in HEADS.items():
-            yield from at(context, shape, inputs if trained else frozen(inputs), head)
+        for head, inputs in _inputs(context, vocabulary).items():
+            variants = of_options(context, HEADS[head])
+            if vocabulary != sizes.hidden_vocabularies[0]:
+                variants = [variant for variant in variants if variant.telling]
+            yield from at(context, inputs, head, variants, OTHERS if HEADS[head] else (), seconds)
             released()
+    for head, inputs in _inputs(context, sizes.hidden_vocabularies[0]).items():
+        yield from at(context, inputs, head, of_chunks(context, HEADS[head]), (), seconds)
+
+
+def _inputs(context: Context, vocabulary: int) -> dict[str, problems.Inputs]:
+    inputs = problems.make(_shape(context, vocabulary), context.device)
+    return {"trained": inputs, "frozen": frozen(inputs)}
+
+
+def _shape(context: Context, vocabulary: int) -> Shape:
+    sizes = context.sizes
+    return Shape("gpu", "", "hidden", sizes.rows, vocabulary, sizes.hidden, sizes.hidden, sizes.dtype)
 
 
 def frozen(inputs: problems.Inputs) -> problems.Inputs:
@@ -40,76 +77,130 @@ def frozen(inputs: problems.Inputs) -> problems.Inputs:
     return inputs._replace(student=(hidden, weight.detach()))
 
 
-def at(context: Context, shape: Shape, inputs: problems.Inputs, head: str) -> Iterator[dict[str, Any]]:
-    products = timed({0: bare_products(shape, inputs, HEADS[head])}, context.sizes.batches, context.sizes.rounds)[0]
+def at(
+    context: Context,
+    inputs: problems.Inputs,
+    head: str,
+    variants: list[Variant],
+    others: tuple[str, ...],
+    seconds: dict[Any, float],  # of the bare products and of the step with the defaults, by vocabulary and head
+) -> Iterator[dict[str, Any]]:
+    """Give a record for each variant and each peer."""
+    shape = _shape(context, inputs.student[1].shape[0])
     given = {"vocabulary": shape.vocab_size, "rows": shape.rows, "hidden": shape.student_hidden, "head": head}
-    yield {**given, "subject": "bare products", "computes": "products", **products._asdict()}
-    released()
-    by_name = {peer.name: peer for peer in peers.of(shape)}
-    wanted = [by_name[OURS], *chunked(context, HEADS[head]), Peer(f"{OURS}, float32 logits", "hidden", in_float32)]
-    wanted += [by_name[name] for name in OTHERS if HEADS[head]]
-    for result in measured(context, shape, [inputs], [(peer, TEMPERATURE) for peer in wanted], PEER_SECONDS):
-        result |= given
-        if "seconds" in result:
-            result["times_the_products"] = result["seconds"] / products.seconds
-        if result["subject"] == OURS:
-            planned = plan_of(shape, HEADS[head])
-            result |= {
-                "target": TARGET, "planned_bytes": planned.peak_bytes_beyond_gradients, "chunk_rows": planned.chunk_rows
-            }  # fmt: skip
-        yield result
+    place = shape.vocab_size, head
+    if (place, "products") not in seconds:
+        run = bare_products(inputs, HEADS[head])
+        products = timed({0: run}, context.sizes.batches, context.sizes.rounds)[0]
+        seconds[place, "products"] = products.seconds
+        yield {**given, "subject": "bare products", "computes": "products", **products._asdict()}
+        del run
+        released()
+    half = problems.half_ignored(inputs)
+    wanted = [(Peer(v.name, "hidden", v.build), v, half if v.half else inputs) for v in variants]
+    wanted += [(peer, None, inputs) for peer in peers.of(shape) if peer.name in others]
+    for peer, variant, own in wanted:
+        for result in measured(context, shape, [own], [(peer, TEMPERATURE)], SUBJECT_SECONDS):
+            if variant is not None:
+                result |= planned(context, shape, HEADS[head], variant)
+            if "seconds" in result:
+                if result["subject"] == OURS:
+                    seconds[place, OURS] = result["seconds"]
+                result["times_the_products"] = result["seconds"] / seconds[place, "products"]
+                if (place, OURS) in seconds:
+                    result["times_the_default"] = result["seconds"] / seconds[place, OURS]
+            yield result | given
 
 
-def bare_products(shape: Shape, inputs: problems.Inputs, trained: bool) -> Callable[[], None]:
-    """Return the products that a step cannot do without, each in one call, of logits that are there as a whole."""
-    (hidden, weight), (teacher_hidden, teacher_weight) = (
-        tuple(tensor.detach() for tensor in stream) for stream in (inputs.student, inputs.teacher)
-    )
-    student_logits, teacher_logits = (hidden.new_empty(shape.rows, shape.vocab_size) for _ in range(2))
-    hidden_gradient, weight_gradient = torch.empty_like(hidden), torch.empty_like(weight) if trained else None
-
-    def run() -> None:
-        torch.mm(hidden, weight.T, out=student_logits)
-        torch.mm(teacher_hidden, teacher_weight.T, out=teacher_logits)
-        torch.mm(student_logits, weight, out=hidden_gradient)
-        if weight_gradient is not None:
-            torch.mm(student_logits.T, hidden, out=weight_gradient)
-
-    return run
-
-
-def plan_of(shape: Shape, trained: bool) -> Any:
-    return plan_chunks(
-        shape.rows, shape.vocab_size, shape.student_hidden, shape.teacher_hidden, dtype=shape.dtype, weight_grad=trained
-    )
-
-
-def chunked(context: Context, trained: bool) -> list[Peer]:
-    """Return our loss with chunks of other lengths."""
-    return [
-        Peer(f"{OURS}, chunks of {rows}", "hidden", lambda rows=rows: in_chunks(rows, trained))
-        for rows in context.sizes.chunk_rows
+def of_options(context: Context, trained: bool) -> list[Variant]:
+    """Return our loss as it is planned, and with other options."""
+    rounded = {"logits_dtype": context.sizes.dtype}
+    bound = functools.partial(_half, target=HALF_TARGET)
+    found = [
+        Variant(OURS, ours_with),
+        Variant(f"{OURS}, lean", _with(memory="lean"), {"memory": "lean"}),
+        bound(f"{HALF}, counted_rows", with_counted_rows),
+        bound(f"{HALF}, compact", _with(compact=True), telling=False),
+        _half(f"{HALF}, not compact", _with(compact=False), planned={}, telling=False),
+        Variant(f"{OURS}, 16-bit logits", _with(**rounded), rounded, telling=False),
     ]
+    if trained:
+        found.append(Variant(f"{OURS}, weight_grad_out", peers.into_main_grad, telling=False))
+    return found
 
 
-def in_float32() -> Loss:
-    """Our loss with the logits of a chunk in float32, whose products take 16-bit operands."""
-    return functools.partial(step, logits_dtype=torch.float32)
+def _with(**options: Any) -> Any:
+    return functools.partial(ours_with, **options)
 
 
-def step(inputs: problems.Inputs, temperature: float, **options: Any) -> torch.Tensor:
-    value = linear_kd_loss(
-        *inputs.student, *inputs.teacher, inputs.labels, alpha=problems.ALPHA, temperature=temperature, **options
-    )
-    assert isinstance(value, torch.Tensor)
-    return value
+def _half(name: str, build: Any, **fields: Any) -> Variant:
+    return Variant(name, build, **{"planned": {"share": 2}, **fields}, half=True)
 
 
-def in_chunks(rows: int, trained: bool) -> Loss:
+def of_chunks(context: Context, trained: bool) -> list[Variant]:
+    """Return our loss in chunks of C tokens whose gradients are multiplied at once, or as one group of all tokens."""
+    found = []
+    for rows in context.sizes.chunk_rows:
+        for group in dict.fromkeys((rows, context.sizes.rows) if trained else (rows,)):
+            name = f"{OURS}, chunks of {rows}" + f", groups of {group}" * (group != rows)
+            options = {"chunk_rows": rows, "gradient_rows": group}
+            found.append(Variant(name, functools.partial(_in_chunks, rows, group), options))
+    return found
+
+
+def _in_chunks(chunk_rows: int, gradient_rows: int) -> Loss:
     def loss(inputs: problems.Inputs, temperature: float) -> torch.Tensor:
-        (hidden, weight), (teacher_hidden, _) = inputs.student, inputs.teacher
-        sizes = weight.shape[0], hidden.shape[1], teacher_hidden.shape[1]
-        of_row = plan_of(Shape("", "", "hidden", 1, *sizes, hidden.dtype), trained).workspace_bytes
-        return step(inputs, temperature, workspace_bytes=rows * of_row)
+        with in_chunks(chunk_rows, gradient_rows):
+            return ours_with()(inputs, temperature)
 
     return loss
+
+
+def with_counted_rows() -> Loss:
+    """Return our loss with the number of rows that count, which is known before the first step is timed."""
+    known: dict[int, int] = {}
+
+    def loss(inputs: problems.Inputs, temperature: float) -> torch.Tensor:
+        rows = inputs.labels.shape[0]
+        if rows not in known:
+            known[rows] = int((inputs.labels != problems.IGNORED).sum())
+        return ours_with(counted_rows=known[rows])(inputs, temperature)
+
+    return loss
+
+
+def planned(context: Context, shape: Shape, trained: bool, variant: Variant) -> dict[str, Any]:
+    """Return what the plan of a variant says: its chunks, its memory, its modelled seconds; and the variant's target."""
+    plan = plan_of(context, shape, trained, **variant.planned)
+    found: dict[str, Any] = {
+        "planned_bytes": plan.peak_bytes_beyond_gradients, "chunk_rows": plan.chunk_rows,
+        "gradient_rows": plan.gradient_rows, "slab_columns": plan.slab_columns,
+        "modelled_seconds": plan.modelled_seconds, "modelled_parts": dict(plan.seconds),
+    }  # fmt: skip
+    if variant.name == OURS:
+        found |= {"target": TARGET, "judged": "times_the_products"}
+    elif variant.target is not None:
+        found |= {"target": variant.target, "judged": "times_the_default"}
+    return found
+
+
+def plan_of(
+    context: Context,
+    shape: Shape,
+    trained: bool,
+    share: int = 1,  # one row in so many counts
+    chunk_rows: int | None = None,
+    gradient_rows: int | None = None,
+    **options: Any,
+) -> Plan:
+    """Return the plan of our loss at a shape; with chunks of a chosen length what it would say of them."""
+    hidden = torch.empty(0, dtype=shape.dtype, device=context.device)
+    options.setdefault("logits_dtype", default_logits_dtype(hidden, shape.dtype))
+    device: Device | None = device_of(context.device)
+    sizes = shape.rows // share, shape.vocab_size, shape.student_hidden, shape.teacher_hidden
+    chosen = (
+        (chunks, "_chosen", lambda *_: (chunk_rows, gradient_rows)),
+        (chunks, "_default", chunks._default.__wrapped__),
+    )
+    with replaced([] if chunk_rows is None else chosen):
+        return plan_chunks(*sizes, dtype=shape.dtype, weight_grad=trained, device=device, **options)
