@@ -88,6 +88,12 @@ def merge_kernel(
     inverse_T = double_of(inverse_T_bits)
     stride = N.to(tl.int64)
     total, part = total_ptr + row, part_ptr + row
+    named = inside  # the statistics of a part have the logit of its nearest column for a label that it does not have
+    if HAS_LABELS:
+        column = tl.load(labels_ptr + row, mask=inside, other=-1)
+        named = (column >= 0) & (column < columns)
+    label = load_double(total + 6 * stride, inside) + load_double(part + 6 * stride, named)
+    tl.store(total + 6 * stride, label, mask=inside)
     M_s = larger_number(total, part, inside)
     M_t = larger_number(total + 3 * stride, part + 3 * stride, inside)
     zeros = tl.zeros([BLOCK], tl.float64)
@@ -98,18 +104,12 @@ def merge_kernel(
     d_1, d_T, e, c, second, h = add_moved(
         part, inside, stride, M_s, M_t, d_1, d_T, e, c, second, h, inverse_T, DIVERGENCE, NEED_ENTROPY
     )
-    named = inside  # the statistics of a part have the logit of its nearest column for a label that it does not have
-    if HAS_LABELS:
-        column = tl.load(labels_ptr + row, mask=inside, other=-1)
-        named = (column >= 0) & (column < columns)
-    label = load_double(total + 6 * stride, inside) + load_double(part + 6 * stride, named)
     tl.store(total, M_s, mask=inside)
     tl.store(total + 1 * stride, d_1, mask=inside)
     tl.store(total + 2 * stride, d_T, mask=inside)
     tl.store(total + 3 * stride, M_t, mask=inside)
     tl.store(total + 4 * stride, e, mask=inside)
     tl.store(total + 5 * stride, c, mask=inside)
-    tl.store(total + 6 * stride, label, mask=inside)
     tl.store(total + 7 * stride, second, mask=inside)
     tl.store(total + 8 * stride, h, mask=inside)
 
