@@ -622,3 +622,29 @@ def test_the_record_of_a_run_is_written_into_readme_and_documentation(tmp_path, 
     assert "| error |" in readme.performance()
     (tmp_path / "gpu.json").write_text(json.dumps(recorded(rehearsal="right")))
     assert "NVIDIA H100" not in readme.section() + readme.performance()
+
+
+def test_at_a_further_vocabulary_only_telling_subjects_run(rehearsed, monkeypatch):
+    ran = []
+
+    def at(context, inputs, head, variants, others, seconds):
+        ran.append((inputs.student[1].shape[0], head, {variant.telling for variant in variants}))
+        return iter(())
+
+    monkeypatch.setattr(hidden, "at", at)
+    context = rehearsed._replace(sizes=rehearsed.sizes._replace(hidden_vocabularies=(304, 48)))
+    assert list(hidden.results(context)) == []
+    assert [(head, telling) for vocabulary, head, telling in ran if vocabulary == 48] == [
+        ("trained", {True}), ("frozen", {True})
+    ]  # fmt: skip
+
+
+def test_a_record_with_modelled_times_shows_them():
+    ran = {
+        "rows": 8, "hidden": 16, "head": "trained", "vocabulary": 304, "subject": "fused_kd", "computes": "CE + KL",
+        "seconds": 0.0125, "chunk_rows": 2, "gradient_rows": 4, "modelled_seconds": 0.011, "times_the_default": 1.0,
+    }  # fmt: skip
+    text = "\n".join(report.from_hidden_states({"stages": {"hidden": {"results": [ran]}}}))
+    assert "C / M | modelled ms | times `fused_kd`" in text
+    assert "| 12.5 |" in text
+    assert "| 2 / 4 | 11.0 | 1.00 |" in text
