@@ -5,7 +5,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from fused_kd import linear_kd_loss, reference
-from fused_kd.divergences import DIVERGENCES
+from fused_kd.divergences import DIVERGENCES, Objective
 from fused_kd.heads import operator
 from fused_kd.heads import sweep as linear
 from fused_kd.heads.operator import linear_losses
@@ -84,6 +84,25 @@ def test_flops_are_counted_as_they_are_spent(student, teacher):
         linear_losses(*heads, given.labels, weights, torch.ones(N), options=options)
     with FlopCounterMode(display=False) as spent:
         operator._linear_losses(*heads, given.labels, weights, torch.ones(N), *packed(kd), *options[1:])
+    assert formula.get_total_flops() == spent.get_total_flops()
+
+
+@pytest.mark.parametrize("divergence", ["forward_kl", "jsd"])  # of one sweep of statistics, and of two
+@pytest.mark.parametrize("teacher", [True, False])
+@pytest.mark.parametrize("divergence_in_loss", [True, False])
+@pytest.mark.parametrize("needed", [True, False])
+def test_flops_of_lean_mode_are_counted_as_they_are_spent(divergence, teacher, divergence_in_loss, needed):
+    given = make("cpu")
+    kd = KDOptions(V, True, divergence_in_loss, torch.float32, parts=True, objective=Objective(divergence=divergence))
+    gradients = (needed, needed, False, *OF_LORA, *(False,) * 3)
+    options = linear.LinearOptions(kd, gradients, torch.float32, torch.float32, None, None, "lean")
+    weights = torch.ones(3, N, dtype=torch.float64)
+    heads = [given.hidden.detach(), given.weight.detach(), *[None] * 3]
+    heads += [*(given[2:4] if teacher else (None, None)), None]
+    with FlopCounterMode(display=False) as formula:
+        linear_losses(*heads, given.labels, weights, None, options=options)
+    with FlopCounterMode(display=False) as spent:
+        operator._linear_losses(*heads, given.labels, weights, None, *packed(kd), *options[1:])
     assert formula.get_total_flops() == spent.get_total_flops()
 
 

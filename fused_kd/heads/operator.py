@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .. import operators
+from ..divergences import divergence_of
 from ..operators import KD_ARGUMENTS, KD_SCHEMA
 from ..sweep import lines_of, new_counters, new_statistics, row_losses
 from . import lean
@@ -134,9 +135,13 @@ def _flops(  # type: ignore[no-untyped-def]
     """Return the flops: 2 N V H for each head's logits, and as many for each gradient of hidden states or of a weight."""
     options = _options(arguments[HEADS + 3 - 6 :])
     V, needed = options.kd.vocab_size, options.needed
-    again = 2 if options.memory == "lean" and any(needed) else 1  # times that logits are made
     flops = 0
     for shape, i in ((hidden, 0), (lora_hidden, LORA), (teacher_hidden, TEACHER)):
-        if shape is not None:
-            flops += 2 * shape[0] * V * shape[1] * (again + needed[i] + needed[i + 1])
+        if shape is None:
+            continue
+        projected = 1  # times that logits are made
+        if options.memory == "lean":
+            projected = 1 if teacher_hidden is None else divergence_of(options.kd.objective).sweeps
+            projected += any(needed) and (i != TEACHER or options.kd.divergence_in_loss)
+        flops += 2 * shape[0] * V * shape[1] * (projected + needed[i] + needed[i + 1])
     return int(flops)
