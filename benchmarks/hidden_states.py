@@ -89,7 +89,7 @@ def ratios(size: Size) -> list[Ratio]:
 
 
 class Subject(NamedTuple):
-    """What is timed; a loss that is measured has a step, and bare products have none."""
+    """A timed subject; a loss that is measured has a step, and bare products have none."""
 
     run: Callable[[], object]
     step: steps.Step | None

@@ -152,7 +152,7 @@ def test_linear_kd_loss_under_autocast_is_one_graph(dtype, backend):
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("options", [{"counted_rows": 4}, {"compact": False}, {"compact": True, "counted_rows": 5}])
 def test_rows_are_gathered_in_one_graph(dynamic, reduction, options):
-    """By a bound; the rows that do not count may hold anything."""
+    """The bound leaves rows out; those that do not count may hold anything."""
     hidden, weight = torch.randn(N, H_S), torch.randn(V, H_S, requires_grad=True)
     teacher, labels = (torch.randn(N, H_T), torch.randn(V, H_T)), torch.randint(V, (N,))
     labels[[1, 4]] = -100
@@ -197,7 +197,7 @@ def test_compact_is_refused_in_a_graph():
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_the_callers_sum_of_a_gradient_breaks_the_graph(reduction):
-    """What comes before and after it is compiled, and the sum gets its gradient once."""
+    """The operations before and after it are compiled, and the sum gets its gradient once."""
     hidden, *rest = given_to(linear_kd_loss)
     weight = rest[0].requires_grad_()
 

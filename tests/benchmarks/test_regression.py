@@ -158,7 +158,7 @@ def test_nothing_stays_patched():
 
 
 def test_a_chunk_projected_twice_is_seen(monkeypatch: pytest.MonkeyPatch):
-    """In projections of the student; the teacher's takes two.  Tokens that do not count take none."""
+    """The unit is a projection of the student; the teacher's takes two.  Tokens that do not count take none."""
     expected = {
         "trained head": 5,
         "trained head, teacher_grad": 9,

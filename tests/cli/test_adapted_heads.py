@@ -182,7 +182,7 @@ def test_several_adapters_and_other_kinds():
 
 
 def test_a_layer_with_a_forward_of_its_own_is_called():
-    """As a float8 one may have, whose weight is of a floating dtype."""
+    """A float8 layer is one, though its weight has a floating dtype."""
 
     class Doubled(nn.Linear):
         def forward(self, hidden):

@@ -84,7 +84,7 @@ def test_extremes(kernel_device, divergence):
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 def test_the_rounded_statistics_keep_a_small_reverse_kl(temperature):
-    """Where c and `second` cancel, their sum is rounded once."""
+    """The sum of c and `second` is rounded once where they cancel."""
     c, value = torch.linspace(1e-3, 1.9e-3, 1000, dtype=torch.float64), 5e-7
     total = stats.identity(1000).double()
     total[[stats.D_T, stats.E]] = 1.0
