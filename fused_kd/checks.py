@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .divergences import DIVERGENCES, Divergence
+from .heads.chunks import MEMORIES
 from .logit_map import LogitMap
 from .options import Options, Scale, Softcap
 from .rows import readable
@@ -17,7 +18,6 @@ LOGIT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 LABEL_DTYPES = (torch.int32, torch.int64)
 REAL_DTYPES = (*LOGIT_DTYPES, torch.uint8, torch.int8, torch.int16, *LABEL_DTYPES)
 REDUCTIONS = ("mean", "sum", "none")
-MEMORY = ("default", "lean")
 FLAGS = ("shift", "teacher_grad", "inplace_backward", "return_parts")
 BUILT_IN = (float, int, bool, type(None), Tensor)
 SMALLEST, LARGEST = 1e-18, 1e18  # bounds of numbers in the formula: float32 holds their squares and inverses
@@ -186,7 +186,7 @@ def check_options(options: Options) -> tuple[LogitMap, LogitMap]:
         raise TypeError(f"workspace_bytes: expected a number of bytes, got {what(workspace_bytes)}")
     if workspace_bytes is not None and workspace_bytes < 1:
         raise ValueError(f"workspace_bytes: expected at least 1, got {workspace_bytes}")
-    check_choice("memory", options.memory, MEMORY)
+    check_choice("memory", options.memory, MEMORIES)
     if options.compact is not None and not isinstance(options.compact, bool):
         raise TypeError(f"compact: expected None, True or False, got {what(options.compact)}")
     for name in FLAGS:

@@ -137,6 +137,19 @@ def cards() -> list[tuple[int, str]]:
     return sorted((size, name) for name, device in DEVICES.items() for size in device.memory_gb)
 
 
+def device_of_name(device: str | Device | None) -> Device | None:
+    """Return the known device with that name; a `Device` and None are returned unchanged.
+
+    Raises:
+        ValueError: no device of the table has that name.
+    """
+    if not isinstance(device, str):
+        return device
+    if device not in DEVICES:
+        raise ValueError(f"device: expected a Device, or one of {', '.join(DEVICES)}, got {device!r}")
+    return DEVICES[device]
+
+
 def device_of_target(target: str) -> Device:
     """Return the first known device with that compilation target; for an unknown target, a device with usual figures."""
     is_amd = target.startswith("gfx")

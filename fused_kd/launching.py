@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from .devices import DEVICES, Device, device_of_properties
+from .devices import Device, device_of_name, device_of_properties
 from .launch import NUM_WARPS, Launch, SinglePass, best_single_pass, is_faster, two_passes
 
 VARIABLE = "FUSED_KD_PLAN"
@@ -45,11 +45,7 @@ def launching(launch: str | None = None, *, device: str | Device | None = None) 
     `launch` is text as FUSED_KD_PLAN takes it.  `device` is a name from `devices.DEVICES`, or a `Device`, and stands in for
     the device of the tensors.  Blocks nest: an inner block overrides only the arguments that it is given.
     """
-    if isinstance(device, str):
-        if device not in DEVICES:
-            raise ValueError(f"device: expected a Device, or one of {', '.join(DEVICES)}, got {device!r}")
-        device = DEVICES[device]
-    asked = Asked(None if launch is None else _parsed(launch, "launch"), device)
+    asked = Asked(None if launch is None else _parsed(launch, "launch"), device_of_name(device))
     _asked.append(asked)
     try:
         yield

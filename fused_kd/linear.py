@@ -304,8 +304,7 @@ def _pays(student_hidden: Tensor, teacher_hidden: Tensor | None, sweep: LinearOp
     """Return whether a synchronisation on a GPU is possible, and costs less than rows that do not count may."""
     if not student_hidden.is_cuda or not may_synchronise():
         return False
-    seconds: float = sum(planned(student_hidden, None, teacher_hidden, sweep).seconds.values())
-    return seconds > WORTH_A_SYNCHRONISATION
+    return planned(student_hidden, None, teacher_hidden, sweep).modelled_seconds > WORTH_A_SYNCHRONISATION
 
 
 def _as_matrix(hidden: Tensor) -> Tensor:  # [N, H]

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import torch
 
-from ..devices import DEVICES, Device
+from ..devices import Device, device_of_name
 from . import times
 from .step import STATISTICS_BYTES, Side, Step, row_stride
 
@@ -140,10 +140,7 @@ def plan_chunks(
     """
     if memory not in MEMORIES:
         raise ValueError(f"memory: expected one of {', '.join(MEMORIES)}, got {memory!r}")
-    if isinstance(device, str):
-        if device not in DEVICES:
-            raise ValueError(f"device: expected a Device, or one of {', '.join(DEVICES)}, got {device!r}")
-        device = DEVICES[device]
+    device = device_of_name(device)
     products = autocast_dtype or dtype
     student_grads = hidden_grad, weight_grad, bias_grad, lora_rank
     dtypes = dtype, weight_dtype or dtype, products, logits_dtype or _default_logits(products)

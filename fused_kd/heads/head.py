@@ -33,10 +33,7 @@ class Head(NamedTuple):
         # If there is room between the rows, PyTorch adds a bias through cuBLAS's beta, and a product of few rows is rounded
         # both before and after the addition.
         stride = V if self.bias is not None and self.weight.is_cuda else row_stride(V)
-        buffer = self.weight.new_empty(rows, stride, dtype=dtype)
-        if not buffer.is_cuda:
-            buffer[:, V:].zero_()  # oneDNN multiplies the padding of a bfloat16 row by 0, and 0 times NaN is NaN
-        return buffer[:, :V]
+        return new_rows(self.weight, rows, V, stride, dtype)
 
     def write_logits(
         self,
@@ -47,6 +44,21 @@ class Head(NamedTuple):
     ) -> None:
         """Write the logits of a chunk's rows."""
         project(self.hidden[rows].to(self.weight.dtype), self.weight, self.bias, out, add=add)
+
+
+def new_rows(like: Tensor, rows: int, columns: int, stride: int, dtype: torch.dtype) -> Tensor:  # [rows, columns]
+    """Return memory for rows of logits, with that many elements from one row to the next."""
+    buffer = like.new_empty(rows, stride, dtype=dtype)
+    if not buffer.is_cuda:
+        buffer[:, columns:].zero_()  # oneDNN multiplies the padding of a bfloat16 row by 0, and 0 times NaN is NaN
+    return buffer[:, :columns]
+
+
+def new_gradient(weight: Tensor, dtype: torch.dtype, written: int) -> Tensor:  # [V', H]
+    """Return memory for a weight's gradient, of which the first rows will be written and the others are 0."""
+    new = torch.empty(weight.shape, dtype=dtype, device=weight.device)
+    new[written:].zero_()
+    return new
 
 
 def gradient_dtype(weight: Tensor) -> torch.dtype:
@@ -122,7 +134,8 @@ class Gradients:
             if self.weight is None:
                 dtype = gradient_dtype(self._like)
                 # A product of 16-bit operands has a result in their dtype or in float32.
-                self.weight = self._new_weight(dtype if is_only and dtype == logit_gradient.dtype else self._dtype)
+                is_direct = is_only and dtype == logit_gradient.dtype
+                self.weight = new_gradient(self._like, dtype if is_direct else self._dtype, V)
             accumulate(self.weight[:V], logit_gradient, self._counted[rows], first=first)
         if self.hidden is not None:
             out = self.hidden[rows]
@@ -130,11 +143,6 @@ class Gradients:
                 torch.mm(logit_gradient, head.weight, out=out)
             else:
                 out.copy_(torch.mm(logit_gradient, head.weight))
-
-    def _new_weight(self, dtype: torch.dtype) -> Tensor:  # [V', H]
-        new = torch.empty(self._like.shape, dtype=dtype, device=self._like.device)
-        new[self._vocab_size :].zero_()
-        return new
 
     def results(self) -> Found:
         """Return the gradients; None for one that is not needed, or the caller's sum."""
@@ -145,6 +153,6 @@ class Gradients:
             return None
         dtype = gradient_dtype(self._like)
         if self.weight is None:  # there are no rows
-            return torch.zeros_like(self._like, dtype=dtype)
+            return new_gradient(self._like, dtype, written=0)
         rounded, self.weight = self.weight.to(dtype), None
         return rounded

@@ -20,7 +20,7 @@ from ..divergences import ForwardKL, divergence_of
 from ..rows import add_something, readable
 from ..sweep import KDOptions, backend_of, device_of
 from .chunks import Plan, row_stride
-from .head import NONE, Found, Head, gradient_dtype
+from .head import NONE, Found, Head, gradient_dtype, new_gradient, new_rows
 from .products import accumulate, project
 from .sweep import LinearOptions, Outside, default_logits_dtype
 
@@ -180,9 +180,7 @@ class _HeadInSlabs:
             if hidden.dtype == self.hidden_sum.dtype:
                 self.hidden = self.hidden_sum
         if self.need_weight and not self.adds:
-            V = self.vocab_size if hidden.shape[0] else 0
-            self.weight = torch.empty(weight.shape, dtype=gradient_dtype(weight), device=weight.device)
-            self.weight[V:].zero_()
+            self.weight = new_gradient(weight, gradient_dtype(weight), self.vocab_size if hidden.shape[0] else 0)
         if self.need_bias:
             self.bias = torch.zeros(weight.shape[0], dtype=self.sums_dtype, device=weight.device)
         if not self.need_weight or (readable(weights) and bool(add_something(weights).all())):
@@ -203,7 +201,7 @@ class _HeadInSlabs:
         """Write the head's logits of a slab, or add them."""
         weight = self.head.weight[slab].to(self.products)
         if not first:
-            accumulate(out, self.operand.T, weight.T, first=False)
+            project(self.operand, weight, None, out, add=True)
             return
         bias = None if self.head.bias is None else self.head.bias[slab].to(self.products)
         at_once = WIDENED_ROWS if out.dtype != self.products and not out.is_cuda else max(1, out.shape[0])
@@ -249,9 +247,7 @@ class _Model:
 
     def _new(self, dtype: torch.dtype) -> Tensor:  # [N, S]
         hidden = self.heads[0].head.hidden
-        buffer = hidden.new_empty(hidden.shape[0], row_stride(self.columns), dtype=dtype)
-        buffer[:, self.columns :].zero_()  # see `Head.logits_buffer`
-        return buffer[:, : self.columns]
+        return new_rows(hidden, hidden.shape[0], self.columns, row_stride(self.columns), dtype)
 
     def logits(self, slab: slice) -> Tensor:  # [1, N, S]
         """Return the logits of a slab."""

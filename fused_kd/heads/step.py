@@ -6,9 +6,8 @@ from typing import NamedTuple
 import torch
 
 ROW_MULTIPLE = 64  # the elements from one row to the next are a multiple of this, so that all rows are aligned
-STATISTICS_BYTES = (
-    132  # per token, of nine numbers in float32 and float64, and of the three of a second sweep, in float64
-)
+# Per token: nine numbers in float32 and in float64, and the three of a second sweep in float64.
+STATISTICS_BYTES = 132
 
 
 class Side(NamedTuple):
